@@ -1,0 +1,30 @@
+"""One ResNet backbone family for every detection and segmentation framework.
+
+>>> import torch
+>>> from resbackbone import build_backbone
+>>> net = build_backbone("resnet18", out_indices=(1, 3))
+>>> [tuple(feature.shape) for feature in net(torch.zeros(1, 3, 64, 96))]
+[(1, 128, 8, 12), (1, 512, 2, 3)]
+>>> net.out_channels, net.out_strides
+((128, 512), (8, 32))
+"""
+
+from resbackbone.backbones import ResNet, ResNetV1b, ResNetV1c, ResNetV1d, ResNeXt, WideResNet
+from resbackbone.config import build_backbone, list_backbones
+from resbackbone.features import FeatureInfo
+from resbackbone.registry import MODELS
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MODELS",
+    "FeatureInfo",
+    "ResNeXt",
+    "ResNet",
+    "ResNetV1b",
+    "ResNetV1c",
+    "ResNetV1d",
+    "WideResNet",
+    "build_backbone",
+    "list_backbones",
+]

@@ -1,0 +1,112 @@
+"""The checks of ResNet's arguments, all of them before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from resbackbone.blocks.base import check_dcn, check_plugins
+from resbackbone.checks import (
+    check_choice,
+    check_flag,
+    check_int,
+    check_ints,
+    check_sequence,
+    check_type,
+)
+from resbackbone.registry import find_type, split_type
+
+
+def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Sequence[int]]], **given: Any) -> None:
+    """Raise unless the arguments of a ResNet fit each other.
+
+    Args:
+        name: The class, for the errors.
+        arch_settings: For each depth that it knows, the block class and the number of blocks per stage.
+        given: Its constructor's arguments, every one.
+
+    Raises:
+        KeyError: If the depth or a type is unknown.
+        TypeError, ValueError: If another argument does not fit.
+    """
+    if given["depth"] not in arch_settings:
+        allowed = ", ".join(map(str, arch_settings))
+        raise KeyError(f"`depth` of {name} must be one of {allowed}; got {given['depth']!r}")
+    check_int("in_channels", given["in_channels"], low=1)
+    check_int("base_channels", given["base_channels"], low=1)
+    if given["stem_channels"] is not None:
+        check_int("stem_channels", given["stem_channels"], low=1)
+    check_int("num_stages", given["num_stages"], low=1, high=4)
+    for flag in ("deep_stem", "avg_down", "norm_eval", "with_cp", "zero_init_residual", "contract_dilation"):
+        check_flag(flag, given[flag])
+    check_choice("style", given["style"], ("pytorch", "caffe"))
+    block, stage_blocks = arch_settings[given["depth"]]
+    _check_stages(given, stage_blocks)
+    _check_layer_configs(given)
+    _check_plugins(given["plugins"], given["num_stages"], block)
+    _check_initialisation(given["pretrained"], given["init_cfg"])
+    check_type("drop_path_rate", given["drop_path_rate"], (int, float), "a number from 0 to 1 (1 excluded)")
+    if not 0 <= given["drop_path_rate"] < 1:
+        raise ValueError(f"`drop_path_rate` must be at least 0 and below 1, got {given['drop_path_rate']}")
+
+
+def resolve_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:
+    """Return the stages that are handed out, counted from 0, ascending.
+
+    Raises:
+        TypeError: If ``out_indices`` is no list or tuple of integers.
+        ValueError: If it is empty, or an entry is out of range or named twice.
+    """
+    given = check_ints("out_indices", out_indices, low=-num_stages)
+    if not given:
+        raise ValueError("`out_indices` must name at least one stage, got (); the last one alone is (-1,)")
+    if max(given) >= num_stages:
+        raise ValueError(f"`out_indices` must be below `num_stages` (={num_stages}), got {given}")
+    resolved = sorted(index % num_stages for index in given)
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"`out_indices` must name each stage once, got {given}, which is {tuple(resolved)}")
+    return tuple(resolved)
+
+
+def _check_stages(given: Mapping[str, Any], stage_blocks: Sequence[int]) -> None:
+    num_stages = given["num_stages"]
+    per_stage = f"one per stage, `num_stages`={num_stages}"
+    check_ints("strides", given["strides"], low=1, length=num_stages, why=per_stage)
+    check_ints("dilations", given["dilations"], low=1, length=num_stages, why=per_stage)
+    if given["multi_grid"] is not None:
+        length = stage_blocks[num_stages - 1]
+        check_ints("multi_grid", given["multi_grid"], low=1, length=length, why="one per block of the last stage")
+    resolve_out_indices(given["out_indices"], num_stages)
+    check_int("frozen_stages", given["frozen_stages"], low=-1, high=num_stages)
+
+
+def _check_layer_configs(given: Mapping[str, Any]) -> None:
+    for argument, what in (("conv_cfg", "convolution"), ("norm_cfg", "norm"), ("dcn", "convolution")):
+        if given[argument] is not None or argument == "norm_cfg":
+            find_type(split_type(given[argument], argument)[0], what)
+    check_dcn(given["dcn"], given["conv_cfg"])
+    if given["dcn"] is not None:
+        num_stages = given["num_stages"]
+        why = f"one per stage, `num_stages`={num_stages}"
+        stages = check_sequence("stage_with_dcn", given["stage_with_dcn"], length=num_stages, why=why)
+        for index, flag in enumerate(stages):
+            check_flag(f"stage_with_dcn[{index}]", flag)
+
+
+def _check_plugins(plugins: Any, num_stages: int, block: Any) -> None:
+    check_plugins(plugins, block)
+    for index, plugin in enumerate(plugins or ()):
+        if plugin.get("stages") is not None:
+            why = f"one per stage, `num_stages`={num_stages}"
+            check_sequence(f"plugins[{index}]['stages']", plugin["stages"], length=num_stages, why=why)
+
+
+def _check_initialisation(pretrained: Any, init_cfg: Any) -> None:
+    if pretrained is not None and not isinstance(pretrained, str):
+        raise TypeError(
+            f"`pretrained` must be a path, a URL or None, got {pretrained!r} of type {type(pretrained).__name__}"
+        )
+    if pretrained is not None and init_cfg is not None:
+        raise ValueError("give `init_cfg` or `pretrained`, not both; `pretrained` is the old spelling")
+    if init_cfg is not None:
+        check_type("init_cfg", init_cfg, (Mapping, list, tuple), "a dict, a list of dicts or None")

@@ -1,0 +1,121 @@
+"""What every backbone here does beside its layers: say what it hands out, freeze, keep norms in eval, check images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resbackbone.features import FeatureInfo
+from resbackbone.layers import Module
+from resbackbone.layers.module import InitConfig
+
+
+class Backbone(Module):
+    """The base of the backbones.
+
+    A subclass sets ``in_channels``, ``out_indices``, ``frozen_stages`` and ``norm_eval``, reports each stage with
+    :meth:`add_stage` as it builds it, and says in :meth:`frozen_modules` what freezing means.
+
+    Args:
+        init_cfg: As for :class:`~resbackbone.layers.Module`.
+    """
+
+    in_channels: int
+    out_indices: tuple[int, ...]
+    frozen_stages: int
+    norm_eval: bool
+
+    def __init__(self, init_cfg: InitConfig | None = None) -> None:
+        super().__init__(init_cfg)
+        self.res_layers: list[str] = []
+        self._stages: list[FeatureInfo] = []
+        self.register_forward_pre_hook(_check_images)
+
+    def add_stage(self, stage: nn.Module, *, channels: int, stride: int) -> None:
+        """Add the next stage as ``layer1``, ``layer2``, ...
+
+        Args:
+            stage: The module.
+            channels: Channels that it hands out.
+            stride: Input pixels per feature pixel at its output.
+        """
+        index = len(self._stages)
+        name = f"layer{index + 1}"
+        self.add_module(name, stage)
+        self.res_layers.append(name)
+        self._stages.append(FeatureInfo(name, index, channels, stride))
+
+    @property
+    def feature_info(self) -> tuple[FeatureInfo, ...]:
+        """What each output is, in output order."""
+        return tuple(self._stages[index] for index in self.out_indices)
+
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of each output, in output order."""
+        return tuple(info.channels for info in self.feature_info)
+
+    @property
+    def out_strides(self) -> tuple[int, ...]:
+        """Input pixels per feature pixel of each output, in output order."""
+        return tuple(info.stride for info in self.feature_info)
+
+    def frozen_modules(self) -> Iterable[nn.Module]:
+        """Yield the modules that ``frozen_stages`` holds still."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it freezes in `frozen_modules`")
+
+    def _freeze_stages(self) -> None:
+        for module in self.frozen_modules():
+            module.eval()
+            for parameter in module.parameters():
+                parameter.requires_grad = False
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch to training (or eval) mode; what is frozen stays in eval, and every batch norm under ``norm_eval``.
+
+        Returns:
+            The backbone itself.
+        """
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+
+def total_stride(modules: Iterable[nn.Module]) -> int:
+    """Multiply the strides of the layers in ``modules``, which run one after the other."""
+    leaves = (leaf for module in modules for leaf in module.modules() if not any(leaf.children()))
+    strides = (getattr(leaf, "stride", 1) for leaf in leaves)
+    return math.prod(stride[0] if isinstance(stride, tuple) else stride for stride in strides)
+
+
+def _check_images(backbone: Backbone, args: tuple[Any, ...]) -> None:
+    """Refuse input that is no batch of images of the right channels, in words; the layers would do so in theirs.
+
+    A hook and not part of ``forward``, so that tracing sees plain layers.
+    """
+    images = args[0] if args else None
+    if isinstance(images, torch.fx.Proxy):
+        return
+    name = type(backbone).__name__
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"{name} takes a tensor of images (N, {backbone.in_channels}, H, W), got {type(images).__name__}"
+        )
+    if images.dim() != 4 or images.shape[1] != backbone.in_channels:
+        raise ValueError(
+            f"{name} takes images of shape (N, {backbone.in_channels}, H, W), got {tuple(images.shape)}; "
+            "add the batch dimension, or build the backbone with the `in_channels` of your images"
+        )
+    if not images.is_floating_point():
+        raise TypeError(f"{name} takes floating-point images, got {images.dtype}; convert and normalise them first")
+    if math.prod(images.shape[2:]) == 0:
+        raise ValueError(f"{name} takes images of at least 1x1 pixels, got {images.shape[2]}x{images.shape[3]}")

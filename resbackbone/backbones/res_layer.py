@@ -1,0 +1,117 @@
+"""The stage: residual blocks in a row, of which one changes resolution and channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from resbackbone.blocks.base import BATCH_NORM
+from resbackbone.checks import check_int, check_ints
+from resbackbone.layers import Sequential, build_conv_layer, build_norm_layer
+from resbackbone.layers.module import Config
+
+
+class ResLayer(Sequential):
+    """``num_blocks`` blocks; the first (or the last, for Hourglass) strides and changes the channels.
+
+    Args:
+        block: The block class; it says its ``expansion`` and takes ``inplanes``, ``planes``, ``stride``, ``dilation``,
+            ``downsample``, ``conv_cfg``, ``norm_cfg`` and whatever ``kwargs`` holds.
+        inplanes: Channels that come in.
+        planes: The blocks' width before expansion; ``planes * block.expansion`` channels go out.
+        num_blocks: How many blocks.
+        stride: Step of the stage in pixels.
+        dilation: Dilation of every block, in pixels.
+        avg_down: Pool the shortcut before its 1x1 convolution instead of striding there.
+        conv_cfg: Config of every convolution.
+        norm_cfg: Config of every norm.
+        downsample_first: Change resolution and channels in the first block (ResNet) or the last (Hourglass).
+        multi_grid: One dilation per block, in place of ``dilation``.
+        contract_dilation: Halve the first block's dilation, so that it looks as far as the stage before it.
+        drop_path_rate: One probability for all blocks or one each.
+        kwargs: Further arguments for every block.
+
+    Raises:
+        ValueError: If ``multi_grid`` or ``drop_path_rate`` has not one entry per block.
+
+    Source: He et al., arXiv:1512.03385, table 1; ``avg_down`` is ResNet-D of arXiv:1812.01187; ``multi_grid`` is
+    arXiv:1706.05587, section 3.2.1.
+    """
+
+    def __init__(
+        self,
+        block: Any,
+        inplanes: int,
+        planes: int,
+        num_blocks: int,
+        stride: int = 1,
+        dilation: int = 1,
+        avg_down: bool = False,
+        conv_cfg: Config | None = None,
+        norm_cfg: Config = BATCH_NORM,
+        downsample_first: bool = True,
+        multi_grid: Sequence[int] | None = None,
+        contract_dilation: bool = False,
+        drop_path_rate: float | Sequence[float] = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        check_int("num_blocks", num_blocks, low=1)
+        per_block = [dict(kwargs, conv_cfg=conv_cfg, norm_cfg=norm_cfg) for _ in range(num_blocks)]
+        dilations = _dilations(num_blocks, dilation, multi_grid, contract_dilation)
+        for arguments, block_dilation in zip(per_block, dilations, strict=True):
+            arguments["dilation"] = block_dilation
+        for arguments, rate in zip(per_block, _drop_path_rates(num_blocks, drop_path_rate), strict=True):
+            if rate:  # a block written for mmdet does not know this argument
+                arguments["drop_path_rate"] = rate
+
+        out_channels = planes * block.expansion
+        changing = 0 if downsample_first else num_blocks - 1
+        blocks = []
+        for index, arguments in enumerate(per_block):
+            if index == changing:
+                shortcut = make_shortcut(inplanes, out_channels, stride, avg_down, conv_cfg, norm_cfg)
+                arguments.update(inplanes=inplanes, planes=planes, stride=stride, downsample=shortcut)
+            elif index < changing:
+                arguments.update(inplanes=inplanes, planes=inplanes // block.expansion, stride=1)
+            else:
+                arguments.update(inplanes=out_channels, planes=planes, stride=1)
+            blocks.append(block(**arguments))
+        super().__init__(*blocks)
+        self.block = block
+        self.stride = stride
+        self.out_channels = out_channels
+
+
+def make_shortcut(
+    in_channels: int, out_channels: int, stride: int, avg_down: bool, conv_cfg: Config | None, norm_cfg: Config
+) -> nn.Sequential | None:
+    """Make the projection beside a block, or None where the identity fits.
+
+    Returns:
+        ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H/stride), ceil(W/stride))``. With ``avg_down`` there is
+        a pooling first even at stride 1, so that the parameters' keys do not depend on the stride.
+    """
+    if stride == 1 and in_channels == out_channels:
+        return None
+    pooling: list[nn.Module] = []
+    if avg_down:
+        pooling = [nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)]
+    conv = build_conv_layer(conv_cfg, in_channels, out_channels, 1, stride=1 if avg_down else stride, bias=False)
+    return nn.Sequential(*pooling, conv, build_norm_layer(norm_cfg, out_channels)[1])
+
+
+def _dilations(num_blocks: int, dilation: int, multi_grid: Sequence[int] | None, contract: bool) -> tuple[int, ...]:
+    if multi_grid is not None:
+        return check_ints("multi_grid", multi_grid, low=1, length=num_blocks, why="one per block of the last stage")
+    first = dilation // 2 if contract and dilation > 1 else dilation
+    return (first,) + (dilation,) * (num_blocks - 1)
+
+
+def _drop_path_rates(num_blocks: int, rate: float | Sequence[float]) -> tuple[float, ...]:
+    if isinstance(rate, (int, float)):
+        return (float(rate),) * num_blocks
+    if len(rate) != num_blocks:
+        raise ValueError(f"`drop_path_rate` of a stage must have {num_blocks} entries, one per block, got {len(rate)}")
+    return tuple(float(r) for r in rate)

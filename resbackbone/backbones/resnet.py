@@ -1,0 +1,289 @@
+"""ResNet, the backbone that every variant is derived from."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from resbackbone.backbones.arguments import check_resnet_arguments, resolve_out_indices
+from resbackbone.backbones.base import Backbone, total_stride
+from resbackbone.backbones.res_layer import ResLayer
+from resbackbone.backbones.stem import make_deep_stem
+from resbackbone.blocks import BasicBlock, Bottleneck
+from resbackbone.layers import FrozenBatchNorm2d, build_conv_layer, build_norm_layer
+from resbackbone.layers.module import Config, InitConfig
+from resbackbone.registry import MODELS, find_type
+
+__all__ = ["BasicBlock", "Bottleneck", "ResLayer", "ResNet"]
+
+BATCH_NORM: Config = {"type": "BN", "requires_grad": True}  # read, never written to
+
+
+@MODELS.register_module()
+class ResNet(Backbone):
+    """ResNet with the arguments, attributes, keys and numbers of mmdet's and mmseg's.
+
+    Args:
+        depth: A key of ``arch_settings``: 18, 34, 50, 101 or 152.
+        in_channels: Channels of the images.
+        stem_channels: Channels after the stem; None for ``base_channels``.
+        base_channels: ``planes`` of the first stage; each further stage doubles them.
+        num_stages: Number of stages, 1 to 4.
+        strides: Step of each stage's first block, in pixels.
+        dilations: Dilation of each stage, in pixels.
+        out_indices: Stages whose feature maps are handed out; negative ones count from the end. The outputs come in
+            ascending order whatever the order here.
+        style: Where a bottleneck strides: "pytorch" in the 3x3, "caffe" in the first 1x1.
+        deep_stem: Three 3x3 convolutions in place of the stem's 7x7.
+        avg_down: Average pooling in the shortcuts in place of a strided convolution.
+        frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages: no gradients, eval mode.
+        conv_cfg: Config of the convolutions.
+        norm_cfg: Config of the norms: "BN", "SyncBN", "GN", "IN", "FrozenBN" or any registered norm.
+        norm_eval: Keep every batch norm in eval mode (its affine parameters train all the same).
+        dcn: Config of the deformable convolutions, such as ``dict(type="DCNv2", deform_groups=1)``.
+        stage_with_dcn: Which stages have them.
+        plugins: Dicts of ``cfg``, ``position`` ("after_conv1", ...) and optionally ``stages``, one bool per stage.
+        with_cp: Recompute each block in the backward pass instead of keeping its activations.
+        zero_init_residual: Start with the last norm of each block at zero, so that the block is the identity.
+        pretrained: Old spelling of ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
+        init_cfg: How ``init_weights()`` initialises; None for He's normal and norms at one.
+        multi_grid: Dilation of each block of the last stage, in place of that stage's dilation.
+        contract_dilation: Halve the dilation of each stage's first block.
+        drop_path_rate: Probability, 0 to 1, of leaving out the last block's branch while training; earlier blocks
+            have less, in proportion to their place.
+
+    Raises:
+        KeyError: If ``depth`` is none of ``arch_settings``, or a type is not registered.
+        TypeError, ValueError: If an argument does not fit; nothing is built then.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, arXiv:1512.03385; arguments as in mmdet 3.3.0
+    ``models/backbones/resnet.py``, ``multi_grid`` and ``contract_dilation`` as in mmseg 1.2.2.
+
+    >>> import torch
+    >>> net = ResNet(18, out_indices=(0, -1)).eval()
+    >>> [tuple(feature.shape) for feature in net(torch.zeros(2, 3, 64, 64))]
+    [(2, 64, 16, 16), (2, 512, 2, 2)]
+    """
+
+    arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
+        18: (BasicBlock, (2, 2, 2, 2)),
+        34: (BasicBlock, (3, 4, 6, 3)),
+        50: (Bottleneck, (3, 4, 6, 3)),
+        101: (Bottleneck, (3, 4, 23, 3)),
+        152: (Bottleneck, (3, 8, 36, 3)),
+    }
+
+    def __init__(
+        self,
+        depth: int,
+        in_channels: int = 3,
+        stem_channels: int | None = None,
+        base_channels: int = 64,
+        num_stages: int = 4,
+        strides: Sequence[int] = (1, 2, 2, 2),
+        dilations: Sequence[int] = (1, 1, 1, 1),
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        style: str = "pytorch",
+        deep_stem: bool = False,
+        avg_down: bool = False,
+        frozen_stages: int = -1,
+        conv_cfg: Config | None = None,
+        norm_cfg: Config = BATCH_NORM,
+        norm_eval: bool = True,
+        dcn: Config | None = None,
+        stage_with_dcn: Sequence[bool] = (False, False, False, False),
+        plugins: Sequence[Config] | None = None,
+        with_cp: bool = False,
+        zero_init_residual: bool = True,
+        pretrained: str | None = None,
+        init_cfg: InitConfig | None = None,
+        *,
+        multi_grid: Sequence[int] | None = None,
+        contract_dilation: bool = False,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_resnet_arguments(type(self).__name__, self.arch_settings, **given)
+        super().__init__(_initialisers(pretrained, init_cfg))
+        self.depth = depth
+        self.in_channels = in_channels
+        self.stem_channels = base_channels if stem_channels is None else stem_channels
+        self.base_channels = base_channels
+        self.num_stages = num_stages
+        self.strides = tuple(strides)
+        self.dilations = tuple(dilations)
+        self.out_indices = resolve_out_indices(out_indices, num_stages)
+        self.style = style
+        self.deep_stem = deep_stem
+        self.avg_down = avg_down
+        self.frozen_stages = frozen_stages
+        self.conv_cfg = copy.deepcopy(conv_cfg)
+        self.norm_cfg = copy.deepcopy(norm_cfg)
+        self.norm_eval = norm_eval
+        self.dcn = copy.deepcopy(dcn)
+        self.stage_with_dcn = tuple(stage_with_dcn)
+        self.plugins = copy.deepcopy(plugins)
+        self.with_cp = with_cp
+        self.zero_init_residual = zero_init_residual
+        self.multi_grid = multi_grid
+        self.contract_dilation = contract_dilation
+        self.drop_path_rate = drop_path_rate
+        self.block, stage_blocks = self.arch_settings[depth]
+        self.stage_blocks = stage_blocks[:num_stages]
+        self.inplanes = self.stem_channels
+
+        self._make_stem_layer(in_channels, self.stem_channels)
+        self._stem_names = tuple(name for name, _ in self.named_children())
+        self._make_stages(stride=total_stride(self._stem()))
+        self._freeze_stages()
+        self.feat_dim = self.block.expansion * base_channels * 2 ** (num_stages - 1)
+
+    def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
+        """Add the layers before the first stage: ``conv1``, ``norm1``, ``relu`` or ``stem``; and ``maxpool``."""
+        if self.deep_stem:
+            self.stem = make_deep_stem(in_channels, stem_channels, self.conv_cfg, self.norm_cfg)
+        else:
+            self.conv1 = build_conv_layer(
+                self.conv_cfg, in_channels, stem_channels, kernel_size=7, stride=2, padding=3, bias=False
+            )
+            self.norm1_name, norm1 = build_norm_layer(self.norm_cfg, stem_channels, postfix=1)
+            self.add_module(self.norm1_name, norm1)
+            self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+
+    def _stem(self) -> list[nn.Module]:
+        """What ``_make_stem_layer`` added, in the order it runs."""
+        return [getattr(self, name) for name in self._stem_names]
+
+    def _make_stages(self, stride: int) -> None:
+        """Add ``layer1``, ... behind a stem that takes ``stride`` input pixels to one."""
+        rates = self._drop_path_rates()
+        for index, num_blocks in enumerate(self.stage_blocks):
+            planes = self.base_channels * 2**index
+            optional: dict[str, Any] = {}  # only what is asked for, so that a ResLayer written for mmdet fits
+            if self.multi_grid is not None and index == self.num_stages - 1:
+                optional["multi_grid"] = self.multi_grid
+            if self.contract_dilation:
+                optional["contract_dilation"] = True
+            if self.drop_path_rate:
+                optional["drop_path_rate"] = rates[index]
+            stage = self.make_res_layer(
+                block=self.block,
+                inplanes=self.inplanes,
+                planes=planes,
+                num_blocks=num_blocks,
+                stride=self.strides[index],
+                dilation=self.dilations[index],
+                style=self.style,
+                avg_down=self.avg_down,
+                with_cp=self.with_cp,
+                conv_cfg=self.conv_cfg,
+                norm_cfg=self.norm_cfg,
+                dcn=copy.deepcopy(self.dcn) if self.dcn and self.stage_with_dcn[index] else None,
+                plugins=None if self.plugins is None else self.make_stage_plugins(self.plugins, index),
+                init_cfg=self._block_init_cfg(),
+                **optional,
+            )
+            self.inplanes = planes * self.block.expansion
+            stride *= getattr(stage, "stride", self.strides[index])
+            self.add_stage(stage, channels=getattr(stage, "out_channels", self.inplanes), stride=stride)
+
+    def _drop_path_rates(self) -> list[list[float]]:
+        """One rate per block, from 0 at the first to ``drop_path_rate`` at the last."""
+        steps = max(sum(self.stage_blocks) - 1, 1)
+        rates = iter(self.drop_path_rate * block / steps for block in range(sum(self.stage_blocks)))
+        return [[next(rates) for _ in range(num_blocks)] for num_blocks in self.stage_blocks]
+
+    def _block_init_cfg(self) -> Config | None:
+        """How each block ends its initialisation: with its last norm at zero, unless that norm could never leave it."""
+        if not self.zero_init_residual or find_type(self.norm_cfg["type"], "norm") is FrozenBatchNorm2d:
+            return None
+        for last_norm in ("norm3", "norm2"):
+            if hasattr(self.block, last_norm):
+                return {"type": "Constant", "val": 0, "override": {"name": last_norm}}
+        return None
+
+    def make_stage_plugins(self, plugins: Sequence[Config], stage_idx: int) -> list[Config]:
+        """Pick the plugins of one stage.
+
+        Args:
+            plugins: Dicts of ``cfg``, ``position`` and optionally ``stages``; without ``stages`` in every stage.
+            stage_idx: The stage, counted from 0.
+
+        Returns:
+            Those of the stage, without ``stages``.
+        """
+        picked = []
+        for plugin in plugins:
+            rest = dict(plugin)
+            stages = rest.pop("stages", None)
+            if stages is None or stages[stage_idx]:
+                picked.append(rest)
+        return picked
+
+    def make_res_layer(self, **kwargs: Any) -> nn.Module:
+        """Make one stage; the place for a variant to add arguments of its own for its blocks.
+
+        Args:
+            kwargs: As for :class:`~resbackbone.backbones.ResLayer`.
+
+        Returns:
+            ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)``.
+        """
+        return ResLayer(**kwargs)
+
+    @property
+    def norm1(self) -> nn.Module:
+        """The norm of the plain stem."""
+        norm: nn.Module = getattr(self, self.norm1_name)
+        return norm
+
+    def frozen_modules(self) -> Iterable[nn.Module]:
+        """Yield the stem's layers and the first ``frozen_stages`` stages."""
+        if self.frozen_stages >= 0:
+            yield from self._stem()
+        for name in self.res_layers[: max(self.frozen_stages, 0)]:
+            yield getattr(self, name)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the feature maps.
+
+        Args:
+            x: Images ``(N, in_channels, H, W)``, normalised as the weights expect.
+
+        Returns:
+            One ``(N, C, H/s, W/s)`` per entry of ``feature_info``, in its order.
+        """
+        if self.deep_stem:
+            x = self.stem(x)
+        else:
+            x = self.conv1(x)
+            x = self.norm1(x)
+            x = self.relu(x)
+        x = self.maxpool(x)
+        outs = []
+        for index, name in enumerate(self.res_layers):
+            x = getattr(self, name)(x)
+            if index in self.out_indices:
+                outs.append(x)
+        return tuple(outs)
+
+
+def _initialisers(pretrained: str | None, init_cfg: InitConfig | None) -> InitConfig:
+    if pretrained is not None:
+        warnings.warn(
+            "`pretrained` is the old spelling; use init_cfg=dict(type='Pretrained', checkpoint=...)",
+            FutureWarning,
+            stacklevel=4,
+        )
+        return {"type": "Pretrained", "checkpoint": pretrained}
+    if init_cfg is not None:
+        return init_cfg
+    return [
+        {"type": "Kaiming", "layer": "Conv2d"},
+        {"type": "Constant", "val": 1, "layer": ["_BatchNorm", "GroupNorm"]},
+    ]

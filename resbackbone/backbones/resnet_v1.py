@@ -1,0 +1,48 @@
+"""ResNet-B, C and D: the same blocks behind other stems and shortcuts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from resbackbone.backbones.resnet import ResNet
+from resbackbone.registry import MODELS
+
+
+@MODELS.register_module()
+class ResNetV1b(ResNet):
+    """Another name for :class:`ResNet`, whose ``style="pytorch"`` is what v1b (also v1.5) means: stride in the 3x3.
+
+    Source: facebook/fb.resnet.torch; ResNet-B of arXiv:1812.01187, figure 2a.
+    """
+
+
+@MODELS.register_module()
+class ResNetV1c(ResNet):
+    """ResNet with the deep stem.
+
+    Args:
+        depth: As for :class:`ResNet`.
+        deep_stem: True here.
+        kwargs: As for :class:`ResNet`.
+
+    Source: ResNet-C of He et al., Bag of Tricks, arXiv:1812.01187, figure 2b.
+    """
+
+    def __init__(self, depth: int, *, deep_stem: bool = True, **kwargs: Any) -> None:
+        super().__init__(depth, deep_stem=deep_stem, **kwargs)
+
+
+@MODELS.register_module()
+class ResNetV1d(ResNetV1c):
+    """ResNet with the deep stem and average pooling in the shortcuts.
+
+    Args:
+        depth: As for :class:`ResNet`.
+        avg_down: True here.
+        kwargs: As for :class:`ResNetV1c`.
+
+    Source: ResNet-D of He et al., Bag of Tricks, arXiv:1812.01187, figure 2c.
+    """
+
+    def __init__(self, depth: int, *, avg_down: bool = True, **kwargs: Any) -> None:
+        super().__init__(depth, avg_down=avg_down, **kwargs)

@@ -1,0 +1,41 @@
+"""Wide ResNet: bottlenecks with a wider 3x3."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from resbackbone.backbones.resnet import ResNet
+from resbackbone.checks import check_int
+from resbackbone.registry import MODELS
+
+
+@MODELS.register_module()
+class WideResNet(ResNet):
+    """ResNet whose bottlenecks are ``widening_factor`` times as wide in the middle; their outputs stay the same.
+
+    Args:
+        depth: 50, 101 or 152.
+        widening_factor: The paper's k.
+        kwargs: As for :class:`~resbackbone.ResNet`.
+
+    Source: Zagoruyko and Komodakis, Wide Residual Networks, arXiv:1605.07146, table 8 (WRN-50-2-bottleneck);
+    torchvision's ``wide_resnet50_2``.
+
+    >>> WideResNet(50).layer1[0].conv2.out_channels
+    128
+    """
+
+    arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
+        depth: ResNet.arch_settings[depth] for depth in (50, 101, 152)
+    }
+
+    def __init__(self, depth: int, *, widening_factor: int = 2, **kwargs: Any) -> None:
+        check_int("widening_factor", widening_factor, low=1)
+        self.widening_factor = widening_factor
+        super().__init__(depth, **kwargs)
+
+    def make_res_layer(self, **kwargs: Any) -> nn.Module:
+        """Make one stage of widened bottlenecks."""
+        return super().make_res_layer(width=kwargs["planes"] * self.widening_factor, **kwargs)

@@ -1,0 +1,260 @@
+"""The residual block: everything that the blocks share, so that each states only its own convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
+
+from resbackbone.checks import check_choice, check_mapping, check_sequence, check_type
+from resbackbone.layers import DropPath, Module, build_conv_layer, build_norm_layer, build_plugin_layer
+from resbackbone.layers.module import Config, InitConfig
+from resbackbone.registry import find_type, split_type
+
+BATCH_NORM: Config = {"type": "BN"}  # the norm where a config names none; read, never written to
+
+
+class ResidualBlock(Module):
+    """``relu(branch(x) + shortcut(x))``, the branch being ``num_convs`` convolutions with norm, ReLU and plugins.
+
+    A subclass sets ``expansion`` and ``num_convs`` and adds its convolutions with :meth:`add_conv`. The forward pass
+    runs ``conv1, norm1, relu, plugins after_conv1, conv2, ...``; the last norm has no ReLU of its own.
+
+    Args:
+        inplanes: Channels that come in.
+        planes: The block's width before expansion; ``planes * expansion`` channels go out.
+        stride: Step of the block in pixels.
+        dilation: Dilation of its spatial convolution, in pixels.
+        downsample: The shortcut, where it is not the identity.
+        style: Where a bottleneck strides: "pytorch" in the 3x3, "caffe" in the first 1x1.
+        with_cp: Recompute the block in the backward pass instead of keeping its activations.
+        conv_cfg: Config of every convolution but a deformable one.
+        norm_cfg: Config of every norm.
+        dcn: Config of the deformable convolution that takes the place of the block's spatial one. Its entry
+            ``fallback_on_stride=True`` leaves strided convolutions plain.
+        plugins: Dicts of ``cfg`` (the plugin's config) and ``position`` (``"after_conv1"``, ...).
+        drop_path_rate: Probability, 0 to 1, of leaving the branch out while training.
+        init_cfg: As for :class:`~resbackbone.layers.Module`.
+
+    Raises:
+        TypeError, ValueError, KeyError: If an argument does not fit; nothing is built then.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, arXiv:1512.03385, figure 5.
+    """
+
+    expansion: ClassVar[int]
+    num_convs: ClassVar[int]
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        dilation: int = 1,
+        downsample: nn.Module | None = None,
+        style: str = "pytorch",
+        with_cp: bool = False,
+        conv_cfg: Config | None = None,
+        norm_cfg: Config = BATCH_NORM,
+        dcn: Config | None = None,
+        plugins: Sequence[Config] | None = None,
+        drop_path_rate: float = 0.0,
+        init_cfg: InitConfig | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        check_choice("style", style, ("pytorch", "caffe"))
+        check_dcn(dcn, conv_cfg)
+        check_plugins(plugins, type(self))
+        self.inplanes = inplanes
+        self.planes = planes
+        self.stride = stride
+        self.dilation = dilation
+        self.style = style
+        self.with_cp = with_cp
+        self.conv_cfg = conv_cfg
+        self.norm_cfg = norm_cfg
+        self.dcn = dcn
+        self.plugins = plugins
+        self._build()
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else None
+        self._add_plugins()
+
+    def _build(self) -> None:
+        """Add the convolutions, in order, with :meth:`add_conv`."""
+        raise NotImplementedError(f"{type(self).__name__} must add its convolutions in `_build`")
+
+    @property
+    def with_dcn(self) -> bool:
+        """Whether the block was asked for a deformable convolution."""
+        return self.dcn is not None
+
+    @property
+    def with_plugins(self) -> bool:
+        """Whether the block was asked for plugins."""
+        return self.plugins is not None
+
+    @property
+    def norm1(self) -> nn.Module:
+        """The norm behind the first convolution."""
+        return self._norm(1)
+
+    @property
+    def norm2(self) -> nn.Module:
+        """The norm behind the second convolution."""
+        return self._norm(2)
+
+    def _norm(self, index: int) -> nn.Module:
+        norm: nn.Module = getattr(self, getattr(self, f"norm{index}_name"))
+        return norm
+
+    def add_conv(
+        self,
+        index: int,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        deformable: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Add ``conv{index}`` and the norm behind it.
+
+        Args:
+            index: Its place in the branch, counted from 1.
+            in_channels: Channels that come in.
+            out_channels: Channels that go out.
+            kernel_size: Side of the kernel in pixels.
+            deformable: Whether it is the one that ``dcn`` replaces.
+            kwargs: stride, padding, dilation, groups.
+        """
+        cfg = self.conv_cfg
+        if deformable and self.dcn is not None:
+            dcn = dict(self.dcn)
+            if not dcn.pop("fallback_on_stride", False) or kwargs.get("stride", 1) == 1:
+                cfg = dcn
+        conv = build_conv_layer(cfg, in_channels, out_channels, kernel_size, bias=False, **kwargs)
+        norm_name, norm = build_norm_layer(self.norm_cfg, out_channels, postfix=index)
+        self.add_module(f"conv{index}", conv)
+        setattr(self, f"norm{index}_name", norm_name)
+        self.add_module(norm_name, norm)
+
+    def _add_plugins(self) -> None:
+        for index in range(1, self.num_convs + 1):
+            position = f"after_conv{index}"
+            cfgs = [plugin["cfg"] for plugin in self.plugins or () if plugin["position"] == position]
+            channels = getattr(self, f"conv{index}").out_channels
+            setattr(self, f"{position}_plugins", cfgs)
+            setattr(self, f"{position}_plugin_names", self.make_block_plugins(channels, cfgs))
+
+    def make_block_plugins(self, in_channels: int, plugins: Sequence[Config]) -> list[str]:
+        """Build plugins and add them to the block.
+
+        Args:
+            in_channels: Channels that they work on.
+            plugins: Their configs; an entry ``postfix`` goes into the attribute name.
+
+        Returns:
+            Their attribute names, in order.
+
+        Raises:
+            ValueError: If two would have the same name.
+        """
+        names = []
+        for plugin in plugins:
+            cfg = dict(plugin)
+            name, layer = build_plugin_layer(cfg, in_channels=in_channels, postfix=cfg.pop("postfix", ""))
+            if hasattr(self, name):
+                raise ValueError(f"duplicate plugin {name!r} in one block; give each its own `postfix` in `cfg`")
+            self.add_module(name, layer)
+            names.append(name)
+        return names
+
+    def forward_plugin(self, x: Tensor, plugin_names: Sequence[str]) -> Tensor:
+        """Run the named plugins one after the other; the shape stays."""
+        for name in plugin_names:
+            x = getattr(self, name)(x)
+        return x
+
+    def branch(self, x: Tensor) -> Tensor:
+        """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)`` without the shortcut."""
+        for index in range(1, self.num_convs + 1):
+            x = getattr(self, f"conv{index}")(x)
+            x = self._norm(index)(x)
+            if index < self.num_convs:
+                x = self.relu(x)
+            x = self.forward_plugin(x, getattr(self, f"after_conv{index}_plugin_names"))
+        return x
+
+    def _add_shortcut(self, x: Tensor) -> Tensor:
+        out = self.branch(x)
+        if self.drop_path is not None:
+            out = self.drop_path(out)
+        out += x if self.downsample is None else self.downsample(x)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)``."""
+        if self.with_cp and self._wants_grad(x):
+            out = recompute_in_backward(self._add_shortcut, x, self)
+        else:
+            out = self._add_shortcut(x)
+        return self.relu(out)  # type: ignore[no-any-return]
+
+    def _wants_grad(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+
+
+def check_dcn(dcn: Config | None, conv_cfg: Config | None) -> None:
+    """Raise unless ``dcn`` is None or a dict, and alone: it says the type of a convolution, as ``conv_cfg`` does."""
+    check_mapping("dcn", dcn)
+    if dcn is not None and conv_cfg is not None:
+        raise ValueError(f"`conv_cfg` must be None where there is `dcn`, got {dict(conv_cfg)!r}; drop one of the two")
+
+
+def check_plugins(plugins: Sequence[Config] | None, block: Any) -> None:
+    """Raise unless each plugin has a ``cfg`` with a ``type`` and a ``position`` that the block class has."""
+    positions = tuple(f"after_conv{index}" for index in range(1, getattr(block, "num_convs", 3) + 1))
+    for index, plugin in enumerate(check_sequence("plugins", () if plugins is None else plugins)):
+        name = f"plugins[{index}]"
+        check_type(name, plugin, Mapping, "a dict with `cfg`, `position` and optionally `stages`")
+        if not {"cfg", "position"} <= set(plugin) <= {"cfg", "position", "stages"}:
+            keys = ", ".join(map(repr, plugin)) or "nothing"
+            raise KeyError(f"`{name}` needs `cfg` and `position` and may have `stages`; got {keys}")
+        check_choice(f"{name}['position'] in a {block.__name__}", plugin["position"], positions)
+        find_type(split_type(plugin["cfg"], f"{name}['cfg']")[0], "plugin")
+
+
+def recompute_in_backward(function: Any, x: Tensor, module: nn.Module) -> Tensor:
+    """Run ``function(x)`` without keeping its activations; the backward pass runs it again.
+
+    Running statistics move in the first run only. (With ``torch.utils.checkpoint`` alone they move twice.)
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _statistics_at_rest(module)
+
+    # The compiler moves them once by itself, and takes no contexts.
+    options: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
+    out: Tensor = checkpoint(function, x, use_reentrant=False, **options)
+    return out
+
+
+@contextmanager
+def _statistics_at_rest(module: nn.Module) -> Iterator[None]:
+    """Let training norms move copies of their running statistics, which are then thrown away."""
+    norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.training]
+    originals = [dict(norm._buffers) for norm in norms]
+    for norm in norms:
+        norm._buffers.update({name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)})
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, originals, strict=True):
+            norm._buffers.update(buffers)

@@ -1,0 +1,96 @@
+"""The wording of errors in user input: what was expected, what came, what is allowed, what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def nearest(name: object, known: Iterable[str], *, list_all: str = "") -> str:
+    """Return the tail of an error message about an unknown name.
+
+    Args:
+        name: What the user wrote.
+        known: The names that would have been right.
+        list_all: How to see them all, such as a call or a command; without it the names are written out.
+
+    Returns:
+        ``"; did you mean 'X'? Known: ..."``, the question only where something is near.
+
+    >>> nearest("ResNett", ["ResNet", "FPN"])
+    "; did you mean 'ResNet'? Known: FPN, ResNet"
+    """
+    names = sorted(known)
+    by_folded = {known_name.lower(): known_name for known_name in reversed(names)}
+    close = difflib.get_close_matches(str(name).lower(), by_folded, n=1, cutoff=0.5)
+    question = f"did you mean {by_folded[close[0]]!r}? " if close else ""
+    return f"; {question}" + (list_all or f"Known: {', '.join(names)}")
+
+
+def check_type(name: str, value: object, allowed: type | tuple[type, ...], expected: str) -> None:
+    """Raise TypeError unless ``value`` is an instance of ``allowed``; bool does not pass for a number."""
+    types = allowed if isinstance(allowed, tuple) else (allowed,)
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise TypeError(f"`{name}` must be {expected}, got {value!r} of type {type(value).__name__}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is True or False."""
+    check_type(name, value, bool, "True or False")
+
+
+def check_int(name: str, value: object, *, low: int, high: int | None = None) -> None:
+    """Raise unless ``value`` is an integer in ``low..high``.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is out of range.
+    """
+    check_type(name, value, int, "an integer")
+    assert isinstance(value, int)
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"`{name}` must be {allowed}, got {value}")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[Any]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def check_mapping(name: str, value: object, *, optional: bool = True) -> None:
+    """Raise TypeError unless ``value`` is a dict (or None, where that is allowed)."""
+    if value is None and optional:
+        return
+    check_type(name, value, Mapping, "a dict or None" if optional else "a dict")
+
+
+def check_sequence(name: str, value: object, *, length: int | None = None, why: str = "") -> tuple[Any, ...]:
+    """Return ``value`` as a tuple.
+
+    Args:
+        name: The argument's name.
+        value: A list or tuple.
+        length: How many entries it must have, if that is fixed.
+        why: Where the length comes from, such as "one per stage, `num_stages`=3".
+
+    Raises:
+        TypeError: If it is no list or tuple.
+        ValueError: If its length is wrong.
+    """
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"`{name}` must be a list or tuple, got {value!r} of type {type(value).__name__}")
+    if length is not None and len(value) != length:
+        reason = f" ({why})" if why else ""
+        raise ValueError(f"`{name}` must have {length} entries{reason}, got {len(value)}: {tuple(value)!r}")
+    return tuple(value)
+
+
+def check_ints(name: str, value: object, *, low: int, length: int | None = None, why: str = "") -> tuple[int, ...]:
+    """Return ``value`` as a tuple of integers, each at least ``low``; raises as the checks above do."""
+    numbers = check_sequence(name, value, length=length, why=why)
+    for index, number in enumerate(numbers):
+        check_int(f"{name}[{index}]", number, low=low)
+    return numbers

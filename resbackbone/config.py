@@ -1,0 +1,232 @@
+"""From a name, a file or a dict to a backbone: loading configs, checking them, building from them."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from resbackbone.backbones import Backbone
+from resbackbone.checks import nearest
+from resbackbone.registry import find_type, split_type
+
+BackboneSource = str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A backbone's config and what its file says beside it.
+
+    Attributes:
+        backbone: ``type`` and constructor arguments.
+        about: The other entries of a YAML file, such as ``source``, the paper.
+    """
+
+    backbone: dict[str, Any]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def build_backbone(config: BackboneSource, *, checkpoint: str | Path | None = None, **overrides: Any) -> Backbone:
+    """Build a backbone and initialise its weights.
+
+    Args:
+        config: A name that :func:`list_backbones` lists; a path to a .yaml or .py file; or a dict with ``type`` and the
+            constructor's arguments. It is not changed.
+        checkpoint: A file of weights to load after the initialisation.
+        overrides: Constructor arguments that replace those of the config, such as ``frozen_stages=1``.
+
+    Returns:
+        The backbone, in training mode: images ``(N, in_channels, H, W)`` to a tuple of ``(N, C, H/s, W/s)``.
+
+    Raises:
+        KeyError: If the name, the type or an argument of restricted choice is unknown; the nearest match is named.
+        TypeError: If an argument is unknown, missing or of the wrong type.
+        ValueError: If an argument's value does not fit.
+        FileNotFoundError: If the path or the checkpoint does not exist.
+
+    >>> build_backbone("resnet18", frozen_stages=1).out_channels
+    (64, 128, 256, 512)
+    >>> build_backbone(dict(type="ResNet", depth=50, out_indices=(-1,))).feature_info
+    (FeatureInfo(name='layer4', stage=3, channels=2048, stride=32),)
+    """
+    type_, arguments = split_type({**load_config(config).backbone, **overrides}, "backbone config")
+    scope = arguments.pop("_scope_", None)
+    if scope and isinstance(type_, str) and "." not in type_:
+        type_ = f"{scope}.{type_}"
+    backbone_class = find_type(type_, "backbone")
+    check_arguments(backbone_class, arguments)
+    backbone: Backbone = backbone_class(**arguments)
+    if hasattr(backbone, "init_weights"):
+        backbone.init_weights()
+    if checkpoint is not None:
+        from resbackbone.checkpoints import load_checkpoint
+
+        load_checkpoint(backbone, checkpoint)
+    return backbone
+
+
+def list_backbones(pattern: str = "*") -> list[str]:
+    """List the names that :func:`build_backbone` knows.
+
+    Args:
+        pattern: What the name must look like, with ``*`` and ``?`` as in a shell.
+
+    Returns:
+        The names, sorted.
+
+    >>> list_backbones("wide*")
+    ['wide_resnet101_2', 'wide_resnet50_2']
+    """
+    return sorted(fnmatch.filter(config_files(), pattern))
+
+
+def load_config(config: BackboneSource) -> BackboneConfig:
+    """Load a backbone's config from wherever :func:`build_backbone` takes it; the result is a copy.
+
+    Raises:
+        KeyError: If the name is unknown or the file holds no backbone.
+        TypeError: If ``config`` is none of the three kinds.
+        ValueError: If the file is no valid YAML.
+        FileNotFoundError: If the file does not exist.
+    """
+    if isinstance(config, Mapping):
+        return BackboneConfig(_plain(config))
+    if not isinstance(config, (str, Path)):
+        raise TypeError(
+            "a backbone config must be a name, a path to a .yaml or .py file or a dict with `type`, "
+            f"got {config!r} of type {type(config).__name__}"
+        )
+    path = Path(config)
+    if path.suffix in (".yaml", ".yml", ".py"):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no config file at {str(path)!r}; a name without a suffix is looked up in `configs/`"
+            )
+    elif str(config) in config_files():
+        path = config_files()[str(config)]
+    else:
+        hint = nearest(
+            config, config_files(), list_all="`resbackbone list` shows all names; a file ends in .yaml or .py"
+        )
+        raise KeyError(f"unknown backbone {str(config)!r}{hint}")
+    return _pick_backbone(_load_py(path) if path.suffix == ".py" else _load_yaml(path), path)
+
+
+@lru_cache(maxsize=1)
+def config_files() -> dict[str, Path]:
+    """Map each name to its file in ``configs/``; the folder above the file is the family."""
+    package = Path(__file__).parent
+    # Inside the wheel, or beside the package in a checkout.
+    root = next(folder for folder in (package / "configs", package.parent / "configs") if (folder / "resnet").is_dir())
+    return {path.stem: path for path in sorted(root.glob("*/*.yaml"))}
+
+
+def check_arguments(target: type, arguments: Mapping[str, Any]) -> None:
+    """Raise unless ``target(**arguments)`` has every argument it needs and none it does not know.
+
+    Where a constructor passes ``**kwargs`` on, its base classes are asked as well.
+
+    Raises:
+        TypeError: Naming the argument, and its nearest match.
+    """
+    known, open_ended = _parameters(target)
+    unknown = [] if open_ended else [name for name in arguments if name not in known]
+    if unknown:
+        raise TypeError(f"{target.__name__} has no argument {unknown[0]!r}" + nearest(unknown[0], known))
+    missing = [
+        name for name, parameter in known.items() if parameter.default is parameter.empty and name not in arguments
+    ]
+    if missing:
+        raise TypeError(f"{target.__name__} needs `{missing[0]}`, got only {', '.join(arguments) or 'no arguments'}")
+
+
+def _parameters(target: type) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The named parameters of a class's constructor, and whether it takes any others beside them."""
+    known: dict[str, inspect.Parameter] = {}
+    for base in inspect.getmro(target) if inspect.isclass(target) else ():
+        if base is nn.Module:
+            return known, False
+        constructor = vars(base).get("__init__")
+        if constructor is None:
+            continue
+        parameters = list(inspect.signature(constructor).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                known.setdefault(parameter.name, parameter)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return known, False
+    return known, True
+
+
+def _pick_backbone(content: Any, path: Path) -> BackboneConfig:
+    """Find the backbone in a file: the whole of it, its ``backbone``, or its ``model``'s ``backbone``."""
+    if isinstance(content, Mapping):
+        if "type" in content:
+            return BackboneConfig(_plain(content))
+        if isinstance(content.get("backbone"), Mapping):
+            about = {key: value for key, value in content.items() if key != "backbone"}
+            return BackboneConfig(_plain(content["backbone"]), _plain(about))
+        model = content.get("model")
+        if isinstance(model, Mapping) and isinstance(model.get("backbone"), Mapping):
+            return BackboneConfig(_plain(model["backbone"]))
+    raise KeyError(
+        f"{str(path)!r} holds no backbone; it needs `type` at the top, or a dict `backbone` or `model.backbone`"
+    )
+
+
+def _load_py(path: Path) -> Any:
+    """Run a config in OpenMMLab's Python format; like every Python file, only one that you trust."""
+    from mmengine.config import Config
+
+    return Config.fromfile(path).to_dict()
+
+
+def _load_yaml(path: Path) -> Any:
+    try:
+        # A subclass of SafeLoader: no tag makes it call Python.
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is no valid YAML of plain values: {error}") from error
+    if not isinstance(content, dict):
+        return content
+    merged: dict[str, Any] = {}
+    bases = content.pop("_base_", [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = _merge(merged, _load_yaml(path.parent / base))
+    return _merge(merged, content)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, with a key that is written twice being an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``update`` over it, dicts within dicts merged likewise."""
+    merged = dict(base)
+    for key, value in update.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _plain(value: Any) -> Any:
+    """Copy nested dicts (mmengine's among them), lists and tuples; anything else is kept as it is."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value)
+    return value

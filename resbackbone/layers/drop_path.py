@@ -1,0 +1,33 @@
+"""Drop path: whole residual branches left out at random while training."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    """Zero a sample's branch with probability ``drop_prob`` while training, and scale the others to keep the mean.
+
+    Args:
+        drop_prob: Probability, 0 to 1 (1 excluded).
+
+    Source: Huang et al., Deep Networks with Stochastic Depth, arXiv:1603.09382, equations 2 and 5.
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        if not 0.0 <= drop_prob < 1.0:
+            raise ValueError(f"`drop_prob` must be at least 0 and below 1, got {drop_prob}")
+        self.drop_prob = float(drop_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, ...)`` to the same shape; the identity in eval mode."""
+        if not self.training or self.drop_prob == 0.0:
+            return x
+        keep = 1.0 - self.drop_prob
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        """Show the probability in ``repr``."""
+        return f"drop_prob={self.drop_prob:g}"

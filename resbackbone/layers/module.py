@@ -1,0 +1,56 @@
+"""The base of every module here: an ``nn.Module`` that follows mmengine's initialisation protocol.
+
+mmengine's own ``BaseModule`` is not inherited from, because importing it costs most of a second; it is asked to do the
+work the first time weights are initialised.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+Config = dict[str, Any]
+InitConfig = Config | list[Config]
+
+
+class Module(nn.Module):
+    """An ``nn.Module`` with an ``init_cfg`` that ``init_weights()`` carries out.
+
+    Args:
+        init_cfg: One or several initialisers as mmengine describes them, such as ``dict(type="Kaiming",
+            layer="Conv2d")``. They run before those of the children, ``type="Pretrained"`` after everything else.
+            The dict is copied.
+    """
+
+    def __init__(self, init_cfg: InitConfig | None = None) -> None:
+        super().__init__()
+        self.init_cfg = copy.deepcopy(init_cfg)
+        self.is_init = False
+
+    def init_weights(self) -> None:
+        """Initialise this module by its ``init_cfg``, then its children by theirs; once, however often it is called."""
+        from mmengine.model import BaseModule
+
+        BaseModule.init_weights(self)
+
+    @property
+    def _is_init(self) -> bool:
+        """The name under which mmengine's ``init_weights`` reads and writes ``is_init``."""
+        return self.is_init
+
+    @_is_init.setter
+    def _is_init(self, value: bool) -> None:
+        self.is_init = value
+
+    def _dump_init_info(self) -> None:
+        """Do nothing: a backbone on its own leaves the log of every parameter to the host that trains it."""
+
+
+class Sequential(Module, nn.Sequential):
+    """An ``nn.Sequential`` with an ``init_cfg``."""
+
+    def __init__(self, *modules: nn.Module, init_cfg: InitConfig | None = None) -> None:
+        Module.__init__(self, init_cfg)
+        nn.Sequential.__init__(self, *modules)

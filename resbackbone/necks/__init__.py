@@ -1,0 +1,5 @@
+"""Necks: what stands between a backbone and the heads."""
+
+from resbackbone.necks.fpn import FPN
+
+__all__ = ["FPN"]

@@ -1,0 +1,165 @@
+"""The feature pyramid network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resbackbone.checks import check_choice, check_flag, check_int, check_ints, check_mapping
+from resbackbone.layers import ConvNormAct, Module
+from resbackbone.layers.module import Config, InitConfig
+from resbackbone.registry import MODELS
+
+XAVIER: Config = {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}  # read, never written to
+NEAREST: Config = {"mode": "nearest"}
+EXTRA_SOURCES = ("on_input", "on_lateral", "on_output")
+
+
+@MODELS.register_module()
+class FPN(Module):
+    """Feature pyramid network with the arguments, keys and numbers of mmdet's.
+
+    Args:
+        in_channels: Channels of each backbone feature map: ``net.out_channels``.
+        out_channels: Channels of each output.
+        num_outs: Number of outputs; those beyond the backbone's levels halve the size each.
+        start_level: First backbone level that is used, counted from 0.
+        end_level: Last backbone level that is used, itself included; -1 for the last. With another one there are no
+            extra outputs.
+        add_extra_convs: How the extra outputs are made: False by max pooling; "on_input" (or True), "on_lateral" or
+            "on_output" by strided convolutions from the last backbone level, its lateral or its output.
+        relu_before_extra_convs: A ReLU before each extra convolution but the first.
+        no_norm_on_lateral: Leave ``norm_cfg`` out of the lateral convolutions.
+        conv_cfg: Config of the convolutions.
+        norm_cfg: Config of the norms; None for none.
+        act_cfg: Config of the activations; None for none.
+        upsample_cfg: Arguments of :func:`torch.nn.functional.interpolate` on the way down.
+        init_cfg: As for :class:`~resbackbone.layers.Module`.
+
+    Raises:
+        TypeError, ValueError: If an argument does not fit.
+
+    Source: Lin et al., Feature Pyramid Networks for Object Detection, arXiv:1612.03144; extra levels as in RetinaNet,
+    arXiv:1708.02002; arguments as in mmdet 3.3.0 ``models/necks/fpn.py``.
+
+    >>> import torch
+    >>> from resbackbone import build_backbone
+    >>> net = build_backbone("resnet18")
+    >>> fpn = FPN(in_channels=net.out_channels, out_channels=256, num_outs=5)
+    >>> [tuple(level.shape[1:]) for level in fpn(net(torch.zeros(1, 3, 64, 64)))]
+    [(256, 16, 16), (256, 8, 8), (256, 4, 4), (256, 2, 2), (256, 1, 1)]
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        num_outs: int,
+        start_level: int = 0,
+        end_level: int = -1,
+        add_extra_convs: bool | str = False,
+        relu_before_extra_convs: bool = False,
+        no_norm_on_lateral: bool = False,
+        conv_cfg: Config | None = None,
+        norm_cfg: Config | None = None,
+        act_cfg: Config | None = None,
+        upsample_cfg: Config = NEAREST,
+        init_cfg: InitConfig | None = XAVIER,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.in_channels = check_ints("in_channels", in_channels, low=1)
+        for name, value in (("out_channels", out_channels), ("num_outs", num_outs)):
+            check_int(name, value, low=1)
+        for name, flag in (
+            ("relu_before_extra_convs", relu_before_extra_convs),
+            ("no_norm_on_lateral", no_norm_on_lateral),
+        ):
+            check_flag(name, flag)
+        check_mapping("upsample_cfg", upsample_cfg, optional=False)
+        self.out_channels = out_channels
+        self.num_ins = len(self.in_channels)
+        self.num_outs = num_outs
+        self.start_level = start_level
+        self.end_level = end_level
+        self.relu_before_extra_convs = relu_before_extra_convs
+        self.no_norm_on_lateral = no_norm_on_lateral
+        self.upsample_cfg = dict(upsample_cfg)
+        self.add_extra_convs = _extra_source(add_extra_convs)
+        self.backbone_end_level = self._check_levels()
+
+        used = self.in_channels[start_level : self.backbone_end_level]
+        layers: dict[str, Any] = {"conv_cfg": conv_cfg, "norm_cfg": norm_cfg, "act_cfg": act_cfg}
+        lateral: dict[str, Any] = {**layers, "norm_cfg": None} if no_norm_on_lateral else layers
+        self.lateral_convs = nn.ModuleList(ConvNormAct(channels, out_channels, 1, **lateral) for channels in used)
+        self.fpn_convs = nn.ModuleList(ConvNormAct(out_channels, out_channels, 3, padding=1, **layers) for _ in used)
+        if self.add_extra_convs:
+            first = (
+                self.in_channels[self.backbone_end_level - 1] if self.add_extra_convs == "on_input" else out_channels
+            )
+            for channels in [first, *[out_channels] * num_outs][: num_outs - len(used)]:
+                self.fpn_convs.append(ConvNormAct(channels, out_channels, 3, stride=2, padding=1, **layers))
+
+    def _check_levels(self) -> int:
+        """Return the backbone level behind the last used one, or raise where levels and outputs do not fit."""
+        last = self.num_ins - 1
+        check_int("start_level", self.start_level, low=0, high=last)
+        check_int("end_level", self.end_level, low=-1, high=last)
+        end = last if self.end_level == -1 else self.end_level
+        levels = end - self.start_level + 1
+        if levels < 1:
+            raise ValueError(f"`end_level` must not be below `start_level` (={self.start_level}), got {self.end_level}")
+        if self.num_outs < levels or (end != last and self.num_outs > levels):
+            allowed = "at least" if end == last else "exactly (an early `end_level` leaves no room for extra levels)"
+            raise ValueError(
+                f"`num_outs` must be {allowed} {levels}, the backbone levels from `start_level` {self.start_level} "
+                f"to {end}; got {self.num_outs}"
+            )
+        return end + 1
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Compute the pyramid.
+
+        Args:
+            inputs: The backbone's feature maps, ``(N, in_channels[i], H_i, W_i)``, finest first.
+
+        Returns:
+            ``num_outs`` maps ``(N, out_channels, H_i, W_i)``, finest first.
+
+        Raises:
+            ValueError: If there are not as many maps as ``in_channels``.
+        """
+        if len(inputs) != self.num_ins:
+            raise ValueError(f"FPN takes {self.num_ins} feature maps, one per `in_channels`, got {len(inputs)}")
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs[self.start_level :], strict=False)]
+        for level in range(len(laterals) - 1, 0, -1):
+            laterals[level - 1] = laterals[level - 1] + self._upsample(laterals[level], laterals[level - 1])
+        outs = [conv(lateral) for conv, lateral in zip(self.fpn_convs, laterals, strict=False)]
+        self._append_extra_levels(outs, laterals, inputs)
+        return tuple(outs)
+
+    def _upsample(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        if "scale_factor" in self.upsample_cfg:
+            return F.interpolate(coarse, **self.upsample_cfg)
+        return F.interpolate(coarse, size=fine.shape[2:], **self.upsample_cfg)
+
+    def _append_extra_levels(self, outs: list[Tensor], laterals: list[Tensor], inputs: Sequence[Tensor]) -> None:
+        if not self.add_extra_convs:
+            while len(outs) < self.num_outs:
+                outs.append(F.max_pool2d(outs[-1], kernel_size=1, stride=2))
+            return
+        sources = {"on_input": inputs[self.backbone_end_level - 1], "on_lateral": laterals[-1], "on_output": outs[-1]}
+        x = sources[self.add_extra_convs]
+        for index, conv in enumerate(self.fpn_convs[len(laterals) :]):
+            x = conv(F.relu(x) if index and self.relu_before_extra_convs else x)
+            outs.append(x)
+
+
+def _extra_source(add_extra_convs: Any) -> str:
+    """The name of what the extra convolutions start from; empty where there are none."""
+    if isinstance(add_extra_convs, bool):
+        return "on_input" if add_extra_convs else ""
+    check_choice("add_extra_convs", add_extra_convs, (False, True, *EXTRA_SOURCES))
+    return str(add_extra_convs)
