@@ -64,13 +64,13 @@ def find_type(type_or_name: Any, what: str = "model") -> Any:
             f"got {type_or_name!r} of type {type(type_or_name).__name__}"
         )
     found = _look_up(type_or_name)
+    where = "`print(resbackbone.MODELS)` lists what is registered"
     if found is None and _import_mmcv():
         found = _look_up(type_or_name)
+    elif found is None:
+        where += "; mmcv, which has more layers, is not installed: pip install 'resbackbone[mm]'"
     if found is None:
-        raise KeyError(
-            f"unknown {what} type {type_or_name!r}"
-            + nearest(type_or_name, _known_names(), list_all="`print(resbackbone.MODELS)` lists what is registered")
-        )
+        raise KeyError(f"unknown {what} type {type_or_name!r}" + nearest(type_or_name, _known_names(), list_all=where))
     return found
 
 
