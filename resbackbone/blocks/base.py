@@ -22,8 +22,9 @@ BATCH_NORM: Config = {"type": "BN"}  # the norm where a config names none; read,
 class ResidualBlock(Module):
     """``relu(branch(x) + shortcut(x))``, the branch being ``num_convs`` convolutions with norm, ReLU and plugins.
 
-    A subclass sets ``expansion`` and ``num_convs`` and adds its convolutions with :meth:`add_conv`. The forward pass
-    runs ``conv1, norm1, relu, plugins after_conv1, conv2, ...``; the last norm has no ReLU of its own.
+    A subclass sets ``expansion`` and ``num_convs`` and adds its convolutions in :meth:`_build`. The forward pass runs
+    ``conv1, norm1, relu, plugins after_conv1, conv2, ...``; the last norm has no ReLU of its own. A subclass with
+    something else in the place of one convolution overrides :meth:`step`.
 
     Args:
         inplanes: Channels that come in.
@@ -185,12 +186,15 @@ class ResidualBlock(Module):
     def branch(self, x: Tensor) -> Tensor:
         """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)`` without the shortcut."""
         for index in range(1, self.num_convs + 1):
-            x = getattr(self, f"conv{index}")(x)
-            x = self._norm(index)(x)
-            if index < self.num_convs:
-                x = self.relu(x)
+            x = self.step(index, x)
             x = self.forward_plugin(x, getattr(self, f"after_conv{index}_plugin_names"))
         return x
+
+    def step(self, index: int, x: Tensor) -> Tensor:
+        """Run the ``index``-th convolution with its norm and, but for the last, the ReLU; plugins come behind it."""
+        x = getattr(self, f"conv{index}")(x)
+        x = self._norm(index)(x)
+        return self.relu(x) if index < self.num_convs else x
 
     def _add_shortcut(self, x: Tensor) -> Tensor:
         out = self.branch(x)
