@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from resbackbone.backbones import Backbone
-from resbackbone.checks import nearest
+from resbackbone.checks import check_sequence, check_type, nearest
 from resbackbone.registry import find_type, split_type
 
 BackboneSource = str | Path | Mapping[str, Any]
@@ -63,7 +63,7 @@ def build_backbone(config: BackboneSource, *, checkpoint: str | Path | None = No
     backbone_class = find_type(type_, "backbone")
     check_arguments(backbone_class, arguments)
     backbone: Backbone = backbone_class(**arguments)
-    if hasattr(backbone, "init_weights"):
+    if hasattr(backbone, "init_weights") and not any(p.is_meta for p in backbone.parameters()):
         backbone.init_weights()
     if checkpoint is not None:
         from resbackbone.checkpoints import load_checkpoint
@@ -188,18 +188,22 @@ def _load_py(path: Path) -> Any:
     return Config.fromfile(path).to_dict()
 
 
-def _load_yaml(path: Path) -> Any:
+def _load_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Load a YAML file over its ``_base_`` files; ``below`` are the files that named this one as theirs."""
+    if path.resolve() in below:
+        raise ValueError(f"{str(path)!r} is its own `_base_`, by way of {', '.join(p.name for p in below)}")
     try:
         # A subclass of SafeLoader: no tag makes it call Python.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} is no valid YAML of plain values: {error}") from error
     if not isinstance(content, dict):
-        return content
-    merged: dict[str, Any] = {}
+        raise KeyError(f"{str(path)!r} holds no backbone; it needs `type` at the top, got {content!r}")
     bases = content.pop("_base_", [])
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merge(merged, _load_yaml(path.parent / base))
+    merged: dict[str, Any] = {}
+    for base in check_sequence("_base_", [bases] if isinstance(bases, str) else bases):
+        check_type("_base_", base, str, "a path or a list of paths, from the folder of the file")
+        merged = _merge(merged, _load_yaml(path.parent / base, (*below, path.resolve())))
     return _merge(merged, content)
 
 

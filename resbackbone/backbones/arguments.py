@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from resbackbone.blocks.base import check_dcn, check_plugins
+from resbackbone.blocks.base import check_dcn, check_plugin_names, check_plugins
 from resbackbone.checks import (
     check_choice,
     check_flag,
@@ -14,6 +14,7 @@ from resbackbone.checks import (
     check_sequence,
     check_type,
 )
+from resbackbone.layers import build_norm_layer
 from resbackbone.registry import find_type, split_type
 
 
@@ -29,16 +30,16 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
         KeyError: If the depth or a type is unknown.
         TypeError, ValueError: If another argument does not fit.
     """
-    if given["depth"] not in arch_settings:
+    if given["depth"] not in tuple(arch_settings):  # compares where a dict would hash, and a list has no hash
         allowed = ", ".join(map(str, arch_settings))
         raise KeyError(f"`depth` of {name} must be one of {allowed}; got {given['depth']!r}")
-    check_int("in_channels", given["in_channels"], low=1)
-    check_int("base_channels", given["base_channels"], low=1)
-    if given["stem_channels"] is not None:
-        check_int("stem_channels", given["stem_channels"], low=1)
-    check_int("num_stages", given["num_stages"], low=1, high=4)
     for flag in ("deep_stem", "avg_down", "norm_eval", "with_cp", "zero_init_residual", "contract_dilation"):
         check_flag(flag, given[flag])
+    for channels in ("in_channels", "base_channels"):
+        check_int(channels, given[channels], low=1)
+    if given["stem_channels"] is not None:
+        check_int("stem_channels", given["stem_channels"], low=2 if given["deep_stem"] else 1)
+    check_int("num_stages", given["num_stages"], low=1, high=4)
     check_choice("style", given["style"], ("pytorch", "caffe"))
     block, stage_blocks = arch_settings[given["depth"]]
     _check_stages(given, stage_blocks)
@@ -84,13 +85,15 @@ def _check_layer_configs(given: Mapping[str, Any]) -> None:
     for argument, what in (("conv_cfg", "convolution"), ("norm_cfg", "norm"), ("dcn", "convolution")):
         if given[argument] is not None or argument == "norm_cfg":
             find_type(split_type(given[argument], argument)[0], what)
+    stem_channels = given["stem_channels"] or given["base_channels"]
+    for channels in {given["base_channels"], stem_channels // (1 + given["deep_stem"])}:
+        build_norm_layer(given["norm_cfg"], channels)  # whether its arguments fit, only it can say
     check_dcn(given["dcn"], given["conv_cfg"])
-    if given["dcn"] is not None:
-        num_stages = given["num_stages"]
-        why = f"one per stage, `num_stages`={num_stages}"
-        stages = check_sequence("stage_with_dcn", given["stage_with_dcn"], length=num_stages, why=why)
-        for index, flag in enumerate(stages):
-            check_flag(f"stage_with_dcn[{index}]", flag)
+    num_stages = given["num_stages"]
+    length = None if given["dcn"] is None else num_stages
+    stages = check_sequence("stage_with_dcn", given["stage_with_dcn"], length=length, why=f"`num_stages`={num_stages}")
+    for index, flag in enumerate(stages):
+        check_flag(f"stage_with_dcn[{index}]", flag)
 
 
 def _check_plugins(plugins: Any, num_stages: int, block: Any) -> None:
@@ -99,6 +102,8 @@ def _check_plugins(plugins: Any, num_stages: int, block: Any) -> None:
         if plugin.get("stages") is not None:
             why = f"one per stage, `num_stages`={num_stages}"
             check_sequence(f"plugins[{index}]['stages']", plugin["stages"], length=num_stages, why=why)
+    for stage in range(num_stages):
+        check_plugin_names([plugin for plugin in plugins or () if (plugin.get("stages") or [True] * 4)[stage]])
 
 
 def _check_initialisation(pretrained: Any, init_cfg: Any) -> None:

@@ -103,7 +103,7 @@ def _check_images(backbone: Backbone, args: tuple[Any, ...]) -> None:
     A hook and not part of ``forward``, so that tracing sees plain layers.
     """
     images = args[0] if args else None
-    if isinstance(images, torch.fx.Proxy):
+    if isinstance(images, torch.fx.Proxy) or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return
     name = type(backbone).__name__
     if not isinstance(images, Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -31,6 +31,7 @@ class ResLayer(Sequential):
         multi_grid: One dilation per block, in place of ``dilation``.
         contract_dilation: Halve the first block's dilation, so that it looks as far as the stage before it.
         drop_path_rate: One probability for all blocks or one each.
+        first_block: Further arguments for the first block alone.
         kwargs: Further arguments for every block.
 
     Raises:
@@ -55,10 +56,12 @@ class ResLayer(Sequential):
         multi_grid: Sequence[int] | None = None,
         contract_dilation: bool = False,
         drop_path_rate: float | Sequence[float] = 0.0,
+        first_block: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         check_int("num_blocks", num_blocks, low=1)
         per_block = [dict(kwargs, conv_cfg=conv_cfg, norm_cfg=norm_cfg) for _ in range(num_blocks)]
+        per_block[0].update(first_block or {})
         dilations = _dilations(num_blocks, dilation, multi_grid, contract_dilation)
         for arguments, block_dilation in zip(per_block, dilations, strict=True):
             arguments["dilation"] = block_dilation

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -107,7 +108,8 @@ class ResNet(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        check_resnet_arguments(type(self).__name__, self.arch_settings, **given)
+        blocks_by_depth = self._blocks_by_depth()
+        check_resnet_arguments(type(self).__name__, blocks_by_depth, **given)
         super().__init__(_initialisers(pretrained, init_cfg))
         self.depth = depth
         self.in_channels = in_channels
@@ -129,41 +131,53 @@ class ResNet(Backbone):
         self.plugins = copy.deepcopy(plugins)
         self.with_cp = with_cp
         self.zero_init_residual = zero_init_residual
-        self.multi_grid = multi_grid
+        self.multi_grid = None if multi_grid is None else tuple(multi_grid)
         self.contract_dilation = contract_dilation
         self.drop_path_rate = drop_path_rate
-        self.block, stage_blocks = self.arch_settings[depth]
+        self.block, stage_blocks = blocks_by_depth[depth]
         self.stage_blocks = stage_blocks[:num_stages]
         self.inplanes = self.stem_channels
 
         self._make_stem_layer(in_channels, self.stem_channels)
-        self._stem_names = tuple(name for name, _ in self.named_children())
         self._make_stages(stride=total_stride(self._stem()))
         self._freeze_stages()
-        self.feat_dim = self.block.expansion * base_channels * 2 ** (num_stages - 1)
+        self.feat_dim = self.block.expansion * self.stage_planes(num_stages - 1)
+
+    def _blocks_by_depth(self) -> Mapping[int, tuple[Any, tuple[int, ...]]]:
+        """The block class and the number of blocks per stage of each depth that there is."""
+        return self.arch_settings
+
+    def stage_planes(self, index: int) -> int:
+        """Return the ``planes`` of a stage, counted from 0: the width of its blocks before expansion."""
+        planes: int = self.base_channels * 2**index
+        return planes
 
     def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
         """Add the layers before the first stage: ``conv1``, ``norm1``, ``relu`` or ``stem``; and ``maxpool``."""
         if self.deep_stem:
             self.stem = make_deep_stem(in_channels, stem_channels, self.conv_cfg, self.norm_cfg)
         else:
-            self.conv1 = build_conv_layer(
-                self.conv_cfg, in_channels, stem_channels, kernel_size=7, stride=2, padding=3, bias=False
-            )
-            self.norm1_name, norm1 = build_norm_layer(self.norm_cfg, stem_channels, postfix=1)
-            self.add_module(self.norm1_name, norm1)
-            self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+            self._make_plain_stem(in_channels, stem_channels, kernel_size=7)
+        self.maxpool: nn.Module = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+
+    def _make_plain_stem(self, in_channels: int, stem_channels: int, kernel_size: int) -> None:
+        """Add ``conv1`` with stride 2, ``norm1`` and ``relu``."""
+        self.conv1 = build_conv_layer(
+            self.conv_cfg, in_channels, stem_channels, kernel_size, stride=2, padding=kernel_size // 2, bias=False
+        )
+        self.norm1_name, norm1 = build_norm_layer(self.norm_cfg, stem_channels, postfix=1)
+        self.add_module(self.norm1_name, norm1)
+        self.relu = nn.ReLU(inplace=True)
 
     def _stem(self) -> list[nn.Module]:
-        """What ``_make_stem_layer`` added, in the order it runs."""
-        return [getattr(self, name) for name in self._stem_names]
+        """What ``_make_stem_layer`` added, which is everything before the first stage, in the order it runs."""
+        return [child for _, child in takewhile(lambda item: item[0] not in self.res_layers, self.named_children())]
 
     def _make_stages(self, stride: int) -> None:
         """Add ``layer1``, ... behind a stem that takes ``stride`` input pixels to one."""
         rates = self._drop_path_rates()
         for index, num_blocks in enumerate(self.stage_blocks):
-            planes = self.base_channels * 2**index
+            planes = self.stage_planes(index)
             optional: dict[str, Any] = {}  # only what is asked for, so that a ResLayer written for mmdet fits
             if self.multi_grid is not None and index == self.num_stages - 1:
                 optional["multi_grid"] = self.multi_grid

@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from resbackbone.checks import check_choice, check_mapping, check_sequence, check_type
-from resbackbone.layers import DropPath, Module, build_conv_layer, build_norm_layer, build_plugin_layer
+from resbackbone.layers import DropPath, Module, build_conv_layer, build_norm_layer, build_plugin_layer, plugin_name
+from resbackbone.layers.deform_conv import rename_old_offsets
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.registry import find_type, split_type
 
@@ -71,6 +72,7 @@ class ResidualBlock(Module):
         check_choice("style", style, ("pytorch", "caffe"))
         check_dcn(dcn, conv_cfg)
         check_plugins(plugins, type(self))
+        check_plugin_names(plugins)
         self.inplanes = inplanes
         self.planes = planes
         self.stride = stride
@@ -82,6 +84,8 @@ class ResidualBlock(Module):
         self.dcn = dcn
         self.plugins = plugins
         self._build()
+        if dcn is not None:
+            self.register_load_state_dict_pre_hook(rename_old_offsets)  # type: ignore[no-untyped-call]
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else None
@@ -163,16 +167,13 @@ class ResidualBlock(Module):
 
         Returns:
             Their attribute names, in order.
-
-        Raises:
-            ValueError: If two would have the same name.
         """
         names = []
         for plugin in plugins:
             cfg = dict(plugin)
             name, layer = build_plugin_layer(cfg, in_channels=in_channels, postfix=cfg.pop("postfix", ""))
             if hasattr(self, name):
-                raise ValueError(f"duplicate plugin {name!r} in one block; give each its own `postfix` in `cfg`")
+                raise ValueError(f"plugin {name!r} has the name of a layer of the block; give it a `postfix` in `cfg`")
             self.add_module(name, layer)
             names.append(name)
         return names
@@ -233,6 +234,14 @@ def check_plugins(plugins: Sequence[Config] | None, block: Any) -> None:
             raise KeyError(f"`{name}` needs `cfg` and `position` and may have `stages`; got {keys}")
         check_choice(f"{name}['position'] in a {block.__name__}", plugin["position"], positions)
         find_type(split_type(plugin["cfg"], f"{name}['cfg']")[0], "plugin")
+
+
+def check_plugin_names(plugins: Sequence[Config] | None) -> None:
+    """Raise ValueError if two plugins of one block would have the same attribute name."""
+    names = [plugin_name(plugin["cfg"], plugin["cfg"].get("postfix", "")) for plugin in plugins or ()]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"duplicate plugin {name!r} in one block; give each its own `postfix` in `cfg`")
 
 
 def recompute_in_backward(function: Any, x: Tensor, module: nn.Module) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from resbackbone.layers.deform_conv import rename_old_offsets
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -56,6 +58,7 @@ def load_checkpoint(net: nn.Module, source: str | Path) -> LoadReport:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {str(path)!r}; give the path of a .pth, .pt or .safetensors file")
     layout, tensors = _strip(_read(path))
+    rename_old_offsets(net, tensors)
     own = net.state_dict()
     # Counters that old files lack; they influence nothing.
     optional = {key for key in own if key.endswith("num_batches_tracked")}

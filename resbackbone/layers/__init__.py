@@ -5,7 +5,7 @@ from resbackbone.layers.deform_conv import DeformConv2d, ModulatedDeformConv2d
 from resbackbone.layers.drop_path import DropPath
 from resbackbone.layers.module import Module, Sequential
 from resbackbone.layers.norm import FrozenBatchNorm2d, build_norm_layer
-from resbackbone.layers.plugins import build_plugin_layer
+from resbackbone.layers.plugins import build_plugin_layer, plugin_name
 
 __all__ = [
     "ConvNormAct",
@@ -18,4 +18,5 @@ __all__ = [
     "build_conv_layer",
     "build_norm_layer",
     "build_plugin_layer",
+    "plugin_name",
 ]

@@ -26,6 +26,8 @@ _NEEDED = {
     "mmcv": f"an mmcv or onedl-mmcv with operators compiled for torch {torch.__version__} (mmcv-lite has none)",
     "torchvision": f"the torchvision release that goes with torch {torch.__version__}, from the index torch came from",
 }
+_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.7
 
 
 class _Geometry(NamedTuple):
@@ -89,8 +91,7 @@ def deform_conv2d(
 
 def _choose(offset: Tensor) -> str:
     # Tracers cannot look into a compiled operator, and tensor subclasses (fake, distributed) have no memory for it.
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if tracing or type(offset) is not Tensor:
+    if torch.compiler.is_compiling() or _is_tracing() or type(offset) is not Tensor:
         return "torch"
     device = offset.device.type
     if offset.dtype in _COMPILED_DTYPES.get(device, ()):
@@ -168,16 +169,14 @@ def _run_torch(
     samples = _sample(x, offset, mask, kernel_size, geometry).to(x.dtype)
     samples = samples.reshape(images, out_size[0] * out_size[1], points, groups, group_channels)
     kernel = weight.reshape(groups, out_channels // groups, group_channels, points)
-    out = torch.einsum("nlpgc,gocp->ngol", samples, kernel).reshape(images, out_channels, *out_size)
+    out = torch.einsum("nlpgc,gocp->ngol", samples, kernel).reshape(images, out_channels, *out_size).contiguous()
     return out if bias is None else out + bias[:, None, None]
 
 
 def _sample(x: Tensor, offset: Tensor, mask: Tensor | None, kernel_size: Sequence[int], geometry: _Geometry) -> Tensor:
     """Read the image where the kernel's points fall.
 
-    ``embedding_bag`` adds up four weighted rows at once, the pixels around a position, from the image laid out with a
-    row per pixel and deform group. So neither pass keeps the four reads, each as large as the result. ``grid_sample``
-    would want positions scaled to 0-1, which costs precision.
+    ``grid_sample`` would want positions scaled to 0-1, which costs precision.
 
     Returns:
         ``(N * H' * W' * kh * kw * deform_groups, C / deform_groups)``, in float32 at least: fewer bits do not hold a
@@ -203,7 +202,17 @@ def _sample(x: Tensor, offset: Tensor, mask: Tensor | None, kernel_size: Sequenc
     if mask is not None:
         factors = mask.to(dtype).reshape(images, groups, *kernel_size, *out_size).permute(0, 4, 5, 2, 3, 1)
         shares = shares * factors[..., None]
-    return F.embedding_bag(corners.flatten(0, -2), table, per_sample_weights=shares.flatten(0, -2), mode="sum")
+    return _mix_rows(table, corners.flatten(0, -2), shares.flatten(0, -2))
+
+
+def _mix_rows(table: Tensor, corners: Tensor, shares: Tensor) -> Tensor:
+    """Add up four rows of the table for every position, ``(positions, 4)`` of them by index and share."""
+    # ONNX makes a loop of an embedding bag, far slower than plain reads; devices other than these may not have one.
+    if _is_exporting() or _is_tracing() or table.device.type not in _COMPILED_DTYPES:
+        reads = [table.index_select(0, corners[:, k]) * shares[:, k, None] for k in range(4)]
+        return reads[0] + reads[1] + reads[2] + reads[3]
+    # Neither pass keeps the four reads, each as large as the result: several times faster, a quarter of the memory.
+    return F.embedding_bag(corners, table, per_sample_weights=shares, mode="sum")
 
 
 def _kernel_positions(axis: int, size: int, points: int, geometry: _Geometry, like: Tensor) -> Tensor:
@@ -233,8 +242,7 @@ class DeformConv2d(nn.Module):
     """A convolution that learns where to look: a second, plain one predicts a shift for every point of its kernel.
 
     It takes the place of ``nn.Conv2d`` and, with offsets of zero as at the start, computes the same. Its state dict is
-    that of mmcv's ``DeformConv2dPack``; checkpoints from before mmcv 1.0, with ``conv2_offset.weight`` beside
-    ``conv2.weight``, load too.
+    that of mmcv's ``DeformConv2dPack``. For old checkpoints see :func:`rename_old_offsets`.
 
     Args:
         in_channels: Channels that come in.
@@ -261,7 +269,7 @@ class DeformConv2d(nn.Module):
     Source: Dai et al., Deformable Convolutional Networks, arXiv:1703.06211, section 2.1.
     """
 
-    _version = 2  # as in mmcv, whose version 1 had the old names
+    _version = 2  # as in mmcv, whose version 1 had other names
     channels_per_point: ClassVar[int] = 2
     bias: nn.Parameter | None
 
@@ -353,16 +361,6 @@ class DeformConv2d(nn.Module):
             backend=self.backend,
         )
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        if (local_metadata.get("version") or 1) < 2:
-            for name in ("weight", "bias"):
-                old, new = f"{prefix[:-1]}_offset.{name}", f"{prefix}conv_offset.{name}"
-                if old in state_dict and new not in state_dict:
-                    state_dict[new] = state_dict.pop(old)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
     def extra_repr(self) -> str:
         """Show the geometry and the backend in ``repr``."""
         return (
@@ -429,6 +427,28 @@ class ModulatedDeformConv2d(DeformConv2d):
         masks = self.deform_groups * math.prod(self.kernel_size)
         offset, mask = self.conv_offset(x).split((2 * masks, masks), dim=1)
         return self._convolve(x, offset, mask.sigmoid())
+
+
+def rename_old_offsets(module: nn.Module, state_dict: dict[str, Any], prefix: str = "", *unused: Any) -> None:
+    """Rename ``conv2_offset.*``, as old checkpoints have it, to ``conv2.conv_offset.*``, in place.
+
+    A layer cannot do so itself: ``load_state_dict`` shows it only the keys that begin with its own name. (mmcv's layers
+    try, in vain since torch 1.13.) So this is made for the module around it, as a hook:
+    ``block.register_load_state_dict_pre_hook(rename_old_offsets)``; or call it with a state dict before loading.
+
+    Args:
+        module: What contains the deformable convolutions, at any depth.
+        state_dict: The checkpoint's tensors by key. Keys that the module has as well stay.
+        prefix: What stands before the module's own names in the keys.
+        unused: What torch gives a hook besides.
+    """
+    modules = dict(module.named_modules())
+    for name, layer in modules.items():
+        if isinstance(layer, DeformConv2d) and f"{name}_offset" not in modules:
+            for part in ("weight", "bias"):
+                old, new = f"{prefix}{name}_offset.{part}", f"{prefix}{name}.conv_offset.{part}"
+                if old in state_dict and new not in state_dict:
+                    state_dict[new] = state_dict.pop(old)
 
 
 def _pair(name: str, value: Pair, *, low: int) -> tuple[int, int]:

@@ -34,9 +34,13 @@ def build_plugin_layer(
         KeyError: If it has no ``type`` or an unknown one.
     """
     type_, rest = split_type(cfg, "plugin cfg")
-    plugin_class = find_type(type_, "plugin")
-    abbreviation = getattr(plugin_class, "_abbr_", None) or _snake_case(plugin_class.__name__)
-    return f"{abbreviation}{postfix}", plugin_class(in_channels=in_channels, **kwargs, **rest)
+    return plugin_name(cfg, postfix), find_type(type_, "plugin")(in_channels=in_channels, **kwargs, **rest)
+
+
+def plugin_name(cfg: Config, postfix: int | str = "") -> str:
+    """Return the attribute name that a plugin of this config has in a block."""
+    plugin_class = find_type(split_type(cfg, "plugin cfg")[0], "plugin")
+    return f"{getattr(plugin_class, '_abbr_', None) or _snake_case(plugin_class.__name__)}{postfix}"
 
 
 def _snake_case(name: str) -> str:

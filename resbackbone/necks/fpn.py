@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from resbackbone.checks import check_choice, check_flag, check_int, check_ints, check_mapping
 from resbackbone.layers import ConvNormAct, Module
 from resbackbone.layers.module import Config, InitConfig
-from resbackbone.registry import MODELS
+from resbackbone.registry import MODELS, find_type, split_type
 
 XAVIER: Config = {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}  # read, never written to
 NEAREST: Config = {"mode": "nearest"}
+KINDS = {"conv_cfg": "convolution", "norm_cfg": "norm", "act_cfg": "activation"}
 EXTRA_SOURCES = ("on_input", "on_lateral", "on_output")
 
 
@@ -71,6 +72,8 @@ class FPN(Module):
     ) -> None:
         super().__init__(init_cfg)
         self.in_channels = check_ints("in_channels", in_channels, low=1)
+        if not in_channels:
+            raise ValueError("`in_channels` must name at least one feature map, got (); it is `net.out_channels`")
         for name, value in (("out_channels", out_channels), ("num_outs", num_outs)):
             check_int(name, value, low=1)
         for name, flag in (
@@ -79,6 +82,9 @@ class FPN(Module):
         ):
             check_flag(name, flag)
         check_mapping("upsample_cfg", upsample_cfg, optional=False)
+        for argument, cfg in (("conv_cfg", conv_cfg), ("norm_cfg", norm_cfg), ("act_cfg", act_cfg)):
+            if cfg is not None:
+                find_type(split_type(cfg, argument)[0], KINDS[argument])
         self.out_channels = out_channels
         self.num_ins = len(self.in_channels)
         self.num_outs = num_outs

@@ -1,0 +1,108 @@
+"""What the tests share: one thread, a fixed seed, lively weights, an isolated registry, torchvision."""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its pool; the workers of xdist share the cores
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+torch.set_num_threads(1)
+
+TORCHVISION_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # mmengine.model imports torch.distributed.optim, which torch itself compiles with the jit that it deprecates.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning:torch.distributed")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def _shake(net: nn.Module) -> nn.Module:
+    for module in net.modules():
+        values = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        if "running_mean" not in values and not isinstance(module, nn.GroupNorm):
+            continue
+        with torch.no_grad():
+            for name, value in values.items():
+                if name in ("weight", "running_var"):
+                    value.uniform_(0.5, 1.5)
+                elif name in ("bias", "running_mean"):
+                    value.normal_(0, 0.1)
+    return net
+
+
+@pytest.fixture
+def shake() -> Callable[[nn.Module], Any]:
+    """Give every norm of a net random weights and statistics, so that no branch is zero and no two layers are alike."""
+    return _shake
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 64, 64)
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Our registry; whatever a test registers ends with it."""
+    from resbackbone import MODELS
+
+    monkeypatch.setattr(MODELS, "_module_dict", dict(MODELS.module_dict))
+    return MODELS
+
+
+@pytest.fixture
+def built_convs(monkeypatch: pytest.MonkeyPatch) -> list[nn.Conv2d]:
+    """Every ``nn.Conv2d`` that is constructed from here on."""
+    built: list[nn.Conv2d] = []
+    construct = nn.Conv2d.__init__
+
+    def record(self: nn.Conv2d, *args: Any, **kwargs: Any) -> None:
+        built.append(self)
+        construct(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Conv2d, "__init__", record)
+    return built
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> Iterator[ModuleType]:
+    """torchvision, whose models are plain PyTorch, also where its compiled operators do not load.
+
+    Importing it then fails while it registers fake kernels for ``nms`` and ``qnms``, operators that its
+    classification models never call. Declaring the two, without any kernel, is enough for the import.
+    """
+    declarations = torch.library.Library("torchvision", "FRAGMENT")  # the schemas live as long as this object
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError as error:
+        pytest.skip(f"parity needs torchvision: {error}")
+    except RuntimeError as error:
+        if "operator torchvision::nms does not exist" not in str(error):
+            raise
+        for schema in TORCHVISION_SCHEMAS:
+            declarations.define(schema)
+    yield importlib.import_module("torchvision")
+    del declarations
+
+
+@pytest.fixture(scope="session")
+def timm(torchvision: ModuleType) -> ModuleType:
+    """timm, which imports torchvision."""
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        pytest.skip(f"parity needs timm: {error}")

@@ -1,0 +1,332 @@
+"""From names, files and dicts to backbones, through our registry and mmengine's."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mmengine.config import ConfigDict
+from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import Registry
+
+import resbackbone
+from resbackbone import MODELS, ResNet, ResNetV1d, ResNeXt, build_backbone, list_backbones
+from resbackbone.config import load_config
+from resbackbone.layers import Module
+from resbackbone.necks import FPN
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*/*.yaml"))
+TINY = {"type": "ResNet", "depth": 18, "base_channels": 8}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a file and return its path."""
+
+    def write(name, content):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """Build without values, for speed; mmengine's initialisation would want to read them."""
+    monkeypatch.setattr(Module, "init_weights", lambda self: None)
+    with torch.device("meta"):
+        yield
+
+
+# Names
+
+
+def test_config_names_are_unique():
+    names = [path.stem for path in CONFIGS]
+    assert len(set(names)) == len(names) >= 27
+    assert list_backbones() == sorted(names)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("on_meta")
+def test_every_config_builds_by_name_and_by_path(path):
+    net, same = build_backbone(path.stem), build_backbone(path)
+    outs = net(torch.empty(1, 3, 64, 64))
+    assert [out.shape[1] for out in outs] == list(net.out_channels) == list(same.out_channels)
+    assert net.state_dict().keys() == same.state_dict().keys()
+    assert type(net).__name__ == load_config(path).backbone["type"]
+    assert str(load_config(path).backbone.get("depth", "")) in path.stem
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("on_meta")
+def test_a_config_dumped_and_read_again_is_the_same_net(path, write):
+    copied = write("copy.yaml", load_config(path).backbone)
+    net, again = build_backbone(path), build_backbone(copied)
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
+    assert {key: value.shape for key, value in again.state_dict().items()} == shapes
+    assert again.feature_info == net.feature_info
+
+
+def test_a_rich_config_dumped_and_read_again_is_the_same_net(write):
+    config = {
+        "type": "ResNetV1d",
+        "depth": 50,
+        "base_channels": 8,
+        "strides": (1, 2, 1, 1),
+        "dilations": (1, 1, 2, 4),
+        "out_indices": (-1, 1),
+        "norm_cfg": {"type": "GN", "num_groups": 2},
+        "dcn": {"type": "DCNv2", "deform_groups": 2},
+        "stage_with_dcn": (False, False, True, True),
+        "multi_grid": (1, 2, 4),
+    }
+    net, again = build_backbone(config), build_backbone(write("net.yaml", config))  # YAML makes lists of the tuples
+    assert list(again.state_dict()) == list(net.state_dict())
+    assert again.feature_info == net.feature_info
+    assert str(again) == str(net)
+
+
+def test_build_backbone_works_on_the_meta_device():
+    with torch.device("meta"):
+        net = build_backbone("resnet18")
+    assert all(parameter.is_meta for parameter in net.parameters())
+
+
+@pytest.mark.usefixtures("on_meta")
+def test_names_mean_what_they_say():
+    nets = {name: build_backbone(name) for name in ("resnet50_v1d", "resnet50_caffe", "resnext101_64x4d")}
+    assert type(nets["resnet50_v1d"]) is ResNetV1d
+    assert nets["resnet50_caffe"].style == "caffe"
+    assert (nets["resnext101_64x4d"].groups, nets["resnext101_64x4d"].base_width) == (64, 4)
+
+
+def test_patterns_select_names():
+    assert list_backbones("resnet50*") == ["resnet50", "resnet50_caffe", "resnet50_v1b", "resnet50_v1c", "resnet50_v1d"]
+    assert list_backbones("resnet??") == ["resnet18", "resnet34", "resnet50"]
+    assert list_backbones("*x*_64x4d") == ["resnext101_64x4d"]
+    assert list_backbones("vgg*") == []
+
+
+def test_configs_say_where_the_architecture_comes_from():
+    assert load_config("resnext50_32x4d").about == {"source": "https://arxiv.org/abs/1611.05431"}
+
+
+# Dicts and overrides
+
+
+def test_a_dict_builds_an_initialised_net_in_training_mode():
+    net = build_backbone(TINY)
+    assert type(net) is ResNet
+    assert net.training
+    assert net.is_init
+    assert float(net.layer1[0].bn2.weight.detach().sum()) == 0.0  # zero_init_residual, by init_weights
+
+
+def test_a_class_stands_for_its_name():
+    assert type(build_backbone({**TINY, "type": ResNetV1d})) is ResNetV1d
+
+
+def test_overrides_replace_arguments():
+    net = build_backbone(TINY, depth=50, type="ResNeXt", groups=4, out_indices=[-1])
+    assert (type(net), net.depth, net.groups, net.out_indices) == (ResNeXt, 50, 4, (3,))
+    assert build_backbone("resnet18", base_channels=8).out_channels == (8, 16, 32, 64)
+
+
+def test_an_mmengine_config_is_a_config():
+    config = ConfigDict(**TINY, norm_cfg={"type": "GN", "num_groups": 4}, plugins=None)
+    net = build_backbone(config)
+    assert net.norm1_name == "gn1"
+    assert type(net.norm_cfg) is dict
+
+
+@pytest.mark.parametrize("kind", [dict, ConfigDict])
+def test_building_leaves_the_config_alone(kind):
+    config = kind(
+        norm_cfg={"type": "BN", "requires_grad": True},
+        dcn={"type": "DCNv2", "deform_groups": 1, "fallback_on_stride": True},
+        stage_with_dcn=[False, False, True, True],
+        _scope_="resbackbone",
+        **TINY,
+    )
+    before = copy.deepcopy(config)
+    for _ in range(2):
+        build_backbone(config, frozen_stages=1)
+        assert config == before
+        assert type(config["dcn"]) is kind if kind is ConfigDict else dict
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ["net.yaml", "net.yml"])
+@pytest.mark.parametrize(
+    "content", [TINY, {"backbone": TINY, "source": "mine"}, {"model": {"backbone": TINY, "neck": {}}}]
+)
+def test_yaml_files_hold_a_backbone_at_the_top_or_inside(write, name, content):
+    path = write(name, content)
+    assert load_config(path).backbone == TINY
+    assert build_backbone(str(path)).out_channels == build_backbone(path).out_channels == (8, 16, 32, 64)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone = ", "model = dict(backbone="])
+def test_python_files_are_openmmlab_configs(write, prefix):
+    arguments = "type='ResNet', depth=18, base_channels=8, out_indices=(0, 3)"
+    text = (
+        f"{prefix}dict({arguments})" + (")" if "model" in prefix else "")
+        if prefix
+        else arguments.replace(", ", "\n", 2)
+    )
+    if not prefix:
+        text = text.replace(", out_indices", "\nout_indices")
+    assert build_backbone(write("net.py", text + "\n")).out_channels == (8, 64)
+
+
+def test_a_base_is_merged_dict_by_dict_and_the_last_word_wins(write):
+    write("base.yaml", {"type": "ResNet", "depth": 50, "norm_cfg": {"type": "GN", "num_groups": 4}, "base_channels": 8})
+    write("frozen.yaml", {"frozen_stages": 2, "depth": 34})
+    path = write("net.yaml", {"_base_": ["base.yaml", "frozen.yaml"], "depth": 18, "norm_cfg": {"num_groups": 2}})
+    assert load_config(path).backbone == {
+        "type": "ResNet",
+        "depth": 18,
+        "base_channels": 8,
+        "frozen_stages": 2,
+        "norm_cfg": {"type": "GN", "num_groups": 2},
+    }
+    assert build_backbone(path).gn1.num_groups == 2
+
+
+def test_a_base_may_have_a_base_in_another_folder(write, tmp_path):
+    (tmp_path / "inner").mkdir()
+    write("inner/root.yaml", {"backbone": TINY})
+    write("inner/middle.yaml", {"_base_": "root.yaml", "backbone": {"frozen_stages": 1}})
+    path = write("net.yaml", {"_base_": "inner/middle.yaml", "backbone": {"depth": 34}})
+    assert load_config(path).backbone == {**TINY, "depth": 34, "frozen_stages": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "type: ResNet\ndepth: 18\ndepth: 50\n",
+        "backbone:\n  type: ResNet\n  depth: 18\n  norm_cfg: {type: BN, type: GN}\n",
+    ],
+)
+def test_a_yaml_key_written_twice_is_refused(write, text):
+    with pytest.raises(ValueError, match="is written twice"):
+        build_backbone(write("twice.yaml", text))
+
+
+def test_a_yaml_tag_is_refused_and_not_executed(write, tmp_path):
+    target = tmp_path / "executed"
+    text = f"type: ResNet\ndepth: !!python/object/apply:os.mkdir [{target}]\n"
+    yaml.unsafe_load(text)
+    assert target.exists()  # with another loader it would have been
+    target.rmdir()
+    with pytest.raises(ValueError, match="no valid YAML of plain values"):
+        build_backbone(write("evil.yaml", text))
+    assert not target.exists()
+
+
+# Unknown names and arguments
+
+
+@pytest.mark.parametrize(
+    ("name", "guess"),
+    [
+        ("resnet5", "resnet50"),
+        ("ResNet50", "resnet50"),
+        ("resnext50_32x4", "resnext50_32x4d"),
+        ("wideresnet50", "wide_resnet50_2"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(name, guess):
+    with pytest.raises(KeyError, match=f"unknown backbone .*did you mean .*{guess}.*resbackbone list"):
+        build_backbone(name)
+
+
+@pytest.mark.parametrize(
+    ("type_", "guess"), [("ResNett", "ResNet"), ("Resnext", "ResNeXt"), ("ResNetV1D", "ResNetV1d")]
+)
+def test_an_unknown_type_is_answered_with_the_nearest(type_, guess):
+    for build in (build_backbone, MODELS.build):
+        with pytest.raises(KeyError, match=f"unknown (backbone|model) type '{type_}'; did you mean '{guess}'"):
+            build({"type": type_, "depth": 50})
+
+
+@pytest.mark.parametrize(
+    ("type_", "argument", "guess"),
+    [
+        ("ResNet", "frozen_stage", "frozen_stages"),
+        ("ResNet", "out_index", "out_indices"),
+        ("ResNetV1d", "deepstem", "deep_stem"),
+        ("ResNetV1d", "normcfg", "norm_cfg"),
+        ("ResNeXt", "group", "groups"),
+        ("ResNeXt", "basewidth", "base_width"),
+        ("ResNeXt", "drop_path", "drop_path_rate"),
+        ("WideResNet", "widen_factor", "widening_factor"),
+    ],
+)
+def test_a_misspelt_argument_is_answered_with_the_nearest(built_convs, type_, argument, guess):
+    with pytest.raises(TypeError, match=f"{type_} has no argument '{argument}'; did you mean '{guess}'"):
+        build_backbone({"type": type_, "depth": 50, argument: 1})
+    assert not built_convs
+
+
+def test_a_missing_argument_is_named():
+    with pytest.raises(TypeError, match="ResNeXt needs `depth`, got only groups, base_width"):
+        build_backbone({"type": "ResNeXt", "groups": 32, "base_width": 4})
+    with pytest.raises(TypeError, match="ResNet needs `depth`, got only no arguments"):
+        build_backbone({"type": "ResNet"})
+
+
+# The registry
+
+
+def test_the_registry_is_a_child_of_mmengines():
+    assert MODELS.scope == "resbackbone"
+    assert MODELS.parent is ROOT_MODELS
+    assert ROOT_MODELS.children["resbackbone"] is MODELS
+
+
+def test_every_public_class_is_registered_under_its_name():
+    classes = [getattr(resbackbone, name) for name in resbackbone.__all__]
+    backbones = [
+        item for item in classes if isinstance(item, type) and issubclass(item, resbackbone.backbones.Backbone)
+    ]
+    assert len(backbones) >= 6
+    for item in [*backbones, FPN]:
+        assert MODELS.get(item.__name__) is item
+
+
+def test_a_foreign_registry_builds_ours_by_scope():
+    host = Registry("model", parent=ROOT_MODELS, scope="resbackbone_test_host")
+    config = {"depth": 18, "base_channels": 8}
+    assert type(host.build({"type": "resbackbone.ResNet", **config})) is ResNet
+    assert type(ROOT_MODELS.build({"type": "ResNet", "_scope_": "resbackbone", **config})) is ResNet
+    assert type(build_backbone({"type": "resbackbone.ResNet", **config})) is ResNet
+
+
+@pytest.mark.parametrize(
+    "config", ["dict(type='resbackbone.ResNet', depth=18)", "dict(type='ResNet', _scope_='resbackbone', depth=18)"]
+)
+def test_mmengine_finds_us_by_scope_without_an_import(config):
+    code = "import sys; from mmengine.registry import MODELS; assert 'resbackbone' not in sys.modules; "
+    run = subprocess.run([sys.executable, "-c", f"{code}MODELS.build({config})"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_registered_class_of_ones_own_builds(registry):
+    @registry.register_module()
+    class Mine(ResNet):
+        def __init__(self, depth=18, *, colour="red", **kwargs):
+            super().__init__(depth, base_channels=8, **kwargs)
+            self.colour = colour
+
+    net = build_backbone({"type": "Mine", "colour": "blue", "out_indices": (0,)})
+    assert (net.colour, net.out_channels) == ("blue", (8,))
+    with pytest.raises(TypeError, match="Mine has no argument 'color'; did you mean 'colour'"):
+        build_backbone({"type": "Mine", "color": "blue"})

@@ -1,0 +1,239 @@
+"""What every registered backbone promises, whatever its class; a new class is included by being registered."""
+
+import copy
+import inspect
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resbackbone import MODELS
+from resbackbone.backbones import Backbone
+from resbackbone.config import check_arguments
+
+CLASSES = {
+    name: item
+    for name, item in MODELS.module_dict.items()
+    if inspect.isclass(item) and issubclass(item, Backbone) and item.__module__.startswith("resbackbone.")
+}
+# What a class needs to be small and to be itself; the others take these two.
+SMALL = {"base_channels": 8, "norm_eval": False}
+OWN = {"ResNeXt": {"groups": 4, "base_width": 4}}
+# Beside each class with its defaults, options that change what the layers compute.
+OPTIONS = {
+    "ResNet-caffe": ("ResNet", {"depth": 50, "style": "caffe"}),
+    "ResNet-GN": ("ResNet", {"norm_cfg": {"type": "GN", "num_groups": 4}}),
+    "ResNet-FrozenBN": ("ResNet", {"norm_cfg": {"type": "FrozenBN"}}),
+    "ResNet-dilated": ("ResNet", {"strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4), "contract_dilation": True}),
+    "ResNet-DCNv2": (
+        "ResNet",
+        {"dcn": {"type": "DCNv2", "backend": "torch"}, "stage_with_dcn": (False, False, True, True)},
+    ),
+}
+CASES = {name: (name, {}) for name in CLASSES} | OPTIONS
+SIZES = [(64, 64), (65, 97), (33, 47)]
+
+every_class = pytest.mark.parametrize("case", CLASSES)
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+@pytest.fixture
+def build(shake):
+    """Build a case, small and with lively norms."""
+
+    def build_case(case, **options):
+        name, own = CASES[case]
+        net_class = CLASSES[name]
+        return shake(
+            net_class(**{"depth": min(net_class.arch_settings), **SMALL, **OWN.get(name, {}), **own, **options})
+        )
+
+    return build_case
+
+
+def assert_equal(outs, expected):
+    assert len(outs) == len(expected)
+    for out, reference in zip(outs, expected, strict=True):
+        torch.testing.assert_close(out, reference, rtol=0, atol=0)
+
+
+def loss(outs):
+    return sum(out.square().mean() for out in outs)
+
+
+def test_the_classes_are_all_here():
+    assert {"ResNet", "ResNetV1b", "ResNetV1c", "ResNetV1d", "ResNeXt", "WideResNet"} <= set(CLASSES)
+
+
+@every_case
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_feature_info_is_what_comes_out(build, case, size):
+    net = build(case).eval()
+    outs = net(torch.randn(1, 3, *size))
+    assert isinstance(outs, tuple)
+    assert len(outs) == len(net.feature_info) == len(net.out_indices)
+    for out, info in zip(outs, net.feature_info, strict=True):
+        assert out.shape == (1, info.channels, *(math.ceil(side / info.stride) for side in size))
+        assert info.name == f"layer{info.stage + 1}" == net.res_layers[info.stage]
+    assert net.out_channels == tuple(info.channels for info in net.feature_info)
+    assert net.out_strides == tuple(info.stride for info in net.feature_info)
+
+
+@every_case
+def test_every_parameter_that_trains_gets_a_gradient(build, images, case):
+    net = build(case).train()
+    loss(net(images)).backward()
+    without = [name for name, parameter in net.named_parameters() if parameter.grad is None]
+    assert without == []
+    # Offsets of zero sit on a kink of bilinear interpolation, but even there the gradient is not zero.
+    still = [name for name, parameter in net.named_parameters() if not parameter.grad.any()]
+    assert still == []
+
+
+@every_class
+@pytest.mark.parametrize("frozen_stages", [0, 2])
+def test_freezing_survives_train(build, images, case, frozen_stages):
+    net = build(case, frozen_stages=frozen_stages)
+    frozen = {id(parameter) for module in net.frozen_modules() for parameter in module.parameters()}
+    assert frozen
+    for _ in range(2):
+        net.eval()
+        assert net.train() is net
+        before = copy.deepcopy(net.state_dict())
+        loss(net(images)).backward()
+        for name, parameter in net.named_parameters():
+            assert parameter.requires_grad is (id(parameter) not in frozen), name
+            assert (parameter.grad is None) is (id(parameter) in frozen), name
+        for module in net.frozen_modules():
+            assert not any(child.training for child in module.modules())
+        still = [name for name, buffer in net.named_buffers() if torch.equal(buffer, before[name])]
+        stages = tuple(f"layer{index}." for index in range(1, frozen_stages + 1))
+        assert all(name.startswith((*stages, "bn1", "stem")) for name in still)
+        assert any(name.startswith(("bn1", "stem")) for name in still)
+
+
+@every_case
+def test_checkpointing_equals_none(build, images, case):
+    nets = [build(case, with_cp=with_cp).train() for with_cp in (False, True)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    outs = [net(images) for net in nets]
+    assert_equal(outs[1], outs[0])
+    for out in outs:
+        loss(out).backward()
+    for (name, parameter), (_, same) in zip(nets[0].named_parameters(), nets[1].named_parameters(), strict=True):
+        assert torch.equal(parameter.grad, same.grad), name
+    for (name, buffer), (_, same) in zip(nets[0].named_buffers(), nets[1].named_buffers(), strict=True):
+        assert torch.equal(buffer, same), name
+
+
+@every_case
+def test_double_precision_agrees_with_single(build, images, case):
+    net = build(case).eval()
+    outs = net(images)
+    exact = copy.deepcopy(net).double()(images.double())
+    for out, reference in zip(outs, exact, strict=True):
+        assert reference.dtype == torch.float64
+        torch.testing.assert_close(out.double(), reference, rtol=1e-4, atol=1e-4)
+
+
+@every_case
+def test_channels_last_agrees_with_contiguous(build, images, case):
+    net = build(case).eval()
+    outs = net(images)
+    last = net.to(memory_format=torch.channels_last)(images.contiguous(memory_format=torch.channels_last))
+    for out, reference in zip(last, outs, strict=True):
+        torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-4)
+    if "DCN" not in case:
+        assert last[-1].is_contiguous(memory_format=torch.channels_last)
+
+
+@every_class
+def test_bfloat16_autocast_runs(build, images, case):
+    net = build(case).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outs = net(images)
+    loss(outs).backward()
+    assert all(out.isfinite().all() for out in outs)
+    assert {parameter.grad.dtype for parameter in net.parameters()} == {torch.float32}
+
+
+@every_class
+def test_compiled_without_graph_breaks_equals_eager(build, images, case):
+    net = build(case).eval()
+    expected = net(images)
+    torch.compiler.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_equal(compiled(images), [out.detach() for out in expected])
+
+
+@pytest.mark.parametrize("with_cp", [False, True])
+def test_a_compiled_training_step_equals_eager(build, images, with_cp):
+    eager, compiled = build("ResNetV1d", with_cp=with_cp), build("ResNetV1d", with_cp=with_cp)
+    compiled.load_state_dict(eager.state_dict())
+    torch.compiler.reset()
+    for net in (eager, torch.compile(compiled, fullgraph=True, backend="aot_eager")):
+        loss(net.train()(images)).backward()
+    for (name, parameter), (_, same) in zip(eager.named_parameters(), compiled.named_parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, same.grad, rtol=1e-4, atol=1e-6, msg=name)
+    for (name, buffer), (_, same) in zip(eager.named_buffers(), compiled.named_buffers(), strict=True):
+        torch.testing.assert_close(buffer, same, msg=name)
+
+
+@every_class
+def test_exported_with_dynamic_batch_and_size_equals_eager(build, images, case):
+    net = build(case).eval()
+    dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    exported = torch.export.export(net, (images,), dynamic_shapes=(dynamic,)).module()
+    for shape in ((2, 3, 64, 64), (1, 3, 65, 97), (3, 3, 96, 33)):  # torch exports no map of 1 pixel beside larger ones
+        x = torch.randn(shape)
+        assert_equal(exported(x), net(x))
+
+
+# torch.fx cannot follow the sizes that deformable convolution computes with.
+@pytest.mark.parametrize("case", [case for case in CASES if "DCN" not in case])
+def test_fx_traces_it(build, case):
+    net = build(case).eval()
+    traced = torch.fx.symbolic_trace(net)
+    for size in SIZES:
+        x = torch.randn(2, 3, *size)
+        assert_equal(traced(x), net(x))
+
+
+@every_class
+def test_jit_traces_it(build, images, case):
+    net = build(case).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # its users know; a TracerWarning is ours
+        traced = torch.jit.trace(net, images)
+    x = torch.randn(3, 3, 65, 97)
+    assert_equal(traced(x), net(x))
+
+
+@every_class
+def test_a_state_dict_loads_strictly_into_a_second_net(build, images, case):
+    net, twin = build(case).eval(), build(case).eval()
+    twin.load_state_dict(net.state_dict())
+    assert_equal(twin(images), net(images))
+
+
+@every_class
+def test_every_argument_is_annotated_and_known_by_name(case):
+    for base in inspect.getmro(CLASSES[case]):
+        if base is nn.Module:
+            break
+        if "__init__" in vars(base):
+            parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+            assert all(parameter.annotation is not parameter.empty for parameter in parameters), base
+    check_arguments(CLASSES[case], {"depth": 50, "in_channels": 3, "init_cfg": None, "with_cp": False})
+
+
+@every_class
+def test_norm_eval_is_the_default(case):
+    net = CLASSES[case](min(CLASSES[case].arch_settings), base_channels=8).train()
+    norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
+    assert norms
+    assert not any(norm.training for norm in norms)

@@ -1,0 +1,889 @@
+"""ResNet and its namesakes V1b, V1c, V1d: what each argument does, and what stays true whatever the arguments."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resbackbone import FeatureInfo, ResNet, ResNetV1b, ResNetV1c, ResNetV1d, ResNeXt, WideResNet, build_backbone
+from resbackbone.backbones import ResLayer
+from resbackbone.blocks import BasicBlock, Bottleneck
+from resbackbone.layers import DropPath, FrozenBatchNorm2d
+
+TINY = {"base_channels": 8}
+GROUPED = {"groups": 4, "base_width": 4}
+
+
+class Gate(nn.Module):
+    """A plugin, cheap and with dropout, to see plugins at work without mmcv."""
+
+    _abbr_ = "gate"
+
+    def __init__(self, in_channels, dropout=0.0):
+        super().__init__()
+        self.in_channels = in_channels
+        self.scale = nn.Parameter(torch.full((in_channels, 1, 1), 0.5))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.dropout(x) * self.scale
+
+
+@pytest.fixture
+def gate(registry):
+    registry.register_module("Gate", module=Gate)
+    return {"type": "Gate"}
+
+
+def batch_norms(net):
+    return [module for module in net.modules() if isinstance(module, _BatchNorm)]
+
+
+def last_norms(net):
+    blocks = [block for name in net.res_layers for block in getattr(net, name)]
+    return [getattr(block, "norm3" if hasattr(block, "norm3") else "norm2") for block in blocks]
+
+
+def values(parameters):
+    return {value for parameter in parameters for value in parameter.tolist()}
+
+
+def step(net, x):
+    """One training step's outputs and gradients, from a fixed state of the random numbers."""
+    torch.manual_seed(1)
+    outs = net(x)
+    sum(out.square().mean() for out in outs).backward()
+    return outs, {name: parameter.grad for name, parameter in net.named_parameters()}
+
+
+def conv_attributes(layer, name):
+    return [[getattr(block, conv).__dict__[name][0] for conv in ("conv1", "conv2", "conv3")] for block in layer]
+
+
+# Feature maps
+
+
+@pytest.mark.parametrize(
+    ("depth", "blocks", "channels"),
+    [
+        (18, (2, 2, 2, 2), (64, 128, 256, 512)),
+        (34, (3, 4, 6, 3), (64, 128, 256, 512)),
+        (50, (3, 4, 6, 3), (256, 512, 1024, 2048)),
+        (101, (3, 4, 23, 3), (256, 512, 1024, 2048)),
+        (152, (3, 8, 36, 3), (256, 512, 1024, 2048)),
+    ],
+)
+def test_each_depth_has_its_blocks_and_shapes(depth, blocks, channels):
+    with torch.device("meta"):
+        net = ResNet(depth)
+        outs = net(torch.empty(2, 3, 224, 224))
+    assert net.stage_blocks == blocks == tuple(len(getattr(net, name)) for name in net.res_layers)
+    sizes = (56, 28, 14, 7)
+    assert [tuple(out.shape) for out in outs] == [(2, c, s, s) for c, s in zip(channels, sizes, strict=True)]
+    assert net.feature_info == tuple(
+        FeatureInfo(f"layer{i + 1}", i, c, s) for i, (c, s) in enumerate(zip(channels, (4, 8, 16, 32), strict=True))
+    )
+
+
+@pytest.mark.parametrize(
+    ("out_indices", "stages"),
+    [
+        ((0, 1, 2, 3), (0, 1, 2, 3)),
+        ((3,), (3,)),
+        ([1, 3], (1, 3)),
+        ((3, 0, 2), (0, 2, 3)),
+        ((-1,), (3,)),
+        ((-1, 0), (0, 3)),
+        ((-4, -2), (0, 2)),
+    ],
+)
+def test_out_indices_pick_stages_in_ascending_order(shake, images, out_indices, stages):
+    whole = shake(ResNet(18, **TINY)).eval()
+    net = ResNet(18, out_indices=out_indices, **TINY).eval()
+    net.load_state_dict(whole.state_dict())
+    outs, expected = net(images), whole(images)
+    assert net.out_indices == stages
+    assert isinstance(outs, tuple)
+    assert len(outs) == len(stages)
+    assert all(torch.equal(out, expected[stage]) for out, stage in zip(outs, stages, strict=True))
+    assert net.feature_info == tuple(whole.feature_info[stage] for stage in stages)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+def test_fewer_stages(images, num_stages):
+    net = ResNet(
+        18,
+        num_stages=num_stages,
+        strides=(1, 2, 2)[:num_stages],
+        dilations=(1,) * num_stages,
+        out_indices=(-1,),
+        **TINY,
+    )
+    (out,) = net(images)
+    assert not hasattr(net, f"layer{num_stages + 1}")
+    assert net.res_layers == ["layer1", "layer2", "layer3"][:num_stages]
+    assert net.feat_dim == net.out_channels[0] == out.shape[1] == 8 * 2 ** (num_stages - 1)
+    assert net.out_strides[0] == 64 // out.shape[2] == 2 ** (num_stages + 1)
+
+
+@pytest.mark.parametrize("in_channels", [1, 4])
+def test_in_channels(in_channels):
+    net = ResNet(18, in_channels=in_channels, **TINY)
+    assert net.conv1.in_channels == in_channels
+    assert len(net(torch.randn(2, in_channels, 64, 64))) == 4
+
+
+def test_strides_and_dilations_reach_the_convolutions(images):
+    net = ResNet(50, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), **TINY)
+    assert net.out_strides == (4, 8, 8, 8)
+    assert [64 // out.shape[2] for out in net(images)] == [4, 8, 8, 8]
+    for name, dilation in zip(net.res_layers, net.dilations, strict=True):
+        layer = getattr(net, name)
+        assert conv_attributes(layer, "dilation") == [[1, dilation, 1]] * len(layer)
+        assert conv_attributes(layer, "padding") == [[0, dilation, 0]] * len(layer)
+    assert [getattr(net, name)[0].conv2.stride for name in net.res_layers] == [(1, 1), (2, 2), (1, 1), (1, 1)]
+
+
+def test_a_basic_block_dilates_its_first_convolution_only():
+    net = ResNet(18, strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), **TINY)
+    assert [(block.conv1.dilation, block.conv2.dilation) for block in net.layer4] == [((2, 2), (1, 1))] * 2
+
+
+def test_unusual_strides_are_reported(images):
+    net = ResNet(18, strides=(2, 1, 3, 2), **TINY)
+    assert net.out_strides == (8, 8, 24, 48)
+    assert [out.shape[2] for out in net(images)] == [8, 8, 3, 2]
+
+
+def test_multi_grid_sets_the_last_stage_alone():
+    net = ResNet(50, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), multi_grid=(1, 2, 4), **TINY)
+    assert [block.conv2.dilation[0] for block in net.layer4] == [1, 2, 4]
+    assert [block.conv2.dilation[0] for block in net.layer3] == [2] * 6
+
+
+def test_multi_grid_follows_num_stages():
+    net = ResNet(18, num_stages=2, strides=(1, 1), dilations=(1, 1), out_indices=(1,), multi_grid=(2, 3), **TINY)
+    assert [block.conv1.dilation[0] for block in net.layer2] == [2, 3]
+    assert [block.conv1.dilation[0] for block in net.layer1] == [1, 1]
+
+
+def test_contract_dilation_halves_the_first_block_of_each_dilated_stage():
+    net = ResNet(50, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), contract_dilation=True, **TINY)
+    dilations = [[block.conv2.dilation[0] for block in getattr(net, name)] for name in net.res_layers]
+    assert dilations == [[1] * 3, [1] * 4, [1, 2, 2, 2, 2, 2], [2, 4, 4]]
+
+
+@pytest.mark.parametrize(("style", "strides"), [("pytorch", (1, 2)), ("caffe", (2, 1))])
+def test_style_places_the_stride(style, strides):
+    net = ResNet(50, style=style, **TINY)
+    for layer in (net.layer2, net.layer3, net.layer4):
+        assert (layer[0].conv1.stride[0], layer[0].conv2.stride[0]) == strides
+        assert (layer[0].conv1_stride, layer[0].conv2_stride) == strides
+        assert (layer[1].conv1.stride, layer[1].conv2.stride) == ((1, 1), (1, 1))
+        assert layer[0].downsample[0].stride == (2, 2)
+
+
+# Stems and shortcuts
+
+
+def test_stem_channels_follow_base_channels_unless_given():
+    assert ResNet(18, base_channels=16).conv1.out_channels == 16
+    assert ResNetV1c(18, base_channels=16).stem[6].out_channels == 16
+    net = ResNet(18, base_channels=16, stem_channels=24)
+    assert (net.stem_channels, net.conv1.out_channels, net.norm1.num_features) == (24, 24, 24)
+    assert net.layer1[0].conv1.in_channels == net.layer1[0].downsample[0].in_channels == 24
+    assert net.out_channels == (16, 32, 64, 128)
+
+
+def test_plain_stem():
+    net = ResNet(18)
+    assert (net.conv1.kernel_size, net.conv1.stride, net.conv1.padding) == ((7, 7), (2, 2), (3, 3))
+    assert net.conv1.bias is None
+    assert (net.maxpool.kernel_size, net.maxpool.stride, net.maxpool.padding) == (3, 2, 1)
+    assert (net.norm1_name, net.norm1) == ("bn1", net.bn1)
+    assert not hasattr(net, "stem")
+
+
+@pytest.mark.parametrize("net_class", [ResNetV1c, ResNetV1d])
+@pytest.mark.parametrize("stem_channels", [None, 32])
+def test_deep_stem_has_three_convolutions_two_at_half_width(images, net_class, stem_channels):
+    net = net_class(50, stem_channels=stem_channels)
+    full = stem_channels or 64
+    assert [type(module) for module in net.stem] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU] * 3
+    convs = [net.stem[index] for index in (0, 3, 6)]
+    assert [conv.out_channels for conv in convs] == [full // 2, full // 2, full]
+    assert [conv.stride[0] for conv in convs] == [2, 1, 1]
+    assert {(conv.kernel_size, conv.padding, conv.bias) for conv in convs} == {((3, 3), (1, 1), None)}
+    assert not hasattr(net, "conv1")
+    assert net.eval()(images)[0].shape == (2, 256, 16, 16)
+
+
+def test_only_v1d_pools_in_its_shortcuts():
+    assert [type(module) for module in ResNetV1c(50, **TINY).layer2[0].downsample] == [nn.Conv2d, nn.BatchNorm2d]
+    net = ResNetV1d(50, **TINY)
+    for name, stride in zip(net.res_layers, (1, 2, 2, 2), strict=True):
+        pool, conv, norm = getattr(net, name)[0].downsample
+        assert (pool.kernel_size, pool.stride, pool.ceil_mode, pool.count_include_pad) == (stride, stride, True, False)
+        assert (conv.kernel_size, conv.stride) == ((1, 1), (1, 1))
+        assert isinstance(norm, nn.BatchNorm2d)
+
+
+def test_namesakes_are_resnets_with_other_defaults(shake, images):
+    pairs = [
+        (ResNetV1b, {}),
+        (ResNetV1c, {"deep_stem": True}),
+        (ResNetV1d, {"deep_stem": True, "avg_down": True}),
+    ]
+    for net_class, options in pairs:
+        net, same = net_class(50, **TINY), shake(ResNet(50, **options, **TINY))
+        net.load_state_dict(same.state_dict())
+        assert all(torch.equal(*pair) for pair in zip(net.eval()(images), same.eval()(images), strict=True))
+        assert isinstance(net, ResNet)
+    assert ResNetV1d(18, avg_down=False, deep_stem=False, **TINY).layer2[0].downsample[0].stride == (2, 2)
+
+
+def test_widening_factor():
+    net = WideResNet(50, widening_factor=3, **TINY)
+    assert [layer[0].conv2.out_channels for layer in (net.layer1, net.layer4)] == [24, 192]
+    assert net.out_channels == (32, 64, 128, 256)
+
+
+@pytest.mark.parametrize(
+    ("options", "widths"),
+    [
+        ({"groups": 32, "base_width": 4}, [128, 256, 512, 1024]),
+        ({"groups": 64, "base_width": 4}, [256, 512, 1024, 2048]),
+    ],
+)
+def test_resnext_groups_and_widths(options, widths):
+    with torch.device("meta"):
+        net = ResNeXt(50, **options)
+    convs = [getattr(net, name)[-1].conv2 for name in net.res_layers]
+    assert [conv.groups for conv in convs] == [options["groups"]] * 4
+    assert [conv.out_channels for conv in convs] == widths
+    assert net.out_channels == (256, 512, 1024, 2048)
+
+
+def test_resnext_of_one_group_is_a_resnet():
+    net, plain = ResNeXt(50, **TINY), ResNet(50, **TINY)
+    assert {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+
+
+# Freezing, norm_eval, train, eval
+
+
+def test_train_and_eval_return_the_backbone():
+    net = ResNet(18, frozen_stages=1, **TINY)
+    assert net.train() is net
+    assert net.train(False) is net
+    assert net.eval() is net
+    assert net.training is False
+
+
+@pytest.mark.parametrize("deep_stem", [False, True])
+@pytest.mark.parametrize("frozen_stages", [-1, 0, 1, 2, 3, 4])
+def test_frozen_parts_have_no_gradient_and_stay_in_eval_mode(images, deep_stem, frozen_stages):
+    net = ResNet(18, deep_stem=deep_stem, frozen_stages=frozen_stages, norm_eval=False, **TINY)
+    stem = net.stem if deep_stem else nn.ModuleList([net.conv1, net.norm1])
+    parts = [stem, *(getattr(net, name) for name in net.res_layers)]
+    for switch in (lambda: None, net.train, net.eval, net.train):
+        switch()
+        for index, part in enumerate(parts):
+            frozen = index <= frozen_stages
+            assert {parameter.requires_grad for parameter in part.parameters()} == {not frozen}
+            assert {norm.training for norm in batch_norms(part)} == {net.training and not frozen}
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    outs = net(images)
+    if frozen_stages < 4:
+        sum(out.mean() for out in outs[max(frozen_stages, 0) :]).backward()
+    for index, part in enumerate(parts):
+        assert {parameter.grad is None for parameter in part.parameters()} == {index <= frozen_stages}
+    moved = {name for name, buffer in net.named_buffers() if not torch.equal(buffer, before[name])}
+    still = {f"layer{index}" for index in range(1, frozen_stages + 1)}
+    assert {name.split(".")[0] for name in before} - {name.split(".")[0] for name in moved} == still | (
+        {"stem" if deep_stem else "bn1"} if frozen_stages >= 0 else set()
+    )
+
+
+def test_a_fully_frozen_net_hands_out_features_without_gradient(images):
+    net = ResNet(18, frozen_stages=4, **TINY).train()
+    assert not any(out.requires_grad for out in net(images))
+
+
+def test_train_freezes_again_what_was_thawed():
+    net = ResNet(18, frozen_stages=1, norm_eval=False, **TINY)
+    for part in (net.conv1, net.norm1, net.layer1):
+        part.requires_grad_(True).train()
+    net.train()
+    for part in (net.conv1, net.norm1, net.layer1):
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+        assert not any(norm.training for norm in batch_norms(part))
+
+
+def test_frozen_stages_can_grow_during_training():
+    net = ResNet(18, frozen_stages=-1, norm_eval=False, **TINY)
+    net.frozen_stages = 2
+    net.train()
+    assert not any(parameter.requires_grad for parameter in net.layer2.parameters())
+    assert all(parameter.requires_grad for parameter in net.layer3.parameters())
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN"])
+def test_norm_eval_keeps_batch_norms_in_eval_mode_and_their_affine_parameters_training(images, norm):
+    net = ResNet(18, norm_cfg={"type": norm}, norm_eval=True, **TINY)
+    net.train()
+    assert net.training
+    assert net.layer1[0].training
+    assert not any(bn.training for bn in batch_norms(net))
+    before = copy.deepcopy(dict(net.named_buffers()))
+    sum(out.mean() for out in net(images)).backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+    assert all(bn.weight.grad is not None for bn in batch_norms(net))
+
+
+def test_without_norm_eval_batch_norms_train(images):
+    net = ResNet(18, norm_eval=False, **TINY)
+    net.train()
+    assert all(bn.training for bn in batch_norms(net))
+    net(images)
+    assert {int(bn.num_batches_tracked) for bn in batch_norms(net)} == {1}
+    assert not any(bn.training for bn in batch_norms(net.eval()))
+
+
+# Checkpointing
+
+
+@pytest.mark.parametrize(
+    ("net_class", "options"),
+    [
+        (ResNet, {"depth": 18}),
+        (ResNet, {"depth": 50}),
+        (ResNet, {"depth": 50, "style": "caffe", "norm_cfg": {"type": "GN", "num_groups": 4}}),
+        (ResNet, {"depth": 18, "drop_path_rate": 0.5}),
+        (ResNet, {"depth": 18, "frozen_stages": 1}),
+        (ResNetV1d, {"depth": 18, "frozen_stages": 0}),
+        (ResNet, {"depth": 18, "norm_cfg": {"type": "IN", "affine": True, "track_running_stats": True}}),
+        (ResNet, {"depth": 18, "norm_eval": True}),
+        (ResNeXt, {"depth": 50, **GROUPED}),
+    ],
+    ids=["18", "50", "gn", "drop_path", "frozen", "v1d_frozen_stem", "in_running", "norm_eval", "resnext"],
+)
+def test_checkpointing_changes_no_output_gradient_or_statistic(shake, images, net_class, options):
+    options = {"norm_eval": False, **options, **TINY}
+    plain = shake(net_class(**options)).train()
+    checkpointed = net_class(with_cp=True, **options).train()
+    checkpointed.load_state_dict(plain.state_dict())
+    (outs, grads), (expected_outs, expected_grads) = step(checkpointed, images), step(plain, images)
+    assert all(torch.equal(*pair) for pair in zip(outs, expected_outs, strict=True))
+    for name, expected in expected_grads.items():
+        frozen = not dict(plain.named_parameters())[name].requires_grad
+        assert grads[name] is None if frozen else torch.equal(grads[name], expected), name
+    for name, buffer in checkpointed.named_buffers():
+        assert torch.equal(buffer, dict(plain.named_buffers())[name]), name
+    counts = {int(bn.num_batches_tracked) for bn in batch_norms(checkpointed) if bn.training}
+    assert counts <= {1}
+
+
+def test_checkpointing_repeats_the_dropout_of_a_plugin(shake, images, gate):
+    plugins = [{"cfg": {**gate, "dropout": 0.5}, "position": "after_conv1"}]
+    nets = [shake(ResNet(18, plugins=plugins, with_cp=with_cp, **TINY)).train() for with_cp in (False, True)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    (outs, grads), (same_outs, same_grads) = (step(net, images) for net in nets)
+    assert all(torch.equal(*pair) for pair in zip(outs, same_outs, strict=True))
+    assert all(torch.equal(grad, same_grads[name]) for name, grad in grads.items())
+
+
+@pytest.mark.parametrize(("with_cp", "runs"), [(False, 1), (True, 2)])
+def test_checkpointing_recomputes_each_block_once(images, with_cp, runs):
+    net = ResNet(18, with_cp=with_cp, **TINY).train()
+    calls = []
+    net.layer2[1].conv1.register_forward_hook(lambda *_: calls.append(1))
+    step(net, images)
+    assert len(calls) == runs
+    with torch.no_grad():
+        net(images)
+    assert len(calls) == runs + 1
+
+
+def test_checkpointing_keeps_less(images):
+    def kept(with_cp):
+        sizes = []
+        net = ResNet(50, with_cp=with_cp, **TINY).train()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            net(images)
+        return sum(sizes)
+
+    assert kept(True) < kept(False) / 3
+
+
+# Norms
+
+
+@pytest.mark.parametrize(
+    ("norm_cfg", "norm_class", "name"),
+    [
+        ({"type": "BN"}, nn.BatchNorm2d, "bn"),
+        ({"type": "SyncBN", "requires_grad": True}, nn.SyncBatchNorm, "bn"),
+        ({"type": "GN", "num_groups": 4}, nn.GroupNorm, "gn"),
+        ({"type": "IN"}, nn.InstanceNorm2d, "in"),
+        ({"type": "FrozenBN"}, FrozenBatchNorm2d, "bn"),
+    ],
+)
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_each_norm_takes_its_place_and_name(norm_cfg, norm_class, name, mode):
+    net = ResNet(50, norm_cfg=norm_cfg, norm_eval=False, **TINY).train(mode)
+    assert net.norm1_name == f"{name}1"
+    assert type(net.norm1) is norm_class
+    block = net.layer1[0]
+    assert [type(block.get_submodule(f"{name}{index}")) for index in (1, 2, 3)] == [norm_class] * 3
+    assert [block.norm1, block.norm2, block.norm3] == [block.get_submodule(f"{name}{index}") for index in (1, 2, 3)]
+    assert type(block.downsample[1]) is norm_class
+    others = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.InstanceNorm2d, FrozenBatchNorm2d)
+    found = {type(module) for module in net.modules()} & set(others)
+    assert found == {norm_class}
+    assert all(out.isfinite().all() for out in net(torch.randn(2, 3, 64, 64)))
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_sync_batch_norm_alone_on_a_cpu_is_batch_norm(shake, images, mode):
+    plain = shake(ResNet(18, norm_eval=False, **TINY)).train(mode)
+    net = ResNet(18, norm_cfg={"type": "SyncBN"}, norm_eval=False, **TINY).train(mode)
+    net.load_state_dict(plain.state_dict())
+    assert all(torch.equal(*pair) for pair in zip(net(images), plain(images), strict=True))
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in net.state_dict().items())
+
+
+def test_frozen_batch_norm_is_batch_norm_in_eval_mode_and_never_moves(shake, images):
+    plain = shake(ResNet(50, **TINY)).eval()
+    net = ResNet(50, norm_cfg={"type": "FrozenBN"}, norm_eval=False, **TINY)
+    net.load_state_dict(plain.state_dict())  # strictly; the counters of BN are passed over
+    before = copy.deepcopy(net.state_dict())
+    outs = net.train()(images)
+    assert all(torch.equal(*pair) for pair in zip(outs, plain(images), strict=True))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert {key.split(".")[-2][:4] for key, _ in net.named_parameters()} <= {"conv", "0"}
+
+
+def test_a_registered_norm_is_found_by_name_or_class(registry, images):
+    @registry.register_module()
+    class CalmNorm(nn.BatchNorm2d):
+        _abbr_ = "calm"
+
+    for type_ in ("CalmNorm", CalmNorm):
+        net = ResNet(18, norm_cfg={"type": type_, "eps": 1e-3}, **TINY)
+        assert net.norm1_name == "calm1"
+        assert type(net.layer4[1].calm2) is CalmNorm
+        assert net.calm1.eps == 1e-3
+        assert not net.train().calm1.training  # a batch norm, for norm_eval too
+        assert len(net(images)) == 4
+
+
+def test_norms_without_requires_grad_do_not_train():
+    net = ResNet(18, norm_cfg={"type": "BN", "requires_grad": False}, **TINY)
+    assert not any(parameter.requires_grad for bn in batch_norms(net) for parameter in bn.parameters())
+    assert net.conv1.weight.requires_grad
+    assert {bn.eps for bn in batch_norms(net)} == {1e-5}
+
+
+# Initialisation
+
+
+@pytest.mark.parametrize(
+    "init_cfg", [None, {"type": "Kaiming", "layer": "Conv2d"}, [{"type": "Xavier", "layer": "Conv2d"}]]
+)
+@pytest.mark.parametrize(
+    ("net_class", "options"),
+    [
+        (ResNet, {"depth": 18}),
+        (ResNet, {"depth": 50}),
+        (ResNeXt, {"depth": 50, **GROUPED}),
+        (WideResNet, {"depth": 50}),
+    ],
+    ids=["18", "50", "resnext", "wide"],
+)
+def test_zero_init_residual_makes_each_branch_zero(net_class, options, init_cfg):
+    for zero in (True, False):
+        net = net_class(zero_init_residual=zero, init_cfg=init_cfg, **options, **TINY)
+        net.init_weights()
+        assert len(last_norms(net)) == sum(net.stage_blocks)
+        assert values(norm.weight for norm in last_norms(net)) == {0.0 if zero else 1.0}
+        assert values(norm.bias for norm in last_norms(net)) == {0.0}
+        assert values([net.norm1.weight]) == {1.0}
+
+
+def test_zero_init_residual_reaches_group_norms_but_not_frozen_ones():
+    group = ResNet(18, norm_cfg={"type": "GN", "num_groups": 4}, **TINY)
+    frozen = ResNet(18, norm_cfg={"type": "FrozenBN"}, **TINY)
+    for net, value in ((group, 0.0), (frozen, 1.0)):
+        net.init_weights()
+        assert values(norm.weight for norm in last_norms(net)) == {value}
+
+
+def test_default_initialisation_is_he_normal():
+    net = build_backbone({"type": "ResNet", "depth": 18})
+    weight = net.layer3[0].conv2.weight
+    assert float(weight.detach().std()) == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.02)  # fan out
+    net.init_weights()  # a second call changes nothing
+    assert net.layer3[0].conv2.weight is weight
+
+
+def test_init_weights_draws_once():
+    net = ResNet(18, **TINY)
+    net.init_weights()
+    before = net.conv1.weight.clone()
+    net.init_weights()
+    assert torch.equal(net.conv1.weight, before)
+
+
+@pytest.fixture
+def trained(shake, tmp_path):
+    """A net's weights in a file, its last norms far from zero."""
+    net = shake(ResNet(18, **TINY))
+    torch.save(net.state_dict(), tmp_path / "trained.pth")
+    return str(tmp_path / "trained.pth"), net.state_dict()
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_pretrained_weights_are_loaded_last(trained, as_list):
+    path, weights = trained
+    pretrained = {"type": "Pretrained", "checkpoint": path}
+    init_cfg = [pretrained, {"type": "Kaiming", "layer": "Conv2d"}] if as_list else pretrained
+    net = build_backbone({"type": "ResNet", "depth": 18, "init_cfg": init_cfg, **TINY})
+    assert all(torch.equal(value, weights[key]) for key, value in net.state_dict().items())
+
+
+def test_old_spelling_of_pretrained_warns_and_loads(trained):
+    path, weights = trained
+    with pytest.warns(FutureWarning, match="init_cfg=dict.type='Pretrained'"):
+        net = ResNet(18, pretrained=path, **TINY)
+    net.init_weights()
+    assert torch.equal(net.layer4[1].bn2.weight, weights["layer4.1.bn2.weight"])
+
+
+def test_build_backbone_loads_a_checkpoint(trained):
+    path, weights = trained
+    net = build_backbone({"type": "ResNet", "depth": 18, **TINY}, checkpoint=path)
+    assert all(torch.equal(value, weights[key]) for key, value in net.state_dict().items())
+
+
+# Drop path
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_drop_path_grows_linearly_over_the_blocks(depth):
+    net = ResNet(depth, drop_path_rate=0.3, **TINY)
+    blocks = [block for name in net.res_layers for block in getattr(net, name)]
+    rates = [block.drop_path.drop_prob if block.drop_path else 0.0 for block in blocks]
+    assert rates == pytest.approx([0.3 * index / (len(blocks) - 1) for index in range(len(blocks))])
+    assert rates[-1] == pytest.approx(0.3)
+
+
+def test_drop_path_drops_whole_samples_in_training_only(shake):
+    net = shake(ResNet(18, drop_path_rate=0.9, **TINY))
+    x = torch.randn(1, 3, 64, 64).expand(64, -1, -1, -1)
+    last = net.train()(x)[-1]
+    assert len({tuple(sample.flatten().tolist()) for sample in last}) > 1
+    same = shake(ResNet(18, **TINY))
+    same.load_state_dict(net.state_dict())
+    assert torch.equal(net.eval()(x)[-1], same.eval()(x)[-1])
+
+
+def test_drop_path_keeps_the_mean():
+    kept = DropPath(0.25).train()(torch.ones(20000, 1, 1, 1))
+    assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert float(kept.mean()) == pytest.approx(1.0, abs=0.02)
+
+
+# Plugins and deformable convolution
+
+
+def test_plugins_go_to_their_stages_at_the_width_they_follow(images, gate):
+    plugins = [
+        {"cfg": gate, "stages": (False, True, True, False), "position": "after_conv2"},
+        {"cfg": {**gate, "postfix": "_end"}, "position": "after_conv3"},
+    ]
+    net = ResNet(50, plugins=plugins, **TINY)
+    for index, name in enumerate(net.res_layers):
+        for block in getattr(net, name):
+            assert hasattr(block, "gate") is (index in (1, 2))
+            assert block.gate_end.in_channels == 32 * 2**index
+            if index in (1, 2):
+                assert block.gate.in_channels == 8 * 2**index
+    assert len(net(images)) == 4
+
+
+def test_make_stage_plugins_picks_by_stage():
+    plugins = [
+        {"cfg": {"type": "A"}, "stages": (False, True, True, True), "position": "after_conv2"},
+        {"cfg": {"type": "B"}, "position": "after_conv3"},
+    ]
+    net = ResNet(18, **TINY)
+    assert [plugin["cfg"]["type"] for plugin in net.make_stage_plugins(plugins, 0)] == ["B"]
+    picked = net.make_stage_plugins(plugins, 1)
+    assert picked == [
+        {"cfg": {"type": "A"}, "position": "after_conv2"},
+        {"cfg": {"type": "B"}, "position": "after_conv3"},
+    ]
+    assert "stages" in plugins[0]
+
+
+@pytest.mark.parametrize("net_class", [ResNet, ResNeXt])
+def test_mmcv_plugins(images, net_class):
+    pytest.importorskip("mmcv.cnn")
+    attention = {"type": "GeneralizedAttention", "spatial_range": -1, "num_heads": 4, "attention_type": "0010"}
+    plugins = [
+        {"cfg": {"type": "ContextBlock", "ratio": 1 / 4}, "position": "after_conv3"},
+        {"cfg": {"type": "NonLocal2d"}, "stages": (False, False, False, True), "position": "after_conv2"},
+        {"cfg": {**attention, "kv_stride": 2}, "stages": (False, True, False, False), "position": "after_conv2"},
+    ]
+    net = net_class(50, plugins=plugins, **(GROUPED if net_class is ResNeXt else {}), **TINY)
+    block = net.layer2[0]
+    assert block.context_block.in_channels == 64
+    assert block.gen_attention_block.in_channels == block.conv2.out_channels
+    assert net.layer4[0].nonlocal_block.in_channels == net.layer4[0].conv2.out_channels
+    assert not hasattr(net.layer3[0], "nonlocal_block")
+    assert all(out.isfinite().all() for out in net(images))
+
+
+@pytest.mark.parametrize(
+    ("net_class", "options"), [(ResNet, {"depth": 18}), (ResNet, {"depth": 50}), (ResNeXt, {"depth": 50})]
+)
+def test_deformable_stages(images, net_class, options):
+    dcn = {"type": "DCNv2", "deform_groups": 1}
+    net = net_class(dcn=dcn, stage_with_dcn=(False, True, False, True), **options, **TINY)
+    for name, deformable in zip(net.res_layers, net.stage_with_dcn, strict=True):
+        for block in getattr(net, name):
+            assert hasattr(block.conv2, "conv_offset") is deformable
+            assert type(block.conv1) is nn.Conv2d
+            assert block.with_dcn is deformable
+    assert net.dcn == dcn
+    assert {"layer2.0.conv2.weight", "layer2.0.conv2.conv_offset.weight"} <= set(net.state_dict())
+    assert all(out.isfinite().all() for out in net(images))
+
+
+def test_conv_cfg_reaches_every_convolution(registry):
+    @registry.register_module()
+    class MyConv(nn.Conv2d):
+        pass
+
+    net = ResNetV1d(50, conv_cfg={"type": "MyConv"}, **TINY)
+    assert {type(module) for module in net.modules() if isinstance(module, nn.Conv2d)} == {MyConv}
+
+
+# What a backbone is as an object
+
+
+def test_attributes_of_the_openmmlab_surface():
+    net = ResNet(50, **TINY)
+    assert net.arch_settings is ResNet.arch_settings
+    assert set(net.arch_settings) == {18, 34, 50, 101, 152}
+    assert net.block is Bottleneck
+    assert ResNet(18, **TINY).block is BasicBlock
+    assert net.stage_blocks == (3, 4, 6, 3)
+    assert net.res_layers == ["layer1", "layer2", "layer3", "layer4"]
+    assert net.feat_dim == 256
+    assert net.inplanes == 256
+    assert net.norm1 is net.bn1
+    assert all(isinstance(getattr(net, name), ResLayer) for name in net.res_layers)
+    assert (net.depth, net.num_stages, net.strides, net.dilations) == (50, 4, (1, 2, 2, 2), (1, 1, 1, 1))
+    assert (net.out_indices, net.style, net.frozen_stages, net.norm_eval) == ((0, 1, 2, 3), "pytorch", -1, True)
+
+
+def expected_keys(stem, shortcut):
+    """The key list of a ResNet-18, written down from OpenMMLab's layout."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    keys = []
+    for conv, bn in stem:
+        keys += [f"{conv}.weight", *(f"{bn}.{name}" for name in norm)]
+    for layer in (1, 2, 3, 4):
+        for block in (0, 1):
+            prefix = f"layer{layer}.{block}"
+            for index in (1, 2):
+                keys += [f"{prefix}.conv{index}.weight", *(f"{prefix}.bn{index}.{name}" for name in norm)]
+            if block == 0 and layer > 1:
+                keys += [f"{prefix}.downsample.{shortcut}.weight"]
+                keys += [f"{prefix}.downsample.{shortcut + 1}.{name}" for name in norm]
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("net_class", "stem", "shortcut"),
+    [
+        (ResNet, [("conv1", "bn1")], 0),
+        (ResNetV1c, [("stem.0", "stem.1"), ("stem.3", "stem.4"), ("stem.6", "stem.7")], 0),
+        (ResNetV1d, [("stem.0", "stem.1"), ("stem.3", "stem.4"), ("stem.6", "stem.7")], 1),
+    ],
+)
+def test_state_dict_keys_are_openmmlabs(net_class, stem, shortcut):
+    assert list(net_class(18, **TINY).state_dict()) == expected_keys(stem, shortcut)
+
+
+@pytest.mark.parametrize("with_cp", [False, True])
+def test_pickle_and_deepcopy_give_an_equal_and_separate_net(shake, images, with_cp):
+    net = shake(ResNetV1d(18, frozen_stages=1, with_cp=with_cp, norm_eval=False, **TINY))
+    expected = net.eval()(images)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert all(torch.equal(*pair) for pair in zip(twin(images), expected, strict=True))
+        assert twin.feature_info == net.feature_info
+        twin.train()
+        assert not twin.stem[1].training
+        assert twin.layer2[0].bn1.training
+        twin.layer2[0].bn1.weight.data.zero_()
+        assert float(net.layer2[0].bn1.weight.detach().abs().min()) > 0
+    with pytest.raises(ValueError, match="takes images of shape"):  # the check of the images travels along
+        copy.deepcopy(net)(torch.zeros(1, 1, 64, 64))
+
+
+def test_building_and_initialising_leave_the_callers_config_alone(gate):
+    arguments = {
+        "depth": 50,
+        "norm_cfg": {"type": "GN", "num_groups": 4, "requires_grad": True},
+        "dcn": {"type": "DCN", "deform_groups": 1, "fallback_on_stride": True},
+        "stage_with_dcn": [False, True, True, True],
+        "plugins": [{"cfg": {**gate, "postfix": 1}, "stages": [True] * 4, "position": "after_conv2"}],
+        "init_cfg": [{"type": "Kaiming", "layer": ["Conv2d"]}],
+        "strides": [1, 2, 2, 2],
+        "out_indices": [3, 1],
+    }
+    before = copy.deepcopy(arguments)
+    net = ResNet(**arguments, **TINY)
+    net.init_weights()
+    net.train()
+    assert arguments == before
+    second = ResNet(**arguments, **TINY)  # and it builds the same a second time
+    assert list(second.state_dict()) == list(net.state_dict())
+
+
+def test_a_net_keeps_no_reference_to_the_callers_config():
+    norm_cfg, multi_grid = {"type": "BN"}, [1, 2, 4]
+    net = ResNet(50, norm_cfg=norm_cfg, multi_grid=multi_grid, **TINY)
+    norm_cfg["type"] = "GN"
+    multi_grid.clear()
+    assert net.norm_cfg == {"type": "BN"}
+    assert list(net.multi_grid) == [1, 2, 4]
+
+
+def test_default_configs_are_not_shared_between_nets():
+    ResNet(18, **TINY).norm_cfg["type"] = "GN"
+    assert ResNet(18, **TINY).norm_cfg == {"type": "BN", "requires_grad": True}
+
+
+# Subclasses as people have them for mmdet's ResNet
+
+
+class SqueezedBlock(Bottleneck):
+    """A block with a forward pass of its own, in mmdet's words."""
+
+    expansion = 2
+
+    def __init__(self, inplanes, planes, ratio=2, **kwargs):
+        super().__init__(inplanes, planes, **kwargs)
+        self.squeeze = nn.Conv2d(planes * self.expansion, planes * self.expansion // ratio, 1)
+
+    def forward(self, x):
+        identity = x
+        out = self.relu(self.norm1(self.conv1(x)))
+        if self.with_plugins:
+            out = self.forward_plugin(out, self.after_conv1_plugin_names)
+        out = self.relu(self.norm2(self.conv2(out)))
+        out = self.norm3(self.conv3(out))
+        out = out * self.squeeze(out).mean().sigmoid()
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        return self.relu(out + identity)
+
+
+class SqueezedResNet(ResNet):
+    arch_settings = {26: (SqueezedBlock, (2, 2, 2, 2))}  # noqa: RUF012  # as users write it
+
+    def __init__(self, ratio=4, **kwargs):
+        self.ratio = ratio
+        super().__init__(**kwargs)
+
+    def make_res_layer(self, **kwargs):
+        return ResLayer(ratio=self.ratio, **kwargs)
+
+
+def test_a_subclass_with_another_block_and_expansion_works(images):
+    net = SqueezedResNet(depth=26, frozen_stages=2, with_cp=True, **TINY).train()
+    assert net.out_channels == (16, 32, 64, 128)
+    assert [out.shape[1] for out in net(images)] == [16, 32, 64, 128]
+    assert net.layer1[0].squeeze.out_channels == 4
+    assert net.feat_dim == 128
+    net.init_weights()
+    assert values(norm.weight for norm in last_norms(net)) == {0.0}
+
+
+class LargeStrideStem(ResNet):
+    def _make_stem_layer(self, in_channels, stem_channels):
+        super()._make_stem_layer(in_channels, stem_channels)
+        self.maxpool = nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1))
+
+
+def test_a_subclass_with_another_stem_reports_its_stride(images):
+    net = LargeStrideStem(18, frozen_stages=0, **TINY)
+    assert net.out_strides == (8, 16, 32, 64)
+    assert [64 // out.shape[2] for out in net(images)] == [8, 16, 32, 64]
+
+
+class OldBlock(nn.Module):
+    """A block that shares nothing with ours and knows only mmdet's arguments."""
+
+    expansion = 1
+
+    def __init__(
+        self, inplanes, planes, stride=1, dilation=1, downsample=None, style="pytorch", with_cp=False, conv_cfg=None,
+        norm_cfg=None, dcn=None, plugins=None, init_cfg=None,
+    ):  # fmt: skip
+        super().__init__()
+        self.conv = nn.Conv2d(inplanes, planes, 3, stride, dilation, dilation)
+        self.downsample = downsample or nn.Identity()
+
+    def forward(self, x):
+        return self.conv(x) + self.downsample(x)
+
+
+def test_a_block_that_knows_only_mmdets_arguments_works(images):
+    class OldResNet(ResNet):
+        arch_settings = {10: (OldBlock, (1, 1, 1, 1))}  # noqa: RUF012
+
+    net = OldResNet(10, dilations=(1, 1, 1, 2), strides=(1, 2, 2, 1), **TINY)
+    assert [tuple(out.shape[1:]) for out in net(images)] == [(8, 16, 16), (16, 8, 8), (32, 4, 4), (64, 4, 4)]
+
+
+class HandBuiltResNet(ResNet):
+    """A constructor that skips ResNet's, as mmdet's RegNet and DetectoRS do."""
+
+    def __init__(self, frozen_stages=-1, init_cfg=None):
+        super(ResNet, self).__init__(init_cfg)
+        self.in_channels = 3
+        self.conv_cfg, self.norm_cfg, self.norm_eval = None, {"type": "BN"}, False
+        self.deep_stem, self.frozen_stages, self.out_indices = False, frozen_stages, (0, 1)
+        self._make_stem_layer(3, 8)
+        self.res_layers = []
+        for index, (inplanes, planes) in enumerate(((8, 8), (8, 16))):
+            layer = self.make_res_layer(
+                block=BasicBlock,
+                inplanes=inplanes,
+                planes=planes,
+                num_blocks=1,
+                stride=index + 1,
+                norm_cfg=self.norm_cfg,
+            )
+            self.add_module(f"layer{index + 1}", layer)
+            self.res_layers.append(f"layer{index + 1}")
+        self._freeze_stages()
+
+
+@pytest.mark.parametrize("frozen_stages", [-1, 1])
+def test_a_subclass_that_builds_by_hand_runs_and_freezes(images, frozen_stages):
+    net = HandBuiltResNet(frozen_stages).train()
+    assert [tuple(out.shape[1:]) for out in net(images)] == [(8, 16, 16), (16, 8, 8)]
+    frozen = frozen_stages >= 0
+    for part in (net.conv1, net.norm1, net.layer1):
+        assert all(parameter.requires_grad is not frozen for parameter in part.parameters())
+    assert net.norm1.training is not frozen
+    assert all(parameter.requires_grad for parameter in net.layer2.parameters())

@@ -1,0 +1,258 @@
+"""One test per defect of the OpenMMLab ResNets that these classes had; the numbers are ours.
+
+Each docstring says where upstream goes wrong and what is right. Defects of classes that are not here yet have no test.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resbackbone import MODELS, ResNet, ResNetV1d, ResNeXt, WideResNet, build_backbone
+from resbackbone.blocks import BasicBlock, Bottleneck, ResNeXtBottleneck
+from resbackbone.layers import DeformConv2d, build_conv_layer, build_norm_layer, build_plugin_layer
+
+TINY = {"base_channels": 8}
+GROUPED = {"groups": 4, "base_width": 4}
+
+
+class Recorder(nn.Module):
+    """A plugin that writes down its name and the channels it is given when it runs."""
+
+    ran: list[tuple[str, int]] = []  # noqa: RUF012  # emptied by the fixture
+
+    def __init__(self, in_channels, name="", **kwargs):
+        super().__init__()
+        self.name, self.in_channels = name, in_channels
+
+    def forward(self, x):
+        assert x.shape[1] == self.in_channels
+        self.ran.append((self.name, self.in_channels))
+        return x
+
+
+@pytest.fixture(autouse=True)
+def _record(registry):
+    registry.register_module("Recorder", module=Recorder)
+    Recorder.ran.clear()
+
+
+def recorder(name, position):
+    return {"cfg": {"type": "Recorder", "name": name, "postfix": name}, "position": position}
+
+
+def blocks(net):
+    return [block for name in net.res_layers for block in getattr(net, name)]
+
+
+@pytest.mark.parametrize("block_class", [BasicBlock, Bottleneck, ResNeXtBottleneck])
+def test_defect_01_chained_plugins_all_run(block_class):
+    """In mmseg, resnet.py:249 runs only the last of several plugins at one position; all run, in their order."""
+    block = block_class(
+        8 * block_class.expansion, 8, plugins=[recorder(name, "after_conv2") for name in ("first", "second", "third")]
+    )
+    block(torch.randn(2, 8 * block_class.expansion, 4, 4))
+    assert Recorder.ran == [("first", 8), ("second", 8), ("third", 8)]
+
+
+@pytest.mark.parametrize(("net_class", "options"), [(ResNet, {}), (ResNetV1d, {}), (ResNeXt, GROUPED)])
+def test_defect_02_fallback_on_stride_holds_in_every_stage_and_the_dict_stays(net_class, options):
+    """In mmdet, resnet.py:176 pops ``fallback_on_stride`` from the shared dict: one block falls back, in ResNeXt none.
+
+    Right: the strided 3x3 of every deformable stage is plain, all others are deformable, and no dict changes.
+    """
+    dcn = {"type": "DCNv2", "deform_groups": 1, "fallback_on_stride": True}
+    before = copy.deepcopy(dcn)
+    net = net_class(50, dcn=dcn, stage_with_dcn=(False, True, True, True), **options, **TINY)
+    for name in ("layer2", "layer3", "layer4"):
+        assert [isinstance(block.conv2, DeformConv2d) for block in getattr(net, name)] == [False] + [True] * (
+            len(getattr(net, name)) - 1
+        )
+    assert not any(isinstance(block.conv2, DeformConv2d) for block in net.layer1)
+    assert dcn == before == net.dcn
+    assert all(block.dcn in (None, before) for block in blocks(net))
+
+
+def test_defect_02_blocks_do_not_share_the_dict_they_are_given():
+    """The same dict serves several blocks; each sees ``fallback_on_stride`` for itself."""
+    dcn = {"type": "DCN", "deform_groups": 1, "fallback_on_stride": True}
+    for _ in range(2):
+        assert type(Bottleneck(32, 8, stride=2, dcn=dcn).conv2) is nn.Conv2d
+        assert isinstance(Bottleneck(32, 8, stride=1, dcn=dcn).conv2, DeformConv2d)
+    assert dcn == {"type": "DCN", "deform_groups": 1, "fallback_on_stride": True}
+
+
+@pytest.mark.parametrize("init_cfg", [None, {"type": "Kaiming", "layer": "Conv2d"}])
+@pytest.mark.parametrize("net_class", [ResNet, ResNeXt, WideResNet])
+def test_defect_03_zero_init_residual_holds_for_subclasses_and_beside_init_cfg(net_class, init_cfg):
+    """In mmdet, resnet.py:415 asks ``block is Bottleneck`` and for no ``init_cfg``; otherwise the flag is ignored.
+
+    Right: after ``init_weights()`` the last norm of each block is zero, so that each block is the identity.
+    """
+    options = GROUPED if net_class is ResNeXt else {}
+    net = build_backbone({"type": net_class.__name__, "depth": 50, "init_cfg": init_cfg, **options, **TINY})
+    assert all(not block.norm3.weight.any() for block in blocks(net))
+    x = torch.randn(2, 32, 8, 8)
+    assert torch.equal(net.layer1[1](x), x.relu())
+
+
+def test_defect_03_zero_init_residual_reaches_a_users_block():
+    """A subclassed block is zeroed as well, without naming itself anywhere."""
+
+    class MyBlock(Bottleneck):
+        pass
+
+    class MyNet(ResNet):
+        arch_settings = {50: (MyBlock, (1, 1, 1, 1))}  # noqa: RUF012
+
+    net = MyNet(50, **TINY)
+    net.init_weights()
+    assert all(not block.norm3.weight.any() for block in blocks(net))
+
+
+@pytest.mark.parametrize("position", ["after_conv1", "after_conv2", "after_conv3"])
+def test_defect_04_plugins_of_a_resnext_have_the_width_they_follow(position):
+    """The ResNeXt of mmseg builds plugins for ``planes`` channels and crashes when they run.
+
+    Right: the width of the convolution that they follow, which in a ResNeXt is not ``planes``.
+    """
+    net = ResNeXt(50, plugins=[recorder("", position)], groups=8, base_width=4, **TINY)
+    net.eval()(torch.randn(1, 3, 32, 32))  # the plugin itself compares its width with what it gets
+    width = 32 * 1
+    expected = [width * 2**stage for stage, count in enumerate((3, 4, 6, 3)) for _ in range(count)]
+    assert [channels for _, channels in Recorder.ran] == expected
+    assert net.layer1[0].planes == 8
+
+
+@pytest.mark.parametrize(
+    ("net_class", "depth", "options"),
+    [(ResNet, 18, {}), (ResNet, 50, {}), (ResNeXt, 50, GROUPED), (WideResNet, 50, {}), (ResNetV1d, 18, {})],
+)
+def test_defect_10_drop_path_is_called_in_every_block(shake, net_class, depth, options):
+    """The SE, ResNeSt and Res2Net blocks of mmpretrain take a drop path and never call it.
+
+    Right: with a rate near 1 nearly every block behind the first is the ReLU of its shortcut.
+    """
+    net = shake(net_class(depth, drop_path_rate=0.999, **options, **TINY)).train()
+    block = net.layer4[-1]
+    assert block.drop_path.drop_prob == pytest.approx(0.999)
+    x = torch.randn(8, block.conv1.in_channels, 4, 4)
+    untouched = (block(x) == x.relu()).flatten(1).all(1)
+    assert int(untouched.sum()) >= 7
+
+
+def test_defect_10_no_init_cfg_means_the_default_initialisation():
+    """The Res2Net of mmpretrain takes ``init_cfg=None`` literally; None is He's normal and norms at one."""
+    net = build_backbone({"type": "ResNeXt", "depth": 50, "init_cfg": None, "zero_init_residual": False})
+    conv = net.layer2[1].conv1.weight.detach()  # 1x1, 512 to 128: no groups
+    assert float(conv.std()) == pytest.approx((2 / conv.shape[0]) ** 0.5, rel=0.02)
+    assert all(bool((norm.weight == 1).all()) for norm in net.modules() if isinstance(norm, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_defect_11_loaded_weights_are_not_zeroed_afterwards(shake, tmp_path, as_list):
+    """In mmpretrain, resnet.py:642 zeroes the last norms after a list with ``type='Pretrained'`` has loaded them."""
+    trained = shake(ResNet(50, **TINY))
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    pretrained = {"type": "Pretrained", "checkpoint": str(tmp_path / "trained.pth")}
+    net = build_backbone({"type": "ResNet", "depth": 50, "init_cfg": [pretrained] if as_list else pretrained, **TINY})
+    for block, source in zip(blocks(net), blocks(trained), strict=True):
+        assert block.norm3.weight.all()
+        assert torch.equal(block.norm3.weight, source.norm3.weight)
+
+
+@pytest.mark.parametrize("rate", [0, 0.0])
+def test_defect_12_an_integer_drop_path_rate_is_a_rate(rate):
+    """In mmpretrain, resnet.py:358 fails on the integer 0."""
+    net = ResNet(18, drop_path_rate=rate, **TINY)
+    assert [block.drop_path for block in blocks(net)] == [None] * 8
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN"])
+def test_defect_13_norm_eval_reaches_every_kind_of_batch_norm(norm):
+    """The shared head of mmdet tests for ``nn.BatchNorm2d``, so SyncBN goes on training under ``norm_eval``."""
+    net = ResNet(18, norm_cfg={"type": norm}, norm_eval=True, **TINY).train()
+    norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
+    assert len(norms) == 20
+    assert not any(module.training for module in norms)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"num_stages": 3, "strides": (1, 2, 2), "dilations": (1, 1, 1), "out_indices": (0,), "frozen_stages": 4},
+            "`frozen_stages` must be from -1 to 3, got 4",
+        ),
+        ({"frozen_stages": 5}, "`frozen_stages` must be from -1 to 4, got 5"),
+        ({"out_indices": ()}, "`out_indices` must name at least one stage"),
+        ({"out_indices": []}, "`out_indices` must name at least one stage"),
+        ({"multi_grid": (1, 2)}, "`multi_grid` must have 3 entries"),
+        ({"multi_grid": ()}, "`multi_grid` must have 3 entries"),
+    ],
+)
+def test_defect_14_what_does_not_fit_the_stages_is_refused_with_words(built_convs, options, text):
+    """Upstream answers with AttributeError 'layer4', "max() arg is an empty sequence" and IndexError."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the text is compared below, brackets and all
+        ResNet(50, **options)
+    assert text in str(caught.value)
+    assert not built_convs
+
+
+@pytest.mark.parametrize(
+    ("build", "what", "guess"),
+    [
+        (lambda name: build_norm_layer({"type": name}, 8), "norm", ("BNN", "BN")),
+        (lambda name: build_conv_layer({"type": name}, 8, 8, 3), "convolution", ("DCNv3", "DCNv2")),
+        (lambda name: build_plugin_layer({"type": name}, in_channels=8), "plugin", ("Recordr", "Recorder")),
+        (lambda name: ResNet(18, norm_cfg={"type": name}), "norm", ("SyncBM", "SyncBN")),
+        (lambda name: ResNet(18, conv_cfg={"type": name}), "convolution", ("Conv2D", "Conv2d")),
+        (lambda name: MODELS.build({"type": name}), "model", ("ResNeXt50", "ResNeXt")),
+    ],
+)
+def test_defect_15_an_unknown_type_is_named_with_its_nearest(build, what, guess):
+    """In mmcv, norm.py:110, conv.py:47 and plugin.py:92 say "Cannot find None in registry"."""
+    wrong, right = guess
+    with pytest.raises(KeyError) as caught:
+        build(wrong)
+    assert f"unknown {what} type {wrong!r}; did you mean {right!r}" in caught.value.args[0]
+    assert "None" not in caught.value.args[0]
+
+
+@pytest.mark.parametrize(("net_class", "options"), [(ResNet, {"depth": 18}), (ResNetV1d, {"depth": 50})])
+def test_defect_16_checkpointing_moves_statistics_once_per_step(images, net_class, options):
+    """Under ``with_cp`` the recomputation moves running statistics a second time (``num_batches_tracked`` is 2)."""
+    nets = [net_class(with_cp=with_cp, norm_eval=False, **options, **TINY).train() for with_cp in (True, False)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for count in (1, 2):
+        for net in nets:
+            sum(out.mean() for out in net(images)).backward()
+        counts = {int(norm.num_batches_tracked) for norm in nets[0].modules() if isinstance(norm, _BatchNorm)}
+        assert counts == {count}
+        for key, value in nets[0].named_buffers():
+            assert torch.equal(value, nets[1].get_buffer(key)), key
+
+
+def test_defect_16_statistics_move_once_also_when_the_backward_pass_fails(images):
+    """The buffers that the recomputation borrows are given back, whatever happens."""
+    net = ResNet(18, with_cp=True, norm_eval=False, **TINY).train()
+    before = {id(buffer) for buffer in net.buffers()}
+    handle = net.layer3[0].conv2.register_forward_hook(_fail_when_recomputing())
+    with pytest.raises(RuntimeError, match="fails the second time"):
+        sum(out.mean() for out in net(images)).backward()
+    handle.remove()
+    assert {id(buffer) for buffer in net.buffers()} == before
+    assert {int(norm.num_batches_tracked) for norm in net.modules() if isinstance(norm, _BatchNorm)} == {1}
+
+
+def _fail_when_recomputing():
+    calls = []
+
+    def hook(module, args, output):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("fails the second time")
+
+    return hook
