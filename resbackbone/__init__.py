@@ -9,7 +9,32 @@
 ((128, 512), (8, 32))
 """
 
-from resbackbone.backbones import ResNet, ResNetV1b, ResNetV1c, ResNetV1d, ResNeXt, WideResNet
+from resbackbone.backbones import (
+    DetectoRS_ResNet,
+    DetectoRS_ResNeXt,
+    RegNet,
+    Res2Net,
+    ResNeSt,
+    ResNet,
+    ResNet_CIFAR,
+    ResNetAA,
+    ResNetIBN,
+    ResNetRS,
+    ResNetT,
+    ResNetV1b,
+    ResNetV1c,
+    ResNetV1d,
+    ResNeXt,
+    ResNeXtAA,
+    ResNeXtIBN,
+    SEResNet,
+    SEResNeXt,
+    SharedHead,
+    SKResNet,
+    SKResNeXt,
+    TridentResNet,
+    WideResNet,
+)
 from resbackbone.config import build_backbone, list_backbones
 from resbackbone.features import FeatureInfo
 from resbackbone.registry import MODELS
@@ -18,12 +43,30 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MODELS",
+    "DetectoRS_ResNeXt",
+    "DetectoRS_ResNet",
     "FeatureInfo",
+    "RegNet",
+    "Res2Net",
+    "ResNeSt",
     "ResNeXt",
+    "ResNeXtAA",
+    "ResNeXtIBN",
     "ResNet",
+    "ResNetAA",
+    "ResNetIBN",
+    "ResNetRS",
+    "ResNetT",
     "ResNetV1b",
     "ResNetV1c",
     "ResNetV1d",
+    "ResNet_CIFAR",
+    "SEResNeXt",
+    "SEResNet",
+    "SKResNeXt",
+    "SKResNet",
+    "SharedHead",
+    "TridentResNet",
     "WideResNet",
     "build_backbone",
     "list_backbones",

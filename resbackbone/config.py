@@ -56,6 +56,18 @@ def build_backbone(config: BackboneSource, *, checkpoint: str | Path | None = No
     >>> build_backbone(dict(type="ResNet", depth=50, out_indices=(-1,))).feature_info
     (FeatureInfo(name='layer4', stage=3, channels=2048, stride=32),)
     """
+    backbone = construct_backbone(config, **overrides)
+    if hasattr(backbone, "init_weights") and not any(p.is_meta for p in backbone.parameters()):
+        backbone.init_weights()
+    if checkpoint is not None:
+        from resbackbone.checkpoints import load_checkpoint
+
+        load_checkpoint(backbone, checkpoint)
+    return backbone
+
+
+def construct_backbone(config: BackboneSource, **overrides: Any) -> Backbone:
+    """Build a backbone as :func:`build_backbone` does, but leave its weights as the layers' constructors drew them."""
     type_, arguments = split_type({**load_config(config).backbone, **overrides}, "backbone config")
     scope = arguments.pop("_scope_", None)
     if scope and isinstance(type_, str) and "." not in type_:
@@ -63,12 +75,6 @@ def build_backbone(config: BackboneSource, *, checkpoint: str | Path | None = No
     backbone_class = find_type(type_, "backbone")
     check_arguments(backbone_class, arguments)
     backbone: Backbone = backbone_class(**arguments)
-    if hasattr(backbone, "init_weights") and not any(p.is_meta for p in backbone.parameters()):
-        backbone.init_weights()
-    if checkpoint is not None:
-        from resbackbone.checkpoints import load_checkpoint
-
-        load_checkpoint(backbone, checkpoint)
     return backbone
 
 
@@ -185,7 +191,10 @@ def _load_py(path: Path) -> Any:
     """Run a config in OpenMMLab's Python format; like every Python file, only one that you trust."""
     from mmengine.config import Config
 
-    return Config.fromfile(path).to_dict()
+    try:
+        return Config.fromfile(path).to_dict()
+    except Exception as error:  # whatever running somebody's Python raises
+        raise ValueError(f"{str(path)!r} does not run: {type(error).__name__}: {error}") from error
 
 
 def _load_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:

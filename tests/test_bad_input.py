@@ -35,7 +35,7 @@ CONFIGS = [
         "`depth` of ResNeXt must be one of 50, 101, 152; got 18",
     ),
     ("wide_34", {"type": "WideResNet", "depth": 34}, KeyError, "`depth` of WideResNet must be one of 50, 101, 152"),
-    ("type_unknown", {"type": "ResNest"}, KeyError, "unknown backbone type 'ResNest'; did you mean 'ResNet'?"),
+    ("type_unknown", {"type": "WideResNt"}, KeyError, "unknown backbone type 'WideResNt'; did you mean 'WideResNet'?"),
     ("type_number", {"type": 50}, TypeError, "`type` of a backbone must be a registered name or a class, got 50"),
     ("argument_unknown", {"frozen": 1}, TypeError, "ResNet has no argument 'frozen'; did you mean 'frozen_stages'?"),
     ("in_channels_0", {"in_channels": 0}, ValueError, "`in_channels` must be at least 1, got 0"),
@@ -315,35 +315,40 @@ def test_too_few_values_for_a_batch_norm_in_training_is_torchs_own_error():
 LEVELS = (8, 16, 32, 64)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "text"),
-    [
-        (
-            {"num_outs": 3},
-            ValueError,
-            "`num_outs` must be at least 4, the backbone levels from `start_level` 0 to 3; got 3",
-        ),
-        ({"num_outs": 0}, ValueError, "`num_outs` must be at least 1, got 0"),
-        ({"num_outs": 4.0}, TypeError, "`num_outs` must be an integer, got 4.0"),
-        ({"num_outs": 4, "end_level": 2}, ValueError, "`num_outs` must be exactly (an early `end_level`"),
-        ({"end_level": 4}, ValueError, "`end_level` must be from -1 to 3, got 4"),
-        ({"start_level": 2, "end_level": 1}, ValueError, "`end_level` must not be below `start_level` (=2), got 1"),
-        ({"start_level": 4}, ValueError, "`start_level` must be from 0 to 3, got 4"),
-        ({"start_level": "1"}, TypeError, "`start_level` must be an integer, got '1'"),
-        ({"in_channels": 256}, TypeError, "`in_channels` must be a list or tuple, got 256"),
-        ({"in_channels": ()}, ValueError, "`in_channels`"),
-        ({"in_channels": (8, 0)}, ValueError, "`in_channels[1]` must be at least 1, got 0"),
-        ({"out_channels": 0}, ValueError, "`out_channels` must be at least 1, got 0"),
-        ({"out_channels": None}, TypeError, "`out_channels` must be an integer, got None"),
-        ({"add_extra_convs": "on_top"}, ValueError, "'on_input', 'on_lateral', 'on_output'; got 'on_top'"),
-        ({"no_norm_on_lateral": 1}, TypeError, "`no_norm_on_lateral` must be True or False, got 1"),
-        ({"upsample_cfg": "nearest"}, TypeError, "`upsample_cfg` must be a dict, got 'nearest'"),
-        ({"norm_cfg": {"type": "BM"}}, KeyError, "unknown norm type 'BM'"),
-        ({"norm_cfg": "BN"}, TypeError, "`norm_cfg` must be a dict, got 'BN'"),
-        ({"act_cfg": {"type": "Relu"}}, KeyError, "unknown activation type 'Relu'; did you mean 'ReLU'?"),
-    ],
-    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items())[:40] if isinstance(value, dict) else "",
-)
+NECKS = [
+    (
+        "outs_3",
+        {"num_outs": 3},
+        ValueError,
+        "`num_outs` must be at least 4, the backbone levels from `start_level` 0 to 3; got 3",
+    ),
+    ("outs_0", {"num_outs": 0}, ValueError, "`num_outs` must be at least 1, got 0"),
+    ("outs_float", {"num_outs": 4.0}, TypeError, "`num_outs` must be an integer, got 4.0"),
+    ("outs_end", {"num_outs": 4, "end_level": 2}, ValueError, "`num_outs` must be exactly (an early `end_level`"),
+    ("end_4", {"end_level": 4}, ValueError, "`end_level` must be from -1 to 3, got 4"),
+    (
+        "end_below_start",
+        {"start_level": 2, "end_level": 1},
+        ValueError,
+        "`end_level` must not be below `start_level` (=2), got 1",
+    ),
+    ("start_4", {"start_level": 4}, ValueError, "`start_level` must be from 0 to 3, got 4"),
+    ("start_text", {"start_level": "1"}, TypeError, "`start_level` must be an integer, got '1'"),
+    ("in_number", {"in_channels": 256}, TypeError, "`in_channels` must be a list or tuple, got 256"),
+    ("in_empty", {"in_channels": ()}, ValueError, "`in_channels`"),
+    ("in_0", {"in_channels": (8, 0)}, ValueError, "`in_channels[1]` must be at least 1, got 0"),
+    ("out_0", {"out_channels": 0}, ValueError, "`out_channels` must be at least 1, got 0"),
+    ("out_none", {"out_channels": None}, TypeError, "`out_channels` must be an integer, got None"),
+    ("extra", {"add_extra_convs": "on_top"}, ValueError, "'on_input', 'on_lateral', 'on_output'; got 'on_top'"),
+    ("flag", {"no_norm_on_lateral": 1}, TypeError, "`no_norm_on_lateral` must be True or False, got 1"),
+    ("upsample", {"upsample_cfg": "nearest"}, TypeError, "`upsample_cfg` must be a dict, got 'nearest'"),
+    ("norm_unknown", {"norm_cfg": {"type": "BM"}}, KeyError, "unknown norm type 'BM'"),
+    ("norm_text", {"norm_cfg": "BN"}, TypeError, "`norm_cfg` must be a dict, got 'BN'"),
+    ("act_unknown", {"act_cfg": {"type": "Relu"}}, KeyError, "unknown activation type 'Relu'; did you mean 'ReLU'?"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "text"), [pytest.param(*case[1:], id=case[0]) for case in NECKS])
 def test_a_wrong_neck_is_refused_before_anything_is_built(built_convs, arguments, error, text):
     with pytest.raises(error) as caught:
         FPN(**{"in_channels": LEVELS, "out_channels": 8, "num_outs": 5, **arguments})

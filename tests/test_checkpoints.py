@@ -1,7 +1,5 @@
 """Loading a file of weights: all of it or nothing."""
 
-import pickle
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -96,9 +94,18 @@ class Evil:
 
 def test_a_file_that_wants_to_run_code_is_refused(tmp_path, capsys):
     torch.save({"state_dict": {}, "meta": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match=r"evil\.pth' cannot be read as weights alone"):
         load_checkpoint(small(), tmp_path / "evil.pth")
     assert "ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
+def test_a_damaged_file_is_refused(source, tmp_path, name):
+    path = tmp_path / name
+    (save_file if path.suffix == ".safetensors" else torch.save)(source.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read as weights alone"):
+        load_checkpoint(small(), path)
 
 
 def test_something_else_than_a_state_dict_is_refused(tmp_path):
@@ -114,5 +121,5 @@ def test_a_missing_file_says_so(tmp_path):
 
 def test_build_backbone_loads(source, tmp_path):
     torch.save(source.state_dict(), tmp_path / "net.pth")
-    net = build_backbone(dict(type="ResNet", depth=18, base_channels=8), checkpoint=tmp_path / "net.pth")
+    net = build_backbone({"type": "ResNet", "depth": 18, "base_channels": 8}, checkpoint=tmp_path / "net.pth")
     assert_same(net, source)

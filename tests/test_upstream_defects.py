@@ -256,3 +256,11 @@ def _fail_when_recomputing():
             raise RuntimeError("fails the second time")
 
     return hook
+
+
+@pytest.mark.parametrize("with_cp", [False, True])
+def test_defect_18_fx_traces_it_with_checkpointing_too(images, with_cp):
+    """What traces a net by ``torch.fx``, mmengine's ``efficient_conv_bn_eval`` for one, fails on ``with_cp``."""
+    net = ResNet(18, with_cp=with_cp, **TINY).eval()
+    traced = torch.fx.symbolic_trace(net)
+    assert all(torch.equal(*pair) for pair in zip(traced(images), net(images), strict=True))

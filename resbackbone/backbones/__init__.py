@@ -1,10 +1,50 @@
 """The backbones, each family in a file of its own."""
 
 from resbackbone.backbones.base import Backbone
+from resbackbone.backbones.detectors_resnet import DetectoRS_ResNet, DetectoRS_ResNeXt
+from resbackbone.backbones.regnet import RegNet
+from resbackbone.backbones.res2net import Res2Net
 from resbackbone.backbones.res_layer import ResLayer
+from resbackbone.backbones.resnest import ResNeSt
 from resbackbone.backbones.resnet import ResNet
+from resbackbone.backbones.resnet_aa import ResNetAA, ResNeXtAA
+from resbackbone.backbones.resnet_cifar import ResNet_CIFAR
+from resbackbone.backbones.resnet_ibn import ResNetIBN, ResNeXtIBN
+from resbackbone.backbones.resnet_rs import ResNetRS
+from resbackbone.backbones.resnet_t import ResNetT
 from resbackbone.backbones.resnet_v1 import ResNetV1b, ResNetV1c, ResNetV1d
 from resbackbone.backbones.resnext import ResNeXt
+from resbackbone.backbones.seresnet import SEResNet, SEResNeXt
+from resbackbone.backbones.shared_head import SharedHead
+from resbackbone.backbones.skresnet import SKResNet, SKResNeXt
+from resbackbone.backbones.trident_resnet import TridentResNet
 from resbackbone.backbones.wide_resnet import WideResNet
 
-__all__ = ["Backbone", "ResLayer", "ResNeXt", "ResNet", "ResNetV1b", "ResNetV1c", "ResNetV1d", "WideResNet"]
+__all__ = [
+    "Backbone",
+    "DetectoRS_ResNeXt",
+    "DetectoRS_ResNet",
+    "RegNet",
+    "Res2Net",
+    "ResLayer",
+    "ResNeSt",
+    "ResNeXt",
+    "ResNeXtAA",
+    "ResNeXtIBN",
+    "ResNet",
+    "ResNetAA",
+    "ResNetIBN",
+    "ResNetRS",
+    "ResNetT",
+    "ResNetV1b",
+    "ResNetV1c",
+    "ResNetV1d",
+    "ResNet_CIFAR",
+    "SEResNeXt",
+    "SEResNet",
+    "SKResNeXt",
+    "SKResNet",
+    "SharedHead",
+    "TridentResNet",
+    "WideResNet",
+]

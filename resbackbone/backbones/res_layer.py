@@ -32,6 +32,7 @@ class ResLayer(Sequential):
         contract_dilation: Halve the first block's dilation, so that it looks as far as the stage before it.
         drop_path_rate: One probability for all blocks or one each.
         first_block: Further arguments for the first block alone.
+        last_block: Further arguments for the last block alone.
         kwargs: Further arguments for every block.
 
     Raises:
@@ -57,11 +58,13 @@ class ResLayer(Sequential):
         contract_dilation: bool = False,
         drop_path_rate: float | Sequence[float] = 0.0,
         first_block: Mapping[str, Any] | None = None,
+        last_block: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         check_int("num_blocks", num_blocks, low=1)
         per_block = [dict(kwargs, conv_cfg=conv_cfg, norm_cfg=norm_cfg) for _ in range(num_blocks)]
         per_block[0].update(first_block or {})
+        per_block[-1].update(last_block or {})
         dilations = _dilations(num_blocks, dilation, multi_grid, contract_dilation)
         for arguments, block_dilation in zip(per_block, dilations, strict=True):
             arguments["dilation"] = block_dilation

@@ -155,7 +155,7 @@ class ResNet(Backbone):
     def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
         """Add the layers before the first stage: ``conv1``, ``norm1``, ``relu`` or ``stem``; and ``maxpool``."""
         if self.deep_stem:
-            self.stem = make_deep_stem(in_channels, stem_channels, self.conv_cfg, self.norm_cfg)
+            self._make_deep_stem(in_channels, stem_channels)
         else:
             self._make_plain_stem(in_channels, stem_channels, kernel_size=7)
         self.maxpool: nn.Module = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
@@ -168,6 +168,10 @@ class ResNet(Backbone):
         self.norm1_name, norm1 = build_norm_layer(self.norm_cfg, stem_channels, postfix=1)
         self.add_module(self.norm1_name, norm1)
         self.relu = nn.ReLU(inplace=True)
+
+    def _make_deep_stem(self, in_channels: int, stem_channels: int) -> None:
+        """Add ``stem``, three convolutions with their norms and ReLUs."""
+        self.stem = make_deep_stem(in_channels, stem_channels, self.conv_cfg, self.norm_cfg)
 
     def _stem(self) -> list[nn.Module]:
         """What ``_make_stem_layer`` added, which is everything before the first stage, in the order it runs."""

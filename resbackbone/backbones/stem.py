@@ -19,7 +19,14 @@ def conv_norm_relu(
     ]
 
 
-def make_deep_stem(in_channels: int, channels: int, conv_cfg: Config | None, norm_cfg: Config) -> nn.Sequential:
+def make_deep_stem(
+    in_channels: int,
+    channels: int,
+    conv_cfg: Config | None,
+    norm_cfg: Config,
+    *,
+    first_channels: int | None = None,
+) -> nn.Sequential:
     """Make three 3x3 convolutions at half, half and full width in place of one 7x7.
 
     Args:
@@ -27,6 +34,7 @@ def make_deep_stem(in_channels: int, channels: int, conv_cfg: Config | None, nor
         channels: Channels that go out.
         conv_cfg: Config of the convolutions.
         norm_cfg: Config of the norms.
+        first_channels: Channels behind the first convolution, where they are not the half.
 
     Returns:
         ``(N, in_channels, H, W)`` to ``(N, channels, ceil(H/2), ceil(W/2))``.
@@ -34,8 +42,9 @@ def make_deep_stem(in_channels: int, channels: int, conv_cfg: Config | None, nor
     Source: ResNet-C of He et al., Bag of Tricks, arXiv:1812.01187, figure 2b.
     """
     half = channels // 2
+    first = half if first_channels is None else first_channels
     return nn.Sequential(
-        *conv_norm_relu(in_channels, half, conv_cfg, norm_cfg, stride=2),
-        *conv_norm_relu(half, half, conv_cfg, norm_cfg),
+        *conv_norm_relu(in_channels, first, conv_cfg, norm_cfg, stride=2),
+        *conv_norm_relu(first, half, conv_cfg, norm_cfg),
         *conv_norm_relu(half, channels, conv_cfg, norm_cfg),
     )

@@ -52,7 +52,8 @@ def load_checkpoint(net: nn.Module, source: str | Path) -> LoadReport:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a tensor of the backbone is missing or has another shape; the error lists them.
+        ValueError: If the file is damaged or holds anything but tensors and plain values; or a tensor of the backbone
+            is missing or has another shape, which the error lists.
     """
     path = Path(source)
     if not path.is_file():
@@ -83,9 +84,14 @@ def load_checkpoint(net: nn.Module, source: str | Path) -> LoadReport:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # what a damaged or hostile file makes zip, pickle and safetensors raise is of many kinds
+        raise ValueError(f"{str(path)!r} cannot be read as weights alone: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

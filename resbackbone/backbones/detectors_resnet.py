@@ -1,0 +1,158 @@
+"""DetectoRS: ResNet and ResNeXt that look twice, at two dilations and with features fed back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from resbackbone.backbones.resnet import ResNet
+from resbackbone.backbones.resnext import ResNeXt
+from resbackbone.blocks.detectors import DetectorsBottleneck, DetectorsResNeXtBottleneck
+from resbackbone.checks import check_flag, check_int, check_sequence
+from resbackbone.features import FeatureInfo
+from resbackbone.layers.module import Config
+from resbackbone.registry import MODELS, find_type, split_type
+
+
+@MODELS.register_module()
+class DetectoRS_ResNet(ResNet):
+    """ResNet with switchable atrous convolution (SAC) and an entrance for a recursive feature pyramid (RFP).
+
+    Args:
+        depth: 50, 101 or 152.
+        sac: Config of the blocks' 3x3s where ``stage_with_sac`` says so, such as ``dict(type="SAC",
+            use_deform=True)``.
+        stage_with_sac: Which stages have it.
+        rfp_inplanes: Channels of the features that :meth:`rfp_forward` feeds back into the first block of every stage
+            but the first; None for a backbone without :meth:`rfp_forward`.
+        output_img: Hand out the images themselves before the feature maps, for mmdet's ``RFP`` neck. Then
+            ``feature_info`` begins with ``FeatureInfo(name="image", stage=-1, channels=in_channels, stride=1)``, and
+            a neck that takes the feature maps alone wants ``out_channels[1:]``.
+        kwargs: As for :class:`~resbackbone.ResNet`; DetectoRS has ``conv_cfg=dict(type="ConvAWS")``. ``avg_down``
+            pools in the shortcuts of strided stages only, as mmdet's DetectoRS does.
+
+    Raises:
+        KeyError, TypeError, ValueError: As for :class:`~resbackbone.ResNet`, and if a stage has ``sac`` and ``dcn``.
+
+    Source: Qiao et al., DetectoRS: Detecting Objects with Recursive Feature Pyramid and Switchable Atrous Convolution,
+    arXiv:2006.02334; arguments and keys as in mmdet 3.3.0 ``models/backbones/detectors_resnet.py``.
+
+    >>> net = DetectoRS_ResNet(50, base_channels=8, conv_cfg=dict(type="ConvAWS"), output_img=True)
+    >>> net.out_channels, net.out_strides
+    ((3, 32, 64, 128, 256), (1, 4, 8, 16, 32))
+    """
+
+    arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
+        depth: (DetectorsBottleneck, ResNet.arch_settings[depth][1]) for depth in (50, 101, 152)
+    }
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        sac: Config | None = None,
+        stage_with_sac: Sequence[bool] = (False, False, False, False),
+        rfp_inplanes: int | None = None,
+        output_img: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if sac is not None:
+            _check_sac(sac, stage_with_sac, kwargs)
+        if rfp_inplanes is not None:
+            check_int("rfp_inplanes", rfp_inplanes, low=1)
+        check_flag("output_img", output_img)
+        self.sac = None if sac is None else dict(sac)
+        self.stage_with_sac = check_sequence("stage_with_sac", stage_with_sac)
+        self.rfp_inplanes = rfp_inplanes
+        self.output_img = output_img
+        super().__init__(depth, **kwargs)
+
+    @property
+    def feature_info(self) -> tuple[FeatureInfo, ...]:
+        """What each output is, in output order; the images, if they are handed out, come first."""
+        images = (FeatureInfo("image", -1, self.in_channels, 1),) if self.output_img else ()
+        return images + super().feature_info
+
+    def make_res_layer(self, **kwargs: Any) -> nn.Module:
+        """Make one stage, with ``sac`` in all of its blocks and the RFP's entrance in the first."""
+        stage = len(self.res_layers)
+        if self.sac is not None and self.stage_with_sac[stage]:
+            kwargs["sac"] = self.sac
+        if self.rfp_inplanes is not None and stage > 0:
+            kwargs["first_block"] = {"rfp_inplanes": self.rfp_inplanes}
+        kwargs["avg_down"] = kwargs["avg_down"] and kwargs["stride"] > 1  # in mmdet's DetectoRS, not in its ResNet
+        return super().make_res_layer(**kwargs)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the feature maps, behind the images ``(N, in_channels, H, W)`` themselves under ``output_img``."""
+        outs = super().forward(x)
+        return (x, *outs) if self.output_img else outs
+
+    def rfp_forward(self, x: Tensor, rfp_feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Compute the feature maps with features fed back, the second look of a recursive feature pyramid.
+
+        Args:
+            x: Images ``(N, in_channels, H, W)``.
+            rfp_feats: One ``(N, rfp_inplanes, H/s, W/s)`` per stage, of that stage's stride; the first is not used.
+
+        Returns:
+            One ``(N, C, H/s, W/s)`` per stage of ``out_indices``; never the images.
+
+        Raises:
+            ValueError: If the backbone was built without ``rfp_inplanes``, or there is not one entry per stage.
+        """
+        if self.rfp_inplanes is None:
+            raise ValueError("`rfp_forward` needs a backbone that was built with `rfp_inplanes`, got None")
+        if len(rfp_feats) != self.num_stages:
+            raise ValueError(f"`rfp_feats` must have {self.num_stages} entries, one per stage, got {len(rfp_feats)}")
+        for layer in self._stem():
+            x = layer(x)
+        outs = []
+        for index, (name, rfp_feat) in enumerate(zip(self.res_layers, rfp_feats, strict=True)):
+            for block in getattr(self, name):
+                x = block.rfp_forward(x, rfp_feat)
+            if index in self.out_indices:
+                outs.append(x)
+        return tuple(outs)
+
+
+@MODELS.register_module()
+class DetectoRS_ResNeXt(DetectoRS_ResNet, ResNeXt):
+    """ResNeXt with switchable atrous convolution and an entrance for a recursive feature pyramid.
+
+    Args:
+        depth: 50, 101 or 152.
+        kwargs: As for :class:`DetectoRS_ResNet` and :class:`~resbackbone.ResNeXt`.
+
+    Source: as for :class:`DetectoRS_ResNet`; mmdet 3.3.0 ``models/backbones/detectors_resnext.py``.
+
+    >>> DetectoRS_ResNeXt(50, groups=32, base_width=4).layer1[0].conv2.groups
+    32
+    """
+
+    arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
+        depth: (DetectorsResNeXtBottleneck, ResNet.arch_settings[depth][1]) for depth in (50, 101, 152)
+    }
+
+
+def _check_sac(sac: Config, stage_with_sac: Sequence[bool], others: dict[str, Any]) -> None:
+    """Raise unless ``sac`` is a convolution's config, and alone in its stages."""
+    find_type(split_type(sac, "sac")[0], "convolution")
+    num_stages = others.get("num_stages", 4)
+    check_int("num_stages", num_stages, low=1, high=4)
+    why = f"one per stage, `num_stages`={num_stages}"
+    check_sequence("stage_with_sac", stage_with_sac, length=num_stages, why=why)
+    for index, flag in enumerate(stage_with_sac):
+        check_flag(f"stage_with_sac[{index}]", flag)
+    if others.get("dcn") is None:
+        return
+    stage_with_dcn = others.get("stage_with_dcn", ())
+    check_sequence("stage_with_dcn", stage_with_dcn)
+    both = [index for index, flags in enumerate(zip(stage_with_sac, stage_with_dcn, strict=False)) if all(flags)]
+    if both:
+        raise ValueError(
+            f"`stage_with_sac` and `stage_with_dcn` must not name the same stage, got both for {both}: each says what "
+            "the 3x3s are; SAC itself can be deformable, dict(type='SAC', use_deform=True)"
+        )

@@ -1,0 +1,65 @@
+"""SE-ResNet and SE-ResNeXt: squeeze-and-excitation at the end of every block's branch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from resbackbone.backbones.resnet import ResNet
+from resbackbone.backbones.resnext import ResNeXt
+from resbackbone.checks import check_int
+from resbackbone.layers import SELayer
+from resbackbone.layers.module import Config
+from resbackbone.registry import MODELS
+
+
+@MODELS.register_module()
+class SEResNet(ResNet):
+    """ResNet with an :class:`~resbackbone.layers.SELayer` behind the last norm of each block.
+
+    The layer is a plugin, ``se_layer``, that runs before the user's plugins of that position.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        se_ratio: How many channels make one squeezed channel.
+        kwargs: As for :class:`ResNet`.
+
+    Raises:
+        KeyError, TypeError, ValueError: As for :class:`ResNet`.
+
+    Source: Hu et al., Squeeze-and-Excitation Networks, arXiv:1709.01507, figure 3 and table 1; keys as in mmpretrain
+    1.2.0 ``models/backbones/seresnet.py``.
+
+    >>> SEResNet(50).layer1[0].se_layer.conv1.conv
+    Conv2d(256, 16, kernel_size=(1, 1), stride=(1, 1))
+    """
+
+    def __init__(self, depth: int, *, se_ratio: int = 16, **kwargs: Any) -> None:
+        check_int("se_ratio", se_ratio, low=1)
+        self.se_ratio = se_ratio
+        super().__init__(depth, **kwargs)
+
+    def make_res_layer(self, *, plugins: Sequence[Config] | None = None, **kwargs: Any) -> nn.Module:
+        """Make one stage with squeeze-and-excitation in front of the plugins that were asked for."""
+        se = {"cfg": {"type": SELayer, "ratio": self.se_ratio}, "position": f"after_conv{self.block.num_convs}"}
+        return super().make_res_layer(plugins=[se, *(plugins or ())], **kwargs)
+
+
+@MODELS.register_module()
+class SEResNeXt(SEResNet, ResNeXt):
+    """ResNeXt with squeeze-and-excitation, like :class:`SEResNet`.
+
+    Args:
+        depth: 50, 101 or 152.
+        groups: Groups of the 3x3; 32 here. (``width_per_group``, mmpretrain's name, is ``base_width``.)
+        kwargs: As for :class:`SEResNet` and :class:`ResNeXt`.
+
+    Source: Hu et al., Squeeze-and-Excitation Networks, arXiv:1709.01507, table 1.
+    """
+
+    arch_settings = ResNeXt.arch_settings
+
+    def __init__(self, depth: int, *, groups: int = 32, **kwargs: Any) -> None:
+        super().__init__(depth, groups=groups, **kwargs)

@@ -1,0 +1,128 @@
+"""The last stage of a ResNet as a head: what a C4 detector runs on each region instead of on the image."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resbackbone.backbones.arguments import _check_initialisation
+from resbackbone.backbones.res_layer import ResLayer
+from resbackbone.backbones.resnet import BATCH_NORM, ResNet, _initialisers
+from resbackbone.blocks.base import check_dcn
+from resbackbone.checks import check_choice, check_flag, check_int
+from resbackbone.layers import Module
+from resbackbone.layers.module import Config, InitConfig
+from resbackbone.registry import MODELS, find_type, split_type
+
+
+# The name is mmdet's, in whose configs it stands as `shared_head=dict(type="ResLayer", ...)`.
+@MODELS.register_module("ResLayer")
+class SharedHead(Module):
+    """One stage of a ResNet, run on the features of regions; the bounding-box and mask heads share it.
+
+    Its keys are those of the stage in a ResNet (``layer4.0.conv1.weight``), so that it loads a ResNet's checkpoint.
+
+    Args:
+        depth: A depth of :class:`~resbackbone.ResNet`.
+        stage: The stage, counted from 0, at least 1: it takes what the stage before it hands out.
+        stride: Step of the stage in pixels.
+        dilation: Dilation of the stage, in pixels.
+        style: Where a bottleneck strides: "pytorch" in the 3x3, "caffe" in the first 1x1.
+        norm_cfg: Config of the norms.
+        norm_eval: Keep every batch norm in eval mode, synchronised ones too.
+        with_cp: Recompute each block in the backward pass instead of keeping its activations.
+        dcn: Config of the deformable convolutions.
+        pretrained: Old spelling of ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
+        init_cfg: How ``init_weights()`` initialises; None for He's normal and norms at one.
+
+    Raises:
+        KeyError: If ``depth`` is none of ResNet's, or a type is not registered.
+        TypeError, ValueError: If another argument does not fit; nothing is built then.
+
+    Shapes: ``(N, in_channels, H, W)`` to ``(N, out_channels, H/stride, W/stride)``.
+
+    Source: He et al., arXiv:1512.03385, appendix A (res5 behind the region pooling); arguments as in mmdet 3.3.0
+    ``models/roi_heads/shared_heads/res_layer.py``.
+
+    >>> head = SharedHead(50)
+    >>> head.in_channels, head.out_channels
+    (1024, 2048)
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        stage: int = 3,
+        stride: int = 2,
+        dilation: int = 1,
+        style: str = "pytorch",
+        norm_cfg: Config = BATCH_NORM,
+        norm_eval: bool = True,
+        with_cp: bool = False,
+        dcn: Config | None = None,
+        pretrained: str | None = None,
+        init_cfg: InitConfig | None = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        _check(given)
+        super().__init__(_initialisers(pretrained, init_cfg))
+        self.depth = depth
+        self.stage = stage
+        self.norm_cfg = copy.deepcopy(norm_cfg)
+        self.norm_eval = norm_eval
+        block, stage_blocks = ResNet.arch_settings[depth]
+        planes = 64 * 2**stage
+        self.in_channels = planes // 2 * block.expansion
+        self.out_channels = planes * block.expansion
+        layer = ResLayer(
+            block,
+            self.in_channels,
+            planes,
+            stage_blocks[stage],
+            stride=stride,
+            dilation=dilation,
+            style=style,
+            norm_cfg=self.norm_cfg,
+            with_cp=with_cp,
+            dcn=copy.deepcopy(dcn),
+        )
+        self.add_module(f"layer{stage + 1}", layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H/stride, W/stride)``."""
+        out: Tensor = getattr(self, f"layer{self.stage + 1}")(x)
+        return out
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch to training (or eval) mode; every batch norm stays in eval under ``norm_eval``.
+
+        Returns:
+            The head itself.
+        """
+        super().train(mode)
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+
+def _check(given: dict[str, Any]) -> None:
+    if given["depth"] not in tuple(ResNet.arch_settings):
+        allowed = ", ".join(map(str, ResNet.arch_settings))
+        raise KeyError(f"`depth` of SharedHead must be one of {allowed}; got {given['depth']!r}")
+    check_int("stage", given["stage"], low=1, high=3)
+    check_int("stride", given["stride"], low=1)
+    check_int("dilation", given["dilation"], low=1)
+    check_choice("style", given["style"], ("pytorch", "caffe"))
+    check_flag("norm_eval", given["norm_eval"])
+    check_flag("with_cp", given["with_cp"])
+    find_type(split_type(given["norm_cfg"], "norm_cfg")[0], "norm")
+    check_dcn(given["dcn"], None)
+    if given["dcn"] is not None:
+        find_type(split_type(given["dcn"], "dcn")[0], "convolution")
+    _check_initialisation(given["pretrained"], given["init_cfg"])

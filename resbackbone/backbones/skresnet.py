@@ -1,0 +1,84 @@
+"""SK-ResNet and SK-ResNeXt: the 3x3 that may stride selects between near and far."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from resbackbone.backbones.resnet import ResNet
+from resbackbone.backbones.resnext import ResNeXt
+from resbackbone.blocks.selective_kernel import (
+    SelectiveKernelBasicBlock,
+    SelectiveKernelBottleneck,
+    SelectiveKernelResNeXtBottleneck,
+)
+from resbackbone.layers.module import Config
+from resbackbone.layers.selective_kernel import check_selective_kernel
+from resbackbone.registry import MODELS
+
+
+@MODELS.register_module()
+class SKResNet(ResNet):
+    """ResNet with selective kernels: in a basic block the first 3x3, in a bottleneck the one there is.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        num_paths: How many 3x3 convolutions of growing reach to select from, the paper's M.
+        reduction: How many channels make one channel of the attention, the paper's r.
+        min_channels: The fewest channels that the attention has, the paper's L.
+        split_input: Give each path its share of the channels that come in, instead of all.
+        kwargs: As for :class:`~resbackbone.ResNet`.
+
+    Raises:
+        KeyError, TypeError, ValueError: As for :class:`~resbackbone.ResNet`; also if one of the four does not fit.
+
+    Source: Li et al., Selective Kernel Networks, arXiv:1903.06586; splitting the input is timm's (``skresnet50``).
+
+    >>> [path.conv.dilation for path in SKResNet(50).layer1[0].conv2.paths]
+    [(1, 1), (2, 2)]
+    """
+
+    arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
+        depth: (SelectiveKernelBasicBlock if depth < 50 else SelectiveKernelBottleneck, blocks)
+        for depth, (_, blocks) in ResNet.arch_settings.items()
+    }
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        num_paths: int = 2,
+        reduction: int = 16,
+        min_channels: int = 32,
+        split_input: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_selective_kernel(num_paths, reduction, min_channels, split_input)
+        self.selective: Config = {
+            "num_paths": num_paths,
+            "reduction": reduction,
+            "min_channels": min_channels,
+            "split_input": split_input,
+        }
+        super().__init__(depth, **kwargs)
+
+    def make_res_layer(self, **kwargs: Any) -> nn.Module:
+        """Make one stage of blocks with selective kernels."""
+        return super().make_res_layer(**self.selective, **kwargs)
+
+
+@MODELS.register_module()
+class SKResNeXt(SKResNet, ResNeXt):
+    """ResNeXt with selective kernels, the paper's SKNet with ``groups=32``.
+
+    Args:
+        depth: 50, 101 or 152.
+        kwargs: As for :class:`SKResNet` and :class:`~resbackbone.ResNeXt`.
+
+    Source: Li et al., Selective Kernel Networks, arXiv:1903.06586, table 1.
+    """
+
+    arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
+        depth: (SelectiveKernelResNeXtBottleneck, blocks) for depth, (_, blocks) in ResNeXt.arch_settings.items()
+    }

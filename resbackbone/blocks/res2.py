@@ -1,0 +1,124 @@
+"""The block of Res2Net: a bottleneck whose 3x3 is split into several, each adding to what the next one sees."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resbackbone.blocks.bottleneck import Bottleneck
+from resbackbone.blocks.spatial import spatial_conv_cfg
+from resbackbone.checks import check_choice, check_flag, check_int
+from resbackbone.layers import build_conv_layer, build_norm_layer
+
+
+class SplitConvs(nn.ModuleList):
+    """The 3x3s of the splits, which stand in the place of ``conv2``.
+
+    Args:
+        out_channels: Channels of all splits side by side.
+    """
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+
+
+class Bottle2neck(Bottleneck):
+    """A bottleneck whose middle is ``scales`` splits: a 3x3 for each but the last, which is passed on.
+
+    Each 3x3 sees its split and the output of the one before. In the first block of a stage (``stage_type="stage"``) and
+    wherever the block strides, each sees its split alone. Where it strides, the last split is average-pooled over 3x3
+    pixels. The 3x3s are ``convs``, their norms ``bns``; there is no ``norm2``. ``dcn`` makes all 3x3s deformable.
+
+    Args:
+        inplanes: Channels that come in.
+        planes: A quarter of the channels that go out.
+        scales: Number of splits.
+        base_width: Channels per split, and per group of it, in the first stage.
+        base_channels: ``planes`` of the first stage.
+        stage_type: "stage" for the first block of a stage, "normal" for the others.
+        groups: Groups of each 3x3 (Res2NeXt).
+        pool_at_stride_1: Pool the last split of a first block even if it does not stride; see
+            :class:`~resbackbone.Res2Net`.
+        kwargs: As for :class:`~resbackbone.blocks.Bottleneck`; plugins ``after_conv2`` see all splits side by side.
+
+    Raises:
+        ValueError: If ``scales`` is below 2.
+
+    Source: Gao et al., Res2Net: A New Multi-scale Backbone Architecture, arXiv:1904.01169, figure 2b.
+    """
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        scales: int = 4,
+        base_width: int = 26,
+        base_channels: int = 64,
+        stage_type: str = "normal",
+        *,
+        groups: int = 1,
+        pool_at_stride_1: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_splits(scales, base_width, groups, pool_at_stride_1)
+        check_choice("stage_type", stage_type, ("normal", "stage"))
+        self.scales = scales
+        self.stage_type = stage_type
+        self.pool_at_stride_1 = pool_at_stride_1
+        self.split_width = math.floor(planes * (base_width / base_channels)) * groups
+        super().__init__(inplanes, planes, width=self.split_width * scales, groups=groups, **kwargs)
+        for name in ("convs", "bns"):
+            # To the end, where mmdet has them: an optimizer's state, which goes by the order of parameters, then fits.
+            self._modules[name] = self._modules.pop(name)
+
+    def add_conv(
+        self, index: int, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, **kwargs: Any
+    ) -> None:
+        """Add ``conv{index}`` and its norm, or the 3x3s and theirs."""
+        if index != 2:
+            super().add_conv(index, in_channels, out_channels, kernel_size, stride=stride, **kwargs)
+            return
+        del kwargs["deformable"]
+        first = self.stage_type == "stage" or stride > 1
+        self.hierarchical = not first
+        self.pool = None
+        if first and (stride > 1 or self.pool_at_stride_1):
+            self.pool = nn.AvgPool2d(kernel_size, stride, padding=1)
+        self.convs = SplitConvs(out_channels)
+        self.bns = nn.ModuleList()
+        cfg, width = spatial_conv_cfg(self, stride), self.split_width
+        for _ in range(self.scales - 1):
+            self.convs.append(build_conv_layer(cfg, width, width, kernel_size, stride=stride, bias=False, **kwargs))
+            self.bns.append(build_norm_layer(self.norm_cfg, width)[1])
+
+    @property
+    def conv2(self) -> SplitConvs:
+        """What stands in the place of a bottleneck's 3x3; by this name it is no child."""
+        return self.convs
+
+    def step(self, index: int, x: Tensor) -> Tensor:
+        """Run the ``index``-th convolution with its norm and ReLU; the second is the splits."""
+        if index != 2:
+            return super().step(index, x)
+        splits = x.chunk(self.scales, 1)
+        outs: list[Tensor] = []
+        for i, (conv, norm) in enumerate(zip(self.convs, self.bns, strict=True)):
+            split = outs[-1] + splits[i] if outs and self.hierarchical else splits[i]
+            outs.append(self.relu(norm(conv(split))))
+        last = splits[self.scales - 1]
+        outs.append(last if self.pool is None else self.pool(last))
+        return torch.cat(outs, 1)
+
+
+def check_splits(scales: object, base_width: object, groups: object, pool_at_stride_1: object) -> None:
+    """Raise unless the arguments that make a bottleneck a Bottle2neck are of their types and in range."""
+    check_int("scales", scales, low=1)
+    if scales == 1:
+        raise ValueError("`scales` must be at least 2, got 1; with one split there is nothing to add up: use a ResNet")
+    check_int("base_width", base_width, low=1)
+    check_int("groups", groups, low=1)
+    check_flag("pool_at_stride_1", pool_at_stride_1)

@@ -1,0 +1,87 @@
+"""The block of TridentNet: one bottleneck, run at several dilations side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resbackbone.blocks.base import recompute_in_backward
+from resbackbone.blocks.bottleneck import Bottleneck
+from resbackbone.blocks.replaced import ReplacedSpatialConv
+
+
+class TridentConv2d(nn.Conv2d):
+    """A convolution that can be run at another dilation than its own; its padding follows, so that the size stays."""
+
+    def forward(self, input: Tensor, dilation: int | None = None) -> Tensor:
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H/stride), ceil(W/stride))`` with a 3x3 kernel."""
+        if dilation is None:
+            return super().forward(input)
+        return F.conv2d(input, self.weight, self.bias, self.stride, padding=dilation, dilation=dilation)
+
+
+class TridentBottleneck(ReplacedSpatialConv, Bottleneck):
+    """A bottleneck that takes a list of feature maps as well, one per branch, and runs each at its branch's dilation.
+
+    The branches share all weights, and the running statistics of the norms, which see one branch after the other.
+
+    Args:
+        inplanes: Channels that come in.
+        planes: A quarter of the channels that go out.
+        trident_dilations: Dilation of the 3x3 in each branch, in pixels.
+        kwargs: As for :class:`Bottleneck`; ``dilation`` is that of a single feature map, and there is no ``dcn``.
+
+    Raises:
+        TypeError, ValueError, KeyError: If an argument does not fit; nothing is built then.
+
+    Source: Li et al., Scale-Aware Trident Networks for Object Detection, arXiv:1901.01892, section 4.1.
+    """
+
+    conv2: TridentConv2d
+    spatial_cfg = {"type": TridentConv2d}  # noqa: RUF012  # read, never written to
+
+    def __init__(self, inplanes: int, planes: int, *, trident_dilations: Sequence[int], **kwargs: Any) -> None:
+        if kwargs.get("dcn") is not None:
+            raise ValueError("`dcn` must be None in a trident block, whose 3x3 is the trident convolution")
+        self.trident_dilations = tuple(trident_dilations)
+        super().__init__(inplanes, planes, **kwargs)
+
+    def forward(self, x: Any) -> Any:
+        """Map ``(N, inplanes, H, W)`` to ``(N, planes * 4, H/stride, W/stride)``, or a list of such to a list."""
+        branched = isinstance(x, list)
+        if not branched:
+            return super().forward(x)
+        if self.with_cp and any(self._wants_grad(branch) for branch in x):
+            out: Any = recompute_in_backward(self._add_shortcut, x, self)
+        else:
+            out = self._add_shortcut(x)
+        return [self.relu(branch) for branch in out]
+
+    def _add_shortcut(self, x: Any) -> Any:
+        branched = isinstance(x, list)
+        if not branched:
+            return super()._add_shortcut(x)
+        # All the shortcuts before all the branches, as in mmdet: gradients are added up in the order of computation.
+        shortcuts = x if self.downsample is None else [self.downsample(branch) for branch in x]
+        outs: Any = self.branch(x)
+        if self.drop_path is not None:
+            outs = [self.drop_path(out) for out in outs]
+        return [out + shortcut for out, shortcut in zip(outs, shortcuts, strict=True)]
+
+    def step(self, index: int, x: Any) -> Any:
+        """Run the ``index``-th convolution with its norm and ReLU, the second at each branch's dilation."""
+        if not isinstance(x, list):
+            return super().step(index, x)
+        if index != 2:
+            return [super(TridentBottleneck, self).step(index, branch) for branch in x]
+        convolved = [self.conv2(branch, d) for branch, d in zip(x, self.trident_dilations, strict=True)]
+        return [self.relu(self.norm2(branch)) for branch in convolved]
+
+    def forward_plugin(self, x: Any, plugin_names: Sequence[str]) -> Any:
+        """Run the named plugins one after the other, on every branch; the shapes stay."""
+        if not isinstance(x, list):
+            return super().forward_plugin(x, plugin_names)
+        return [super(TridentBottleneck, self).forward_plugin(branch, plugin_names) for branch in x]

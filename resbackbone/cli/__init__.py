@@ -1,0 +1,39 @@
+"""The ``resbackbone`` command; one file per subcommand, none of which imports torch before it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from resbackbone.cli.extract import extract
+from resbackbone.cli.info import info
+from resbackbone.cli.list import list_backbones
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
+app.command("list")(list_backbones)
+app.command("info")(info)
+app.command("extract")(extract)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="resbackbone")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from resbackbone import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _resbackbone(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """One ResNet backbone family: look at the architectures, extract features from pictures."""

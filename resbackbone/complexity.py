@@ -1,0 +1,170 @@
+"""What a backbone costs: parameters and multiply-accumulates of each part, counted without computing anything."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resbackbone.backbones import Backbone
+from resbackbone.backbones.base import total_stride
+from resbackbone.checks import check_int, check_ints, check_type
+from resbackbone.config import BackboneSource, construct_backbone
+from resbackbone.layers import DeformConv2d, SAConv2d
+
+NUM_CLASSES = 1000  # ImageNet-1k, for which figures are published
+
+_COUNTED = (nn.Conv2d, nn.Linear, DeformConv2d)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of a backbone costs and hands on.
+
+    Attributes:
+        name: ``"stem"`` (whatever lies in no stage), ``"layer1"``, ...
+        channels: Channels that it hands on.
+        stride: Input pixels per feature pixel at its output.
+        height: Feature pixels, top to bottom.
+        width: Feature pixels, left to right.
+        params: Numbers that ``parameters()`` yields, frozen ones included, statistics not.
+        macs: Multiply-accumulates of its convolutions (deformable ones too, without their interpolation) and linear
+            layers for one image; norms, activations, pooling and attention are left out, as in published figures.
+    """
+
+    name: str
+    channels: int
+    stride: int
+    height: int
+    width: int
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """What a backbone costs, alone and below a classifier of 1000 classes (average pooling and a linear layer).
+
+    Attributes:
+        parts: The stem and each stage, in the order they run.
+    """
+
+    parts: tuple[Part, ...]
+
+    @property
+    def params(self) -> int:
+        """Parameters of the backbone."""
+        return sum(part.params for part in self.parts)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the backbone for one image."""
+        return sum(part.macs for part in self.parts)
+
+    @property
+    def params_with_classifier(self) -> int:
+        """Parameters of the backbone and the classifier, the number that is published."""
+        return self.params + self.parts[-1].channels * NUM_CLASSES + NUM_CLASSES
+
+    @property
+    def macs_with_classifier(self) -> int:
+        """Multiply-accumulates of the backbone and the classifier for one image, the number that is published."""
+        return self.macs + self.parts[-1].channels * NUM_CLASSES
+
+
+def build_on_meta(config: BackboneSource) -> Backbone:
+    """Build a backbone of shapes only: no memory, no initialisation, no pretrained weights fetched.
+
+    Args:
+        config: As for :func:`resbackbone.build_backbone`, which says what is raised, too.
+
+    Returns:
+        The backbone on torch's meta device.
+    """
+    with torch.device("meta"):
+        return construct_backbone(config)
+
+
+def measure(net: Backbone, *, size: int | tuple[int, int] = 224) -> Complexity:
+    """Count what a backbone costs for one image.
+
+    Args:
+        net: The backbone, on whatever device; it stays as it is.
+        size: Side of the image in pixels, or (height, width).
+
+    Returns:
+        The cost of the stem and of each stage, whether handed out or not.
+
+    Raises:
+        TypeError, ValueError: If ``net`` is no backbone of this library, or the size no positive integer or pair.
+
+    >>> from resbackbone import build_backbone
+    >>> measure(build_backbone("resnet18")).params_with_classifier
+    11689512
+    """
+    check_type("net", net, Backbone, "a backbone of resbackbone")
+    height, width = _pair(size)
+    net = _shapes_only(net)
+    stages: list[nn.Module] = [getattr(net, name) for name in net.res_layers]
+    macs: Counter[nn.Module] = Counter()
+    shapes: list[torch.Size] = []  # what the stem and each stage hand on
+
+    def count(module: Any, _: Any, out: Tensor) -> None:
+        # Each output number takes one kernel's worth: in_channels / groups * height * width, or in_features.
+        runs = 2 if isinstance(module, SAConv2d) else 1  # that one convolves at two dilations
+        macs[module] += runs * out.numel() * module.weight[0].numel()
+
+    def note_shape(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        shapes.extend((out.shape,) if shapes else (inputs[0].shape, out.shape))
+
+    for module in net.modules():
+        if isinstance(module, _COUNTED):
+            module.register_forward_hook(count)
+    for stage in stages:
+        stage.register_forward_hook(note_shape)
+    with torch.inference_mode():
+        net(torch.empty(1, net.in_channels, height, width, device="meta"))
+
+    params = _stem_and_stages(_num_params(net), [_num_params(stage) for stage in stages])
+    all_macs = _stem_and_stages(macs.total(), [sum(macs[module] for module in stage.modules()) for stage in stages])
+    infos = zip(("stem", *net.res_layers), _strides(net), shapes, params, all_macs, strict=True)
+    return Complexity(tuple(Part(name, c, stride, h, w, p, m) for name, stride, (_, c, h, w), p, m in infos))
+
+
+def _num_params(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _stem_and_stages(total: int, stages: list[int]) -> list[int]:
+    return [total - sum(stages), *stages]
+
+
+def _shapes_only(net: Backbone) -> Backbone:
+    """Copy a backbone onto the meta device, in eval mode, all stages handed out, without copying its weights."""
+    memo: dict[int, Any] = {id(parameter): nn.Parameter(parameter.to("meta"), False) for parameter in net.parameters()}
+    memo |= {id(buffer): buffer.to("meta") for buffer in net.buffers()}
+    shapes = copy.deepcopy(net, memo).eval()
+    modules: Iterable[Any] = shapes.modules()
+    for module in modules:
+        if hasattr(module, "backend"):
+            module.backend = "torch"  # compiled operators of deformable convolution want memory
+    shapes.out_indices = tuple(range(len(shapes.res_layers)))
+    return shapes
+
+
+def _strides(net: Backbone) -> list[int]:
+    stem = (child for name, child in net.named_children() if name not in net.res_layers)
+    return [total_stride(stem), *net.out_strides]
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(size, int):
+        check_int("size", size, low=1)
+        return size, size
+    height, width = check_ints("size", size, low=1, length=2, why="height, width")
+    return height, width

@@ -1,0 +1,1 @@
+"""Adapters that put the library into other frameworks; each imports its host, and nothing imports them."""

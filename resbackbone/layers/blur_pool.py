@@ -1,0 +1,96 @@
+"""Downsampling that filters before it drops pixels, so that a shift of the image by a pixel changes little."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resbackbone.checks import check_choice, check_int
+
+AntiAliasing = Literal["blur", "average"]
+PaddingMode = Literal["reflect", "replicate", "constant"]
+
+
+class BlurPool2d(nn.Module):
+    """Blur with a binomial filter, then keep every ``stride``-th pixel. Nothing is learnt, no key is in a state dict.
+
+    Args:
+        channels: Channels of the feature map.
+        kernel_size: Side of the filter in pixels, from 2: the row of Pascal's triangle with as many entries, such as
+            1-2-1, in both directions.
+        stride: Step in pixels.
+        padding_mode: What is around the map: "reflect" (which takes a map larger than half the filter, 2x2 pixels for
+            the default), "replicate" or, for zeros, "constant".
+
+    Shapes:
+        ``(N, channels, H, W)`` to ``(N, channels, ceil(H/stride), ceil(W/stride))``.
+
+    Raises:
+        TypeError, ValueError: If an argument does not fit.
+
+    Source: Zhang, Making Convolutional Networks Shift-Invariant Again, arXiv:1904.11486, section 3.2.
+
+    >>> BlurPool2d(1, kernel_size=3).filter[0, 0] * 16
+    tensor([[1., 2., 1.],
+            [2., 4., 2.],
+            [1., 2., 1.]])
+    """
+
+    filter: Tensor
+
+    def __init__(
+        self, channels: int, *, kernel_size: int = 3, stride: int = 2, padding_mode: PaddingMode = "reflect"
+    ) -> None:
+        super().__init__()
+        check_int("channels", channels, low=1)
+        check_int("kernel_size", kernel_size, low=2)
+        check_int("stride", stride, low=1)
+        check_choice("padding_mode", padding_mode, get_args(PaddingMode))
+        self.channels = channels
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding_mode = padding_mode
+        self.register_buffer("filter", self._make_filter(), persistent=False)
+
+    def _make_filter(self, **options: Any) -> Tensor:
+        row = [math.comb(self.kernel_size - 1, k) / 2 ** (self.kernel_size - 1) for k in range(self.kernel_size)]
+        weights = torch.tensor(row, **options)
+        return torch.outer(weights, weights).repeat(self.channels, 1, 1, 1)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # A net that was built without memory, on the device "meta", has its filter from nowhere else.
+        device = "cpu" if self.filter.is_meta else self.filter.device
+        self.filter = self._make_filter(device=device, dtype=self.filter.dtype)
+        super()._load_from_state_dict(*args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, channels, H, W)`` to ``(N, channels, ceil(H/stride), ceil(W/stride))``."""
+        before, after = (self.kernel_size - 1) // 2, self.kernel_size // 2
+        x = F.pad(x, (before, after, before, after), mode=self.padding_mode)
+        return F.conv2d(x, self.filter, stride=self.stride, groups=self.channels)
+
+    def extra_repr(self) -> str:
+        """Show the geometry in ``repr``."""
+        return (
+            f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding_mode={self.padding_mode!r}"
+        )
+
+
+def make_downsampling(anti_aliasing: AntiAliasing, channels: int, stride: int) -> nn.Module:
+    """Make the layer that takes over the stride of another one.
+
+    Args:
+        anti_aliasing: "blur" for :class:`BlurPool2d`, "average" for the mean of each ``stride`` x ``stride`` pixels.
+        channels: Channels of the feature map.
+        stride: Step in pixels.
+
+    Returns:
+        ``(N, channels, H, W)`` to ``(N, channels, ceil(H/stride), ceil(W/stride))``.
+    """
+    if anti_aliasing == "blur":
+        return BlurPool2d(channels, stride=stride)
+    return nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)

@@ -1,0 +1,104 @@
+"""CBAM: attention over the channels, then over the pixels."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resbackbone.checks import check_int
+from resbackbone.layers.module import Config
+from resbackbone.layers.norm import build_norm_layer
+from resbackbone.registry import MODELS
+
+BATCH_NORM: Config = {"type": "BN"}  # read, never written to
+
+
+class ChannelAttention(nn.Module):
+    """Multiply each channel by a gate, from the channel's mean and its maximum through one shared perceptron.
+
+    Args:
+        in_channels: Channels of the feature map.
+        squeeze_channels: Channels of the perceptron's hidden layer.
+
+    Source: arXiv:1807.06521, equation 2.
+    """
+
+    def __init__(self, in_channels: int, squeeze_channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(in_channels, squeeze_channels, 1, bias=False)
+        self.fc2 = nn.Conv2d(squeeze_channels, in_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, in_channels, H, W)`` to the same shape."""
+        pooled = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+        mean, peak = (self.fc2(F.relu(self.fc1(values))) for values in pooled)
+        out: Tensor = x * (mean + peak).sigmoid()
+        return out
+
+
+class SpatialAttention(nn.Module):
+    """Multiply each pixel by a gate, a convolution over the mean and the maximum of all channels.
+
+    Args:
+        kernel_size: Side of the convolution in pixels, an odd number.
+        norm_cfg: Config of the norm behind it.
+
+    Source: arXiv:1807.06521, equation 3; the norm is in the authors' code (Jongchan/attention-module) only.
+    """
+
+    def __init__(self, kernel_size: int, norm_cfg: Config) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.norm_name, norm = build_norm_layer(norm_cfg, 1)
+        self.add_module(self.norm_name, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, H, W)`` to the same shape."""
+        maps = torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), dim=1)
+        out: Tensor = x * getattr(self, self.norm_name)(self.conv(maps)).sigmoid()
+        return out
+
+
+@MODELS.register_module()
+class CBAM(nn.Module):
+    """Convolutional block attention module: :class:`ChannelAttention`, then :class:`SpatialAttention`.
+
+    As a plugin: ``dict(cfg=dict(type="CBAM"), position="after_conv3")``; behind the last convolution is where the
+    paper has it.
+
+    Args:
+        in_channels: Channels of the feature map.
+        ratio: Channels that come in per channel of the hidden layer.
+        kernel_size: Side of the spatial convolution in pixels, an odd number.
+        norm_cfg: Config of the norm behind the spatial convolution, which has one channel.
+
+    Shapes:
+        ``(N, in_channels, H, W)`` to the same.
+
+    Raises:
+        TypeError, ValueError: If an argument does not fit.
+
+    Source: Woo et al., CBAM: Convolutional Block Attention Module, arXiv:1807.06521, figures 2 and 3; the order of the
+    two parts is that of its table 3.
+    """
+
+    _abbr_: ClassVar[str] = "cbam"
+
+    def __init__(
+        self, in_channels: int, *, ratio: int = 16, kernel_size: int = 7, norm_cfg: Config = BATCH_NORM
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_channels", in_channels), ("ratio", ratio), ("kernel_size", kernel_size)):
+            check_int(name, value, low=1)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"`kernel_size` must be odd, got {kernel_size}; a gate looks as far to every side")
+        self.channel = ChannelAttention(in_channels, max(in_channels // ratio, 1))
+        self.spatial = SpatialAttention(kernel_size, norm_cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, in_channels, H, W)`` to the same shape."""
+        out: Tensor = self.spatial(self.channel(x))
+        return out

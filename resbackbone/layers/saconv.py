@@ -1,0 +1,160 @@
+"""Switchable atrous convolution: two dilations of one kernel, mixed pixel by pixel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resbackbone.checks import check_choice, check_flag, check_ints
+from resbackbone.layers.deform_conv import (
+    Backend,
+    Pair,
+    _is_exporting,
+    _is_tracing,
+    available_backends,
+    deform_conv2d,
+)
+from resbackbone.layers.weight_standardization import ConvAWS2d
+from resbackbone.registry import MODELS
+
+FAR = 3  # the second dilation, in multiples of the first
+WINDOW = 5  # the switch looks at the mean over so many pixels squared
+
+# Leaves for torch.fx, which cannot follow what they do with sizes.
+torch.fx.wrap("deform_conv2d")
+torch.fx.wrap("_mirror")
+
+
+# mmengine's `init_cfg` finds a layer by its class's name and its direct bases'; so nn.Conv2d is named once more.
+@MODELS.register_module("SAC")
+class SAConv2d(ConvAWS2d, nn.Conv2d):
+    """A convolution that decides at every pixel between its dilation and three times that.
+
+    Both convolutions share a standardised weight but for ``weight_diff``, which starts at zero. What the whole map
+    holds on average is added before and after them. A new layer uses the nearer convolution only.
+
+    Args:
+        in_channels: Channels that come in.
+        out_channels: Channels that go out.
+        kernel_size: Sides of the kernel in pixels, one number or (vertical, horizontal), as in the next three.
+        stride: Step of the kernel in pixels.
+        padding: Zeros added on each side, in pixels; half of what the dilated kernel spans, so that sizes agree.
+        dilation: Distance of the kernel's points in pixels, of the nearer convolution.
+        groups: Parts into which channels are split that do not see each other.
+        bias: Whether there is a parameter ``bias``. It is a key of mmcv's without effect, in mmcv and here, and does
+            not train; ``post_context.bias`` is what it would be.
+        use_deform: Make both convolutions deformable. The kernel is 3x3 then.
+        backend: What computes deformable convolution, see :func:`~resbackbone.layers.deform_conv.deform_conv2d`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If the padding changes the size, a deformable kernel is not 3x3, or ``backend`` does not run here.
+
+    Shapes: ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H/stride), ceil(W/stride))``.
+
+    Source: Qiao et al., DetectoRS, arXiv:2006.02334, section 4; keys and numbers as in mmcv's ``SAConv2d``.
+
+    >>> layer = SAConv2d(8, 16, 3, stride=2, padding=1, bias=False, use_deform=True)
+    >>> layer(torch.zeros(1, 8, 32, 48)).shape
+    torch.Size([1, 16, 16, 24])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        use_deform: bool = False,
+        *,
+        backend: Backend = "auto",
+    ) -> None:
+        check_flag("use_deform", use_deform)
+        if backend != "auto":
+            check_choice("backend", backend, available_backends())
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self._check_geometry(use_deform)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.use_deform = use_deform
+        self.backend: Backend = backend
+        self.switch = nn.Conv2d(in_channels, 1, 1, stride)
+        self.weight_diff = nn.Parameter(torch.empty_like(self.weight))
+        self.pre_context = nn.Conv2d(in_channels, in_channels, 1)
+        self.post_context = nn.Conv2d(out_channels, out_channels, 1)
+        if use_deform:
+            self.offset_s = nn.Conv2d(in_channels, 18, 3, stride, padding=1)
+            self.offset_l = nn.Conv2d(in_channels, 18, 3, stride, padding=1)
+        self._reset_switching()
+
+    def _check_geometry(self, use_deform: bool) -> None:
+        check_ints("padding", self.padding, low=0, length=2, why="vertical, horizontal")
+        needed = [d * (k - 1) / 2 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        if list(self.padding) != needed:
+            raise ValueError(
+                "`padding` of a switchable atrous convolution must be `dilation` * (`kernel_size` - 1) / 2, so that "
+                f"both dilations give one size, got {self.padding} for `dilation` {self.dilation} and `kernel_size` "
+                f"{self.kernel_size}"
+            )
+        if use_deform and self.kernel_size != (3, 3):
+            raise ValueError(f"`kernel_size` must be 3 where `use_deform` is True, got {self.kernel_size}")
+
+    def _reset_switching(self) -> None:
+        """Use the nearer convolution only, without context and offsets, as at the start."""
+        nn.init.zeros_(self.weight_diff)
+        layers = [self.switch, self.pre_context, self.post_context]
+        for layer in [*layers, self.offset_s, self.offset_l] if self.use_deform else layers:
+            nn.init.zeros_(layer.weight)
+            assert layer.bias is not None
+            nn.init.constant_(layer.bias, 1.0 if layer is self.switch else 0.0)
+
+    def init_weights(self) -> None:
+        """Start plain again; mmengine calls this after a parent's ``init_cfg`` has drawn every ``Conv2d``."""
+        super().init_weights()
+        self._reset_switching()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H/stride), ceil(W/stride))``."""
+        x = input + self.pre_context(F.adaptive_avg_pool2d(input, 1))
+        around = F.avg_pool2d(_mirror(x, WINDOW // 2), WINDOW, stride=1)
+        switch = self.switch(around)
+        weight = self.standardized_weight()
+        near = self._convolve(x, weight, around, 1)
+        far = self._convolve(x, weight + self.weight_diff, around, FAR)
+        out: Tensor = switch * near + (1 - switch) * far
+        context: Tensor = self.post_context(F.adaptive_avg_pool2d(out, 1))
+        return out + context
+
+    def _convolve(self, x: Tensor, weight: Tensor, around: Tensor, factor: int) -> Tensor:
+        """Convolve with ``factor`` times the dilation; ``around`` says where to, if that is learnt."""
+        stride, padding, dilation = _times(1, self.stride), _times(factor, self.padding), _times(factor, self.dilation)
+        if not self.use_deform:
+            return F.conv2d(x, weight, None, stride, padding, dilation, self.groups)
+        offset = (self.offset_s if factor == 1 else self.offset_l)(around)
+        return deform_conv2d(x, offset, weight, stride=stride, padding=padding, dilation=dilation, backend=self.backend)
+
+
+def _times(factor: int, pair: Any) -> tuple[int, int]:
+    vertical, horizontal = pair
+    return factor * vertical, factor * horizontal
+
+
+def _mirror(x: Tensor, border: int) -> Tensor:
+    """Continue an image beyond its edges by its reflection: the edge pixels are not repeated."""
+    # In a traced graph a comparison would hold for the sizes of the example only.
+    if not (_is_exporting() or _is_tracing()) and min(x.shape[2:]) > border:
+        return F.pad(x, (border, border, border, border), mode="reflect")
+    for axis in (2, 3):
+        size = x.shape[axis]
+        period = (2 * torch.arange(size, device=x.device)[-1:]).clamp(min=1)
+        # Back and forth as often as it takes in an image smaller than the border, which torch refuses to reflect.
+        position = torch.arange(-border, size + border, device=x.device) % period
+        x = x.index_select(axis, torch.minimum(position, period - position))
+    return x

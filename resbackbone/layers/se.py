@@ -1,0 +1,65 @@
+"""Squeeze-and-excitation: a gate per channel, computed from the channels' means."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from resbackbone.checks import check_int
+from resbackbone.layers.conv import ConvNormAct
+from resbackbone.registry import MODELS
+
+
+@MODELS.register_module()
+class SELayer(nn.Module):
+    """Scale each channel by a number from 0 to 1, which two 1x1 convolutions compute from the means of all channels.
+
+    It is a plugin, too: ``plugins=[dict(cfg=dict(type="SELayer", ratio=8), position="after_conv2")]``.
+
+    Args:
+        in_channels: Channels that come in and go out.
+        ratio: How many channels make one squeezed channel.
+        squeeze_channels: Channels between the two convolutions; None for ``in_channels // ratio``, rounded.
+        divisor: What they are rounded to a multiple of.
+
+    Shapes:
+        ``(N, in_channels, H, W)`` to the same.
+
+    Raises:
+        TypeError, ValueError: If an argument is no integer of at least 1.
+
+    Source: Hu et al., Squeeze-and-Excitation Networks, arXiv:1709.01507, figure 2; the rounding is that of mmpretrain
+    1.2.0 ``models/utils/make_divisible.py``.
+
+    >>> SELayer(256).conv1.conv.out_channels, SELayer(64).conv1.conv.out_channels
+    (16, 8)
+    """
+
+    _abbr_ = "se_layer"
+
+    def __init__(
+        self, in_channels: int, *, ratio: int = 16, squeeze_channels: int | None = None, divisor: int = 8
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_channels", in_channels), ("ratio", ratio), ("divisor", divisor)):
+            check_int(name, value, low=1)
+        if squeeze_channels is None:
+            squeeze_channels = _round_to_multiple(in_channels // ratio, divisor)
+        check_int("squeeze_channels", squeeze_channels, low=1)
+        self.global_avgpool = nn.AdaptiveAvgPool2d(1)
+        self.conv1 = ConvNormAct(in_channels, squeeze_channels, 1, act_cfg={"type": nn.ReLU, "inplace": True})
+        self.conv2 = ConvNormAct(squeeze_channels, in_channels, 1, act_cfg={"type": nn.Sigmoid})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale ``(N, in_channels, H, W)`` channel by channel."""
+        gates: Tensor = self.conv2(self.conv1(self.global_avgpool(x)))
+        return x * gates
+
+
+def _round_to_multiple(channels: int, divisor: int) -> int:
+    """Round to the nearest multiple of ``divisor``, half up, but to at least 90% of ``channels`` and one ``divisor``.
+
+    >>> [_round_to_multiple(channels, 8) for channels in (4, 11, 12, 20, 32)]
+    [8, 16, 16, 24, 32]
+    """
+    nearest = max(divisor, (channels + divisor // 2) // divisor * divisor)
+    return nearest if nearest >= 0.9 * channels else nearest + divisor

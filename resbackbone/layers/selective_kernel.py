@@ -1,0 +1,134 @@
+"""Selective kernels: convolutions that look near and far, weighed against each other channel by channel."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resbackbone.checks import check_flag, check_int
+from resbackbone.layers.conv import build_conv_layer
+from resbackbone.layers.module import Config
+from resbackbone.layers.norm import build_norm_layer
+from resbackbone.layers.split_attention import check_norm_of_one_pixel
+
+
+class SelectiveKernelConv2d(nn.Module):
+    """``num_paths`` 3x3 convolutions, the k-th dilated k times as far; their sum, with weights that all decide on.
+
+    The weights, one per path and channel, sum to 1 over the paths. The keys are timm's: ``paths.0.conv``,
+    ``paths.0.bn``, ..., ``attn.fc_reduce``, ``attn.bn``, ``attn.fc_select``.
+
+    Args:
+        in_channels: Channels that come in.
+        out_channels: Channels that go out, from each path.
+        stride: Step in pixels.
+        dilation: Dilation of the first path, in pixels; the second has twice as much, and so on.
+        groups: Groups of each convolution.
+        num_paths: How many paths, the paper's M.
+        reduction: How many channels make one channel of the attention, the paper's r.
+        min_channels: The fewest channels that the attention has, the paper's L.
+        split_input: Give each path its share of the channels that come in, instead of all.
+        conv_cfg: Config of the paths' convolutions, deformable ones included.
+        norm_cfg: Config of the norms. That of the attention normalises maps of one pixel.
+
+    Shapes:
+        ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H/stride), ceil(W/stride))``.
+
+    Raises:
+        ValueError: If the paths cannot share the channels, or the attention's norm would have one number to normalise.
+
+    Source: Li et al., Selective Kernel Networks, arXiv:1903.06586, section 3.1; ``split_input`` is timm's.
+
+    >>> layer = SelectiveKernelConv2d(16, 32, norm_cfg=dict(type="BN"))
+    >>> [path.conv.dilation for path in layer.paths], layer.attn.fc_reduce.out_channels
+    ([(1, 1), (2, 2)], 32)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        num_paths: int = 2,
+        reduction: int = 16,
+        min_channels: int = 32,
+        split_input: bool = False,
+        conv_cfg: Config | None = None,
+        norm_cfg: Config,
+    ) -> None:
+        super().__init__()
+        if split_input and in_channels % num_paths:
+            raise ValueError(
+                f"with `split_input` the {in_channels} channels that come in must be divisible by `num_paths`, "
+                f"got {num_paths}"
+            )
+        self.out_channels = out_channels
+        self.split_input = split_input
+        self.attn = SelectiveKernelAttention(
+            out_channels, max(out_channels // reduction, min_channels), num_paths=num_paths, norm_cfg=norm_cfg
+        )
+        self.paths = nn.ModuleList()
+        for reach in range(1, num_paths + 1):
+            conv = build_conv_layer(
+                conv_cfg,
+                in_channels // num_paths if split_input else in_channels,
+                out_channels,
+                3,
+                stride=stride,
+                padding=reach * dilation,
+                dilation=reach * dilation,
+                groups=groups,
+                bias=False,
+            )
+            norm_name, norm = build_norm_layer(norm_cfg, out_channels)
+            self.paths.append(nn.Sequential(OrderedDict([("conv", conv), (norm_name, norm), ("relu", nn.ReLU(True))])))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H/stride), ceil(W/stride))``."""
+        shares = x.chunk(len(self.paths), dim=1) if self.split_input else [x] * len(self.paths)
+        # By number, since a tracer (torch.fx) cannot iterate over the chunks.
+        views = torch.stack([path(shares[index]) for index, path in enumerate(self.paths)], dim=1)
+        out: Tensor = (views * self.attn(views.sum(1))).sum(1)
+        return out
+
+
+class SelectiveKernelAttention(nn.Module):
+    """The weights of the paths, from the means of their sum.
+
+    Args:
+        in_channels: Channels of each path.
+        channels: Channels between the two fully connected layers.
+        num_paths: How many paths.
+        norm_cfg: Config of the norm between them.
+
+    Source: arXiv:1903.06586, equations 2 to 5.
+    """
+
+    def __init__(self, in_channels: int, channels: int, *, num_paths: int, norm_cfg: Config) -> None:
+        super().__init__()
+        self.num_paths = num_paths
+        self.norm_name, norm = build_norm_layer(norm_cfg, channels)
+        check_norm_of_one_pixel(norm, norm_cfg, "selective-kernel attention")
+        self.fc_reduce = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.add_module(self.norm_name, norm)
+        self.fc_select = nn.Conv2d(channels, in_channels * num_paths, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the paths' sum ``(N, in_channels, H, W)`` to weights ``(N, num_paths, in_channels, 1, 1)``."""
+        hidden = self.fc_reduce(F.adaptive_avg_pool2d(x, 1))
+        logits: Tensor = self.fc_select(F.relu(getattr(self, self.norm_name)(hidden)))
+        return torch.unflatten(logits, 1, (self.num_paths, -1)).softmax(1)
+
+
+def check_selective_kernel(num_paths: int, reduction: int, min_channels: int, split_input: bool) -> None:
+    """Raise TypeError or ValueError unless these are arguments of :class:`SelectiveKernelConv2d`."""
+    check_int("num_paths", num_paths, low=2)
+    check_int("reduction", reduction, low=1)
+    check_int("min_channels", min_channels, low=1)
+    check_flag("split_input", split_input)

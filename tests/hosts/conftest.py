@@ -1,0 +1,99 @@
+"""Tests in the real mmdet and mmseg; without the hosts they are skipped (tools/test_hosts.sh runs them)."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+HOST_WARNINGS = (
+    "ignore:``build_loss`` would be deprecated soon:UserWarning",  # mmseg's decode heads build their losses with it
+    "ignore:Default ``avg_non_ignore`` is False:UserWarning",  # the maintained mmseg says so of every cross entropy
+)
+
+
+def load_tool(name: str) -> ModuleType:
+    """Load a script of tools/, which is no package, so that tests can import it by its plain name."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+HOSTS = load_tool("sweep_hosts").HOSTS
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in item.path.parents:
+            for warning in HOST_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _import_hosts():
+    """Import the hosts before any test does, as many warn about third parties while they are imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for host in HOSTS:
+            if importlib.util.find_spec(host):
+                importlib.import_module(f"{host}.models")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As many tests as cores run at a time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def default_scope(request):
+    """The default scope that a Runner of the test module's host sets."""
+    from mmengine.registry import DefaultScope
+
+    with DefaultScope.overwrite_default_scope(request.module.HOST):
+        yield request.module.HOST
+
+
+@pytest.fixture
+def train_step():
+    """A function that runs one step of SGD as a Runner does, and returns the losses."""
+    from mmengine.optim import OptimWrapper
+
+    def step(model, data):
+        model.train()
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.SGD(trainable, lr=0.01, momentum=0.9)
+        torch.manual_seed(0)  # detectors sample boxes, segmentors drop features
+        return model.train_step(copy.deepcopy(data), OptimWrapper(optimiser))
+
+    return step
+
+
+@pytest.fixture
+def run_python():
+    """A function that runs code in an interpreter in which nothing has been imported yet, and returns its `found`."""
+
+    def run(code: str) -> object:
+        code += "\nimport json; print(json.dumps(found))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])  # hosts print as well
+
+    return run

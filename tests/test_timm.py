@@ -1,0 +1,168 @@
+"""With the same weights, our backbones give what timm's models give, at every level.
+
+To add a model: a row in ROWS, with the function that turns our keys into timm's (``resnet_keys`` fits every ResNet).
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resbackbone import MODELS
+from resbackbone.config import load_config
+
+TOLERANCE = 1e-5  # of the largest number in the feature map
+
+
+class Row(NamedTuple):
+    """One of our configs, timm's name for it, and how our keys read there; ``slow`` leaves it out of a quick run."""
+
+    config: str
+    timm: str
+    keys: Callable[[str], str]
+    slow: bool = False
+
+
+def rename(rules: Mapping[str, str]) -> Callable[[str], str]:
+    """Make a function that replaces patterns, one after the other, in a key."""
+
+    def keys(key: str) -> str:
+        for pattern, replacement in rules.items():
+            key = re.sub(pattern, replacement, key)
+        return key
+
+    return keys
+
+
+# timm's deep stem is `conv1` but for its last norm, which is `bn1`; `se` has convolutions without a wrapper.
+resnet_keys = rename(
+    {
+        r"^stem\.7\.": "bn1.",
+        r"^stem\.": "conv1.",
+        r"\.se_layer\.conv(\d)\.conv\.": r".se.fc\1.",
+        r"\.eca_layer\.": ".se.",
+    }
+)
+
+
+def skresnet_keys(key: str) -> str:
+    """As ``resnet_keys``, but each of timm's convolutions holds its norm; ours that select do so already."""
+    key = re.sub(r"^(layer\d\.\d+\.)conv(\d)\.weight", r"\1conv\2.conv.weight", resnet_keys(key))
+    return re.sub(r"^(layer\d\.\d+\.)bn(\d)\.", r"\1conv\2.bn.", key)
+
+
+ROWS = [
+    Row("resnet18", "resnet18", resnet_keys),
+    Row("resnet18_v1d", "resnet18d", resnet_keys),
+    Row("resnet50", "resnet50", resnet_keys),
+    Row("resnet50_v1c", "resnet50c", resnet_keys),
+    Row("resnet50_v1d", "resnet50d", resnet_keys),
+    Row("resnext50_32x4d", "resnext50_32x4d", resnet_keys),
+    Row("wide_resnet50_2", "wide_resnet50_2", resnet_keys),
+    Row("res2net50_14w_8s", "res2net50_14w_8s", resnet_keys),
+    Row("res2net50_26w_4s", "res2net50_26w_4s", resnet_keys),
+    Row("res2net50_26w_6s", "res2net50_26w_6s", resnet_keys, slow=True),
+    Row("res2net50_26w_8s", "res2net50_26w_8s", resnet_keys, slow=True),
+    Row("res2net50_48w_2s", "res2net50_48w_2s", resnet_keys),
+    Row("res2net101_26w_4s", "res2net101_26w_4s", resnet_keys, slow=True),
+    Row("res2net50_v1b_26w_4s", "res2net50d", resnet_keys),
+    Row("res2net101_v1b_26w_4s", "res2net101d", resnet_keys, slow=True),
+    Row("res2next50", "res2next50", resnet_keys),
+    Row("resnest14", "resnest14d", resnet_keys),
+    Row("resnest26", "resnest26d", resnet_keys),
+    Row("resnest50", "resnest50d", resnet_keys),
+    Row("resnest50_fast_1s4x24d", "resnest50d_1s4x24d", resnet_keys),
+    Row("resnest50_fast_4s2x40d", "resnest50d_4s2x40d", resnet_keys),
+    Row("resnest101", "resnest101e", resnet_keys, slow=True),
+    Row("resnest200", "resnest200e", resnet_keys, slow=True),
+    Row("resnest269", "resnest269e", resnet_keys, slow=True),
+    Row("seresnet18", "seresnet18", resnet_keys),
+    Row("seresnet34", "seresnet34", resnet_keys),
+    Row("seresnet50", "seresnet50", resnet_keys),
+    Row("seresnet101", "seresnet101", resnet_keys, slow=True),
+    Row("seresnet152", "seresnet152", resnet_keys, slow=True),
+    Row("seresnext50_32x4d", "seresnext50_32x4d", resnet_keys),
+    Row("seresnext101_32x4d", "seresnext101_32x4d", resnet_keys, slow=True),
+    Row("seresnext101_32x8d", "seresnext101_32x8d", resnet_keys, slow=True),
+    Row("seresnext101_64x4d", "seresnext101_64x4d", resnet_keys, slow=True),
+    Row("ecaresnet50d", "ecaresnet50d", resnet_keys),
+    Row("ecaresnet101d", "ecaresnet101d", resnet_keys, slow=True),
+    Row("resnetaa34d", "resnetaa34d", resnet_keys),
+    Row("resnetaa50", "resnetaa50", resnet_keys),
+    Row("resnetaa50d", "resnetaa50d", resnet_keys),
+    Row("resnetaa101d", "resnetaa101d", resnet_keys, slow=True),
+    Row("seresnetaa50d", "seresnetaa50d", resnet_keys),
+    Row("seresnextaa101d_32x8d", "seresnextaa101d_32x8d", resnet_keys, slow=True),
+    Row("resnetblur18", "resnetblur18", resnet_keys),
+    Row("resnetblur50", "resnetblur50", resnet_keys),
+    Row("resnetblur50d", "resnetblur50d", resnet_keys),
+    Row("resnetblur101d", "resnetblur101d", resnet_keys, slow=True),
+    Row("ecaresnet26t", "ecaresnet26t", resnet_keys),
+    Row("ecaresnet50t", "ecaresnet50t", resnet_keys),
+    Row("resnetrs50", "resnetrs50", resnet_keys),
+    Row("resnetrs101", "resnetrs101", resnet_keys, slow=True),
+    Row("resnetrs152", "resnetrs152", resnet_keys, slow=True),
+    Row("resnetrs200", "resnetrs200", resnet_keys, slow=True),
+    Row("resnetrs270", "resnetrs270", resnet_keys, slow=True),
+    Row("resnetrs350", "resnetrs350", resnet_keys, slow=True),
+    Row("resnetrs420", "resnetrs420", resnet_keys, slow=True),
+    Row("resnet10t", "resnet10t", resnet_keys),
+    Row("resnet14t", "resnet14t", resnet_keys),
+    Row("resnet26t", "resnet26t", resnet_keys),
+    Row("resnet50t", "resnet50t", resnet_keys),
+    Row("resnet50s", "resnet50s", resnet_keys),
+    Row("resnet101s", "resnet101s", resnet_keys, slow=True),
+    Row("resnet152s", "resnet152s", resnet_keys, slow=True),
+    Row("skresnet18", "skresnet18", skresnet_keys),
+    Row("skresnet34", "skresnet34", skresnet_keys),
+    Row("skresnet50", "skresnet50", skresnet_keys),
+    Row("skresnet50d", "skresnet50d", skresnet_keys),
+    Row("skresnext50_32x4d", "skresnext50_32x4d", skresnet_keys),
+]
+
+
+def parameters() -> list[object]:
+    return [pytest.param(row, id=row.config, marks=[pytest.mark.slow] if row.slow else []) for row in ROWS]
+
+
+def worst(features: tuple[Tensor, ...], expected: list[Tensor]) -> float:
+    """The largest difference of any level, relative to the level's largest number."""
+    return max(
+        ((feature - reference).abs().max() / reference.abs().max()).item()
+        for feature, reference in zip(features, expected, strict=True)
+    )
+
+
+@pytest.fixture
+def build_pair(timm, shake):
+    """Build our net and timm's, without its classifier, both with our random weights."""
+
+    def build(row: Row) -> tuple[nn.Module, nn.Module]:
+        ours = shake(MODELS.build(load_config(row.config).backbone)).eval()
+        theirs = timm.create_model(row.timm, num_classes=0).eval()
+        theirs.load_state_dict({row.keys(key): value for key, value in ours.state_dict().items()}, strict=True)
+        return ours, theirs
+
+    return build
+
+
+@pytest.mark.parametrize("row", parameters())
+def test_features_are_timms(build_pair, images, row):
+    ours, theirs = build_pair(row)
+    with torch.no_grad():
+        features = ours(images)
+        expected = theirs.forward_intermediates(images, indices=len(features), intermediates_only=True)
+    assert all(reference.std() > 0.01 for reference in expected)  # zeros would agree as well
+    assert worst(features, expected) <= TOLERANCE
+
+
+def test_a_difference_is_seen(build_pair, images):
+    """What mmdet does in Res2Net's layer1 is not what timm does."""
+    ours, theirs = build_pair(next(row for row in ROWS if row.config == "res2net50_26w_4s"))
+    ours.layer1[0].pool = None
+    with torch.no_grad():
+        expected = theirs.forward_intermediates(images, indices=4, intermediates_only=True)
+        assert worst(ours(images), expected) > 100 * TOLERANCE

@@ -1,0 +1,306 @@
+"""Compare our backbones with mmdet's or mmseg's own, bit for bit, over every backbone in the host's config tree.
+
+Run it where the host is installed: ``python tools/sweep_hosts.py --host mmdet``. Every distinct ResNet, ResNetV1c,
+ResNetV1d and ResNeXt dict is built by the host and by us, given the same random weights and images, and compared:
+outputs in eval and in training mode, the gradient of every parameter, every buffer after the step. The exit status is 1
+unless every difference is zero.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+FAMILY = ("ResNet", "ResNetV1c", "ResNetV1d", "ResNeXt")
+HOSTS = ("mmdet", "mmseg")
+SHOWN = 3  # differences per backbone in the table; --json has them all
+
+
+@dataclass(frozen=True)
+class Case:
+    """One distinct backbone dict of a host.
+
+    Attributes:
+        name: The first config that has it, without suffix; unique within the host.
+        config: The dict, without ``init_cfg`` and ``pretrained``: the weights are drawn here.
+    """
+
+    name: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a comparison found: one line per difference, so none where host and ours are identical."""
+
+    name: str
+    config: dict[str, Any]
+    differences: tuple[str, ...]
+
+
+def config_tree(host: str) -> Path:
+    """Return the folder of configs that the host's wheel ships; the host is not imported for it.
+
+    Raises:
+        ModuleNotFoundError: If the host is not installed.
+    """
+    spec = find_spec(host)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{host} is not installed here; tools/test_hosts.sh makes environments that have it")
+    return Path(spec.origin).parent / ".mim" / "configs"
+
+
+def find_cases(host: str) -> tuple[list[Case], dict[str, str]]:
+    """Find every distinct backbone dict of the family in the host's configs.
+
+    Returns:
+        The backbones, and for each config that could not be loaded the reason.
+    """
+    root = config_tree(host)
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    unloadable = {}
+    for path in sorted(root.rglob("*.py")):
+        source = path.relative_to(root).with_suffix("").as_posix()
+        try:
+            content = Config.fromfile(path, import_custom_modules=False).to_dict()
+        except Exception as error:  # a config may fail in any way: it is Python
+            unloadable[source] = f"{type(error).__name__}: {error}"
+            continue
+        for backbone in _backbones_in(content, host):
+            config = {key: value for key, value in backbone.items() if key not in ("init_cfg", "pretrained")}
+            found.setdefault(json.dumps(config, sort_keys=True), (source, config))
+    seen: Counter[str] = Counter()
+    cases = []
+    for source, config in found.values():
+        seen[source] += 1
+        cases.append(Case(source if seen[source] == 1 else f"{source}-{seen[source]}", config))
+    return cases, unloadable
+
+
+def _backbones_in(value: Any, host: str) -> Iterator[dict[str, Any]]:
+    if isinstance(value, Mapping):
+        type_ = value.get("type")
+        if isinstance(type_, str) and type_.removeprefix(f"{host}.") in FAMILY and value.get("_scope_", host) == host:
+            yield dict(value)
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _backbones_in(item, host)
+
+
+def build_pair(host: str, config: Mapping[str, Any]) -> tuple[nn.Module, nn.Module]:
+    """Build a backbone dict natively and with ours, both through the host's registry.
+
+    The host's class is taken from its module, where it stays whatever the registry says.
+    """
+    name = config["type"].removeprefix(f"{host}.")
+    native_class = getattr(import_module(f"{host}.models.backbones"), name)
+    import_module(f"resbackbone.integrations.{host}")
+    registry = import_module(f"{host}.registry").MODELS
+    with DefaultScope.overwrite_default_scope(host):
+        native = registry.build({**copy.deepcopy(config), "type": native_class})
+        ours = registry.build(copy.deepcopy(dict(config)))
+    assert type(native) is native_class
+    assert type(ours).__module__.startswith("resbackbone."), f"{type(ours)} is not ours"
+    return native, ours
+
+
+def randomise(net: nn.Module, seed: int = 0) -> None:
+    """Draw every parameter and running statistic, so that nothing starts at zero or one and hides a difference.
+
+    Weights are small enough for the activations of 101 layers to stay in range.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()), generator=generator)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.1, generator=generator)
+            else:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+        for name, buffer in net.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.1, generator=generator)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5, generator=generator)
+
+
+def compare_backbones(native: nn.Module, ours: nn.Module, images: Tensor) -> list[str]:
+    """Compare two backbones of any weights; ``native`` gets random ones, which ``ours`` then loads.
+
+    Returns:
+        One line per difference.
+    """
+    randomise(native)
+    differences = []
+    if list(native.state_dict()) != list(ours.state_dict()):
+        differences.append(_keys("state dict", native.state_dict(), ours.state_dict()))
+    try:
+        ours.load_state_dict(native.state_dict(), strict=True)
+    except RuntimeError as error:
+        return [*differences, str(error)]
+    trainable = [[name for name, p in net.named_parameters() if p.requires_grad] for net in (native, ours)]
+    if trainable[0] != trainable[1]:
+        differences.append(_keys("trainable parameters", *trainable))
+    eval_outputs, train_outputs = [], []
+    for net in (native, ours):
+        net.eval()
+        with torch.no_grad():
+            eval_outputs.append(net(images))
+        net.train()
+        train_outputs.append(_train(net, images))
+    for what, (left, right) in {
+        "eval output": [dict(enumerate(outputs)) for outputs in eval_outputs],
+        "training output": [dict(enumerate(outputs)) for outputs in train_outputs],
+        "gradient of": [gradients_of(net) for net in (native, ours)],
+        "buffer": [dict(net.named_buffers()) for net in (native, ours)],
+    }.items():
+        differences += compare_tensors(what, left, right)
+    return differences
+
+
+def _train(net: nn.Module, images: Tensor) -> Sequence[Tensor]:
+    """Run one training step's forward and backward pass, every pixel of every output pulled its own way."""
+    torch.manual_seed(0)  # for layers that draw
+    outputs = net(images)
+    generator = torch.Generator().manual_seed(2)
+    pulls = [torch.randn(output.shape, generator=generator) for output in outputs]
+    attached = [(output, pull) for output, pull in zip(outputs, pulls, strict=True) if output.requires_grad]
+    if attached:
+        torch.autograd.backward(*map(list, zip(*attached, strict=True)))
+    return tuple(outputs)
+
+
+def gradients_of(net: nn.Module) -> dict[str, Tensor]:
+    """Return the gradient of every parameter that has one."""
+    return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
+
+
+def compare_tensors(what: str, left: Mapping[Any, Tensor], right: Mapping[Any, Tensor]) -> list[str]:
+    """Compare tensors of the same names; NaN equals NaN.
+
+    Returns:
+        One line for different names, and one per tensor that differs.
+    """
+    differences = [] if left.keys() == right.keys() else [_keys(what, left, right)]
+    for name in left.keys() & right.keys():
+        ours = right[name]
+        native = left[name]
+        if native.requires_grad != ours.requires_grad:
+            differences.append(f"{what} {name}: requires_grad {native.requires_grad}, ours {ours.requires_grad}")
+        if native.shape != ours.shape or native.dtype != ours.dtype:
+            differences.append(f"{what} {name}: {_describe(native)}, ours {_describe(ours)}")
+        elif not torch.equal(torch.isnan(native), torch.isnan(ours)):
+            differences.append(f"{what} {name}: NaN in different places")
+        elif not torch.equal(native.nan_to_num(), ours.nan_to_num()):
+            worst = (native.nan_to_num().double() - ours.nan_to_num().double()).abs().max().item()
+            differences.append(f"{what} {name}: off by {worst:.3g}")
+    return differences
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}"
+
+
+def _keys(what: str, left: Any, right: Any) -> str:
+    missing = [name for name in left if name not in right]
+    extra = [name for name in right if name not in left]
+    return f"{what}: missing in ours {missing}, extra {extra}" if missing or extra else f"{what}: another order"
+
+
+def compare_case(case: Case, host: str) -> Result:
+    """Build a case and compare; an exception in ours is a difference too."""
+    # mmcv's deformable convolution wants feature maps of 3x3 pixels at least, and the last stage has a stride of 32.
+    size = 96 if case.config.get("dcn") else 64
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    try:
+        differences = compare_backbones(*build_pair(host, case.config), images)
+    except Exception as error:
+        differences = [f"{type(error).__name__}: {error}"]
+    return Result(case.name, case.config, tuple(differences))
+
+
+def main(
+    host: Annotated[str, typer.Option(help="mmdet or mmseg, as installed here.")],
+    only: Annotated[str, typer.Option(help="Only backbones whose name contains this.")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of a table.")] = False,
+) -> None:
+    """Compare our backbones with the host's own, bit for bit, over every backbone in its config tree."""
+    console = Console(stderr=True)
+    if host not in HOSTS:
+        raise typer.BadParameter(f"must be one of {', '.join(HOSTS)}; got {host!r}", param_hint="--host")
+    with console.status(f"loading {host}'s configs"):
+        cases, unloadable = find_cases(host)
+    cases = [case for case in cases if only in case.name]
+    with _map(jobs) as run:
+        compared = run(partial(compare_case, host=host), cases)
+        results = list(track(compared, description=host, total=len(cases), console=console))
+    failed = [result for result in results if result.differences]
+    if as_json:
+        everything = {"host": host, "unloadable": unloadable, "results": [asdict(result) for result in results]}
+        print(json.dumps(everything, indent=1))
+    else:
+        _print(host, results, failed, unloadable)
+    if failed or not results:
+        sys.exit(1)
+
+
+@contextmanager
+def _map(jobs: int) -> Iterator[Any]:
+    _set_up_process()
+    if jobs == 1:
+        yield map
+        return
+    # Spawned, because forking a process in which torch has run may hang.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_set_up_process) as pool:
+        yield pool.map
+
+
+def _set_up_process() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # host and ours warn about what the host's configs write; numbers are the topic
+
+
+def _print(host: str, results: list[Result], failed: list[Result], unloadable: Mapping[str, str]) -> None:
+    console = Console()
+    if unloadable:
+        console.print(f"{len(unloadable)} configs of {host} do not load:", highlight=False)
+        for source, reason in unloadable.items():
+            console.print(f"  {source}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    if failed:
+        table = Table("backbone", "difference", title="not identical")
+        for result in failed:
+            more = len(result.differences) - SHOWN
+            lines = [*result.differences[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
+            table.add_row(result.name, "\n".join(lines))
+        console.print(table)
+    console.print(f"{host}: {len(results) - len(failed)} of {len(results)} identical", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
