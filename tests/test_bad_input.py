@@ -267,24 +267,28 @@ def net():
     return ResNet(18, base_channels=8).eval()
 
 
-@pytest.mark.parametrize(
-    ("images", "error", "text"),
-    [
-        (torch.zeros(2, 4, 32, 32), ValueError, "ResNet takes images of shape (N, 3, H, W), got (2, 4, 32, 32)"),
-        (torch.zeros(2, 1, 32, 32), ValueError, "build the backbone with the `in_channels` of your images"),
-        (torch.zeros(2, 32, 32, 3), ValueError, "got (2, 32, 32, 3)"),
-        (torch.zeros(3, 32, 32), ValueError, "got (3, 32, 32); add the batch dimension"),
-        (torch.zeros(1, 1, 3, 32, 32), ValueError, "got (1, 1, 3, 32, 32)"),
-        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "takes floating-point images, got torch.uint8"),
-        (torch.zeros(2, 3, 32, 32, dtype=torch.int64), TypeError, "convert and normalise them first"),
-        (torch.zeros(2, 3, 0, 32), ValueError, "takes images of at least 1x1 pixels, got 0x32"),
-        (torch.zeros(2, 3, 32, 0), ValueError, "takes images of at least 1x1 pixels, got 32x0"),
-        ([torch.zeros(3, 32, 32)], TypeError, "takes a tensor of images (N, 3, H, W), got list"),
-        ({"images": torch.zeros(1, 3, 32, 32)}, TypeError, "got dict"),
-        (None, TypeError, "got NoneType"),
-    ],
-    ids=lambda value: None if isinstance(value, str) else "-".join(map(str, getattr(value, "shape", ["other"]))),
-)
+IMAGES = [
+    (
+        "channels_4",
+        torch.zeros(2, 4, 32, 32),
+        ValueError,
+        "ResNet takes images of shape (N, 3, H, W), got (2, 4, 32, 32)",
+    ),
+    ("channels_1", torch.zeros(2, 1, 32, 32), ValueError, "build the backbone with the `in_channels` of your images"),
+    ("channels_behind", torch.zeros(2, 32, 32, 3), ValueError, "got (2, 32, 32, 3)"),
+    ("no_batch", torch.zeros(3, 32, 32), ValueError, "got (3, 32, 32); add the batch dimension"),
+    ("video", torch.zeros(1, 1, 3, 32, 32), ValueError, "got (1, 1, 3, 32, 32)"),
+    ("uint8", torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "takes floating-point images, got torch.uint8"),
+    ("int64", torch.zeros(2, 3, 32, 32, dtype=torch.int64), TypeError, "convert and normalise them first"),
+    ("no_rows", torch.zeros(2, 3, 0, 32), ValueError, "takes images of at least 1x1 pixels, got 0x32"),
+    ("no_columns", torch.zeros(2, 3, 32, 0), ValueError, "takes images of at least 1x1 pixels, got 32x0"),
+    ("list", [torch.zeros(3, 32, 32)], TypeError, "takes a tensor of images (N, 3, H, W), got list"),
+    ("dict", {"images": torch.zeros(1, 3, 32, 32)}, TypeError, "got dict"),
+    ("none", None, TypeError, "got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("images", "error", "text"), [pytest.param(*case[1:], id=case[0]) for case in IMAGES])
 def test_what_is_no_batch_of_images_is_refused(net, images, error, text):
     with pytest.raises(error, match=re.escape(text)):
         net(images)

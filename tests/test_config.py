@@ -214,6 +214,7 @@ def test_a_base_may_have_a_base_in_another_folder(write, tmp_path):
         "type: ResNet\ndepth: 18\ndepth: 50\n",
         "backbone:\n  type: ResNet\n  depth: 18\n  norm_cfg: {type: BN, type: GN}\n",
     ],
+    ids=["top", "inside"],
 )
 def test_a_yaml_key_written_twice_is_refused(write, text):
     with pytest.raises(ValueError, match="is written twice"):

@@ -21,11 +21,21 @@ CLASSES = {
 }
 # What makes a class small; those that are not here take their least depth and 8 channels.
 SMALL = {
+    "ResNetV2": {"depth": 18, "base_channels": 8, "deep_stem": True},  # its plain stem has no norm
     "ResNeXt": {"depth": 50, "base_channels": 8, "groups": 4, "base_width": 4},
     "RegNet": {"arch": "regnetx_200mf"},
 }
 # Beside each class with its defaults, options that change what the layers compute.
 OPTIONS = {
+    "ResNetV2-BiT": (
+        "ResNetV2",
+        {
+            "deep_stem": False,
+            "zero_padded_pool": True,
+            "norm_cfg": {"type": "GN", "num_groups": 4},
+            "conv_cfg": {"type": "StdConv2d", "eps": 1e-8},
+        },
+    ),
     "ResNet-caffe": ("ResNet", {"depth": 50, "style": "caffe"}),
     "ResNet-GN": ("ResNet", {"norm_cfg": {"type": "GN", "num_groups": 4}}),
     "ResNet-FrozenBN": ("ResNet", {"norm_cfg": {"type": "FrozenBN"}}),

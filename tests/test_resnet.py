@@ -408,6 +408,15 @@ def test_checkpointing_recomputes_each_block_once(images, with_cp, runs):
     assert len(calls) == runs + 1
 
 
+def test_checkpointing_reaches_the_first_block_behind_frozen_ones(images):
+    net = ResNet(18, with_cp=True, frozen_stages=1, **TINY).train()
+    calls = []
+    for block in (net.layer1[1], net.layer2[0]):
+        block.conv1.register_forward_hook(lambda module, *_: calls.append(module))
+    step(net, images)
+    assert calls == [net.layer1[1].conv1, net.layer2[0].conv1, net.layer2[0].conv1]  # its input has no gradient
+
+
 def test_checkpointing_keeps_less(images):
     def kept(with_cp):
         sizes = []
@@ -757,13 +766,24 @@ def test_building_and_initialising_leave_the_callers_config_alone(gate):
     assert list(second.state_dict()) == list(net.state_dict())
 
 
-def test_a_net_keeps_no_reference_to_the_callers_config():
-    norm_cfg, multi_grid = {"type": "BN"}, [1, 2, 4]
-    net = ResNet(50, norm_cfg=norm_cfg, multi_grid=multi_grid, **TINY)
-    norm_cfg["type"] = "GN"
-    multi_grid.clear()
-    assert net.norm_cfg == {"type": "BN"}
+def test_a_net_keeps_no_reference_to_the_callers_config(gate):
+    given = {
+        "norm_cfg": {"type": "BN"},
+        "multi_grid": [1, 2, 4],
+        "init_cfg": [{"type": "Constant", "val": 0.5, "layer": "Conv2d"}],
+        "plugins": [{"cfg": {**gate}, "position": "after_conv1"}],
+        "dcn": {"type": "DCN"},
+    }
+    before = copy.deepcopy(given)
+    net = ResNet(50, stage_with_dcn=(True,) * 4, **given, **TINY)
+    given["init_cfg"][0]["val"] = 0.0
+    given["plugins"][0]["cfg"].clear()
+    for config in given.values():
+        config.clear()
+    assert {name: getattr(net, name) for name in given} == before | {"multi_grid": net.multi_grid}
     assert list(net.multi_grid) == [1, 2, 4]
+    net.init_weights()
+    assert values([net.conv1.weight.flatten()]) == {0.5}
 
 
 def test_default_configs_are_not_shared_between_nets():

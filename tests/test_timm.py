@@ -24,9 +24,10 @@ class Row(NamedTuple):
     timm: str
     keys: Callable[[str], str]
     slow: bool = False
+    options: Mapping[str, object] = {}  # arguments beside the config's
 
 
-def rename(rules: Mapping[str, str]) -> Callable[[str], str]:
+def rename(rules: Mapping[str, str | Callable[[re.Match[str]], str]]) -> Callable[[str], str]:
     """Make a function that replaces patterns, one after the other, in a key."""
 
     def keys(key: str) -> str:
@@ -53,6 +54,22 @@ def skresnet_keys(key: str) -> str:
     key = re.sub(r"^(layer\d\.\d+\.)conv(\d)\.weight", r"\1conv\2.conv.weight", resnet_keys(key))
     return re.sub(r"^(layer\d\.\d+\.)bn(\d)\.", r"\1conv\2.bn.", key)
 
+
+preact_keys = rename(
+    {
+        r"^conv1\.": "stem.conv.",
+        r"^stem\.0\.": "stem.conv1.",
+        r"^stem\.1\.": "stem.norm1.",
+        r"^stem\.3\.": "stem.conv2.",
+        r"^stem\.4\.": "stem.norm2.",
+        r"^stem\.6\.": "stem.conv3.",
+        r"^(bn|gn)\.": "norm.",
+        r"\.(bn|gn)(\d)\.": r".norm\2.",
+        r"\.downsample\.\d\.": ".downsample.conv.",
+        r"^layer(\d)\.(\d+)\.": lambda match: f"stages.{int(match[1]) - 1}.blocks.{match[2]}.",
+    }
+)
+NORM = {"final_norm": True}  # timm's models have it
 
 ROWS = [
     Row("resnet18", "resnet18", resnet_keys),
@@ -121,6 +138,21 @@ ROWS = [
     Row("skresnet50", "skresnet50", skresnet_keys),
     Row("skresnet50d", "skresnet50d", skresnet_keys),
     Row("skresnext50_32x4d", "skresnext50_32x4d", skresnet_keys),
+    Row("resnetv2_18", "resnetv2_18", preact_keys, options=NORM),
+    Row("resnetv2_18d", "resnetv2_18d", preact_keys, options=NORM),
+    Row("resnetv2_34", "resnetv2_34", preact_keys, options=NORM, slow=True),
+    Row("resnetv2_34d", "resnetv2_34d", preact_keys, options=NORM, slow=True),
+    Row("resnetv2_50", "resnetv2_50", preact_keys, options=NORM),
+    Row("resnetv2_50d", "resnetv2_50d", preact_keys, options=NORM),
+    Row("resnetv2_50d_gn", "resnetv2_50d_gn", preact_keys, options=NORM),
+    Row("resnetv2_101", "resnetv2_101", preact_keys, options=NORM, slow=True),
+    Row("resnetv2_101d", "resnetv2_101d", preact_keys, options=NORM, slow=True),
+    Row("resnetv2_152", "resnetv2_152", preact_keys, options=NORM, slow=True),
+    Row("resnetv2_152d", "resnetv2_152d", preact_keys, options=NORM, slow=True),
+    Row("resnetv2_50x1_bit", "resnetv2_50x1_bit", preact_keys, options=NORM),
+    Row("resnetv2_50x3_bit", "resnetv2_50x3_bit", preact_keys, options=NORM, slow=True),
+    Row("resnetv2_101x1_bit", "resnetv2_101x1_bit", preact_keys, options=NORM, slow=True),
+    Row("resnetv2_152x2_bit", "resnetv2_152x2_bit", preact_keys, options=NORM, slow=True),
 ]
 
 
@@ -141,7 +173,7 @@ def build_pair(timm, shake):
     """Build our net and timm's, without its classifier, both with our random weights."""
 
     def build(row: Row) -> tuple[nn.Module, nn.Module]:
-        ours = shake(MODELS.build(load_config(row.config).backbone)).eval()
+        ours = shake(MODELS.build({**load_config(row.config).backbone, **row.options})).eval()
         theirs = timm.create_model(row.timm, num_classes=0).eval()
         theirs.load_state_dict({row.keys(key): value for key, value in ours.state_dict().items()}, strict=True)
         return ours, theirs
@@ -154,7 +186,7 @@ def test_features_are_timms(build_pair, images, row):
     ours, theirs = build_pair(row)
     with torch.no_grad():
         features = ours(images)
-        expected = theirs.forward_intermediates(images, indices=len(features), intermediates_only=True)
+        expected = theirs.forward_intermediates(images, indices=len(features), norm=True, intermediates_only=True)
     assert all(reference.std() > 0.01 for reference in expected)  # zeros would agree as well
     assert worst(features, expected) <= TOLERANCE
 

@@ -211,6 +211,7 @@ def test_defect_14_what_does_not_fit_the_stages_is_refused_with_words(built_conv
         (lambda name: ResNet(18, conv_cfg={"type": name}), "convolution", ("Conv2D", "Conv2d")),
         (lambda name: MODELS.build({"type": name}), "model", ("ResNeXt50", "ResNeXt")),
     ],
+    ids=["norm", "conv", "plugin", "norm_cfg", "conv_cfg", "registry"],
 )
 def test_defect_15_an_unknown_type_is_named_with_its_nearest(build, what, guess):
     """In mmcv, norm.py:110, conv.py:47 and plugin.py:92 say "Cannot find None in registry"."""

@@ -13,6 +13,7 @@ from resbackbone.backbones.resnet_ibn import ResNetIBN, ResNeXtIBN
 from resbackbone.backbones.resnet_rs import ResNetRS
 from resbackbone.backbones.resnet_t import ResNetT
 from resbackbone.backbones.resnet_v1 import ResNetV1b, ResNetV1c, ResNetV1d
+from resbackbone.backbones.resnet_v2 import ResNetV2
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.backbones.seresnet import SEResNet, SEResNeXt
 from resbackbone.backbones.shared_head import SharedHead
@@ -39,6 +40,7 @@ __all__ = [
     "ResNetV1b",
     "ResNetV1c",
     "ResNetV1d",
+    "ResNetV2",
     "ResNet_CIFAR",
     "SEResNeXt",
     "SEResNet",

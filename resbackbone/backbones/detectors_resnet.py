@@ -95,22 +95,25 @@ class DetectoRS_ResNet(ResNet):
 
         Args:
             x: Images ``(N, in_channels, H, W)``.
-            rfp_feats: One ``(N, rfp_inplanes, H/s, W/s)`` per stage, of that stage's stride; the first is not used.
+            rfp_feats: One ``(N, rfp_inplanes, H/s, W/s)`` per stage, of that stage's stride. The first is not used,
+                nor are any behind the last stage's, which a neck with further levels has.
 
         Returns:
             One ``(N, C, H/s, W/s)`` per stage of ``out_indices``; never the images.
 
         Raises:
-            ValueError: If the backbone was built without ``rfp_inplanes``, or there is not one entry per stage.
+            ValueError: If the backbone was built without ``rfp_inplanes``, or a stage has no entry.
         """
         if self.rfp_inplanes is None:
             raise ValueError("`rfp_forward` needs a backbone that was built with `rfp_inplanes`, got None")
-        if len(rfp_feats) != self.num_stages:
-            raise ValueError(f"`rfp_feats` must have {self.num_stages} entries, one per stage, got {len(rfp_feats)}")
+        if len(rfp_feats) < self.num_stages:
+            raise ValueError(
+                f"`rfp_feats` must have one entry per stage, at least {self.num_stages}, got {len(rfp_feats)}"
+            )
         for layer in self._stem():
             x = layer(x)
         outs = []
-        for index, (name, rfp_feat) in enumerate(zip(self.res_layers, rfp_feats, strict=True)):
+        for index, (name, rfp_feat) in enumerate(zip(self.res_layers, rfp_feats, strict=False)):
             for block in getattr(self, name):
                 x = block.rfp_forward(x, rfp_feat)
             if index in self.out_indices:

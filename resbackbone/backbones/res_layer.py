@@ -33,6 +33,7 @@ class ResLayer(Sequential):
         drop_path_rate: One probability for all blocks or one each.
         first_block: Further arguments for the first block alone.
         last_block: Further arguments for the last block alone.
+        shortcut_norm: Whether there is a norm behind the shortcut's convolution.
         kwargs: Further arguments for every block.
 
     Raises:
@@ -59,6 +60,7 @@ class ResLayer(Sequential):
         drop_path_rate: float | Sequence[float] = 0.0,
         first_block: Mapping[str, Any] | None = None,
         last_block: Mapping[str, Any] | None = None,
+        shortcut_norm: bool = True,
         **kwargs: Any,
     ) -> None:
         check_int("num_blocks", num_blocks, low=1)
@@ -77,7 +79,9 @@ class ResLayer(Sequential):
         blocks = []
         for index, arguments in enumerate(per_block):
             if index == changing:
-                shortcut = make_shortcut(inplanes, out_channels, stride, avg_down, conv_cfg, norm_cfg)
+                shortcut = make_shortcut(
+                    inplanes, out_channels, stride, avg_down, conv_cfg, norm_cfg if shortcut_norm else None
+                )
                 arguments.update(inplanes=inplanes, planes=planes, stride=stride, downsample=shortcut)
             elif index < changing:
                 arguments.update(inplanes=inplanes, planes=inplanes // block.expansion, stride=1)
@@ -91,7 +95,7 @@ class ResLayer(Sequential):
 
 
 def make_shortcut(
-    in_channels: int, out_channels: int, stride: int, avg_down: bool, conv_cfg: Config | None, norm_cfg: Config
+    in_channels: int, out_channels: int, stride: int, avg_down: bool, conv_cfg: Config | None, norm_cfg: Config | None
 ) -> nn.Sequential | None:
     """Make the projection beside a block, or None where the identity fits.
 
@@ -105,7 +109,8 @@ def make_shortcut(
     if avg_down:
         pooling = [nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)]
     conv = build_conv_layer(conv_cfg, in_channels, out_channels, 1, stride=1 if avg_down else stride, bias=False)
-    return nn.Sequential(*pooling, conv, build_norm_layer(norm_cfg, out_channels)[1])
+    norm = [] if norm_cfg is None else [build_norm_layer(norm_cfg, out_channels)[1]]
+    return nn.Sequential(*pooling, conv, *norm)
 
 
 def _dilations(num_blocks: int, dilation: int, multi_grid: Sequence[int] | None, contract: bool) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from resbackbone.blocks.basic import BasicBlock
 from resbackbone.blocks.bottleneck import Bottleneck
 from resbackbone.blocks.detectors import DetectorsBottleneck, DetectorsResNeXtBottleneck
 from resbackbone.blocks.ibn import InstanceNormBasicBlock, InstanceNormBottleneck, InstanceNormResNeXtBottleneck
+from resbackbone.blocks.preact import PreActBasicBlock, PreActBottleneck
 from resbackbone.blocks.regnet import RegNetBottleneck
 from resbackbone.blocks.res2 import Bottle2neck
 from resbackbone.blocks.resnext import ResNeXtBottleneck
@@ -30,6 +31,8 @@ __all__ = [
     "InstanceNormBasicBlock",
     "InstanceNormBottleneck",
     "InstanceNormResNeXtBottleneck",
+    "PreActBasicBlock",
+    "PreActBottleneck",
     "RegNetBottleneck",
     "ResNeXtBottleneck",
     "ResidualBlock",

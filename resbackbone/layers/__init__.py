@@ -14,6 +14,7 @@ from resbackbone.layers.saconv import SAConv2d
 from resbackbone.layers.se import SELayer
 from resbackbone.layers.selective_kernel import SelectiveKernelConv2d
 from resbackbone.layers.split_attention import SplitAttentionConv2d
+from resbackbone.layers.std_conv import StdConv2d
 from resbackbone.layers.weight_standardization import ConvAWS2d, ConvWS2d
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "SelectiveKernelConv2d",
     "Sequential",
     "SplitAttentionConv2d",
+    "StdConv2d",
     "build_conv_layer",
     "build_norm_layer",
     "build_plugin_layer",

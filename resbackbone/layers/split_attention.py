@@ -40,7 +40,8 @@ class SplitAttentionConv2d(Module):
     Source: Zhang et al., ResNeSt: Split-Attention Networks, arXiv:2004.08955, figure 2 and section 3.1.
 
     >>> import torch
-    >>> SplitAttentionConv2d(16, 24, 3, padding=1, groups=2).eval()(torch.zeros(1, 16, 5, 7)).shape
+    >>> layer = SplitAttentionConv2d(16, 24, 3, padding=1, groups=2, norm_cfg={"type": "BN"}).eval()
+    >>> layer(torch.zeros(1, 16, 5, 7)).shape
     torch.Size([1, 24, 5, 7])
     """
 

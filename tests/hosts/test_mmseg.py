@@ -38,6 +38,7 @@ def build_segmentor(config, backbone_type):
     model.pretrained = None
     model.backbone.update(type=backbone_type, init_cfg=None)
     model.data_preprocessor.size = CROP
+    torch.manual_seed(0)  # the heads draw some of their weights as they are built
     return MODELS.build(model)
 
 

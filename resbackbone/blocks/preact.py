@@ -1,0 +1,74 @@
+"""The blocks of ResNet v2: norm and ReLU come before each convolution, nothing behind the sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from resbackbone.blocks.base import ResidualBlock, recompute_in_backward
+from resbackbone.blocks.basic import BasicBlock
+from resbackbone.blocks.bottleneck import Bottleneck
+from resbackbone.blocks.spatial import spatial_conv_cfg
+from resbackbone.layers import build_conv_layer, build_norm_layer
+
+
+class PreActivation(ResidualBlock):
+    """``branch(relu(norm1(x))) + shortcut``; named before the block class among a class's bases.
+
+    The shortcut is ``x``, or ``downsample`` of what the branch gets, too, which has no norm of its own. In the branch
+    norm and ReLU of the next convolution follow each but the last; plugins come behind them.
+
+    Args:
+        args: As for the block class.
+        kwargs: As for the block class.
+
+    Source: He et al., Identity Mappings in Deep Residual Networks, arXiv:1603.05027, figure 1 (b); the shortcut as in
+    its authors' code and in timm.
+    """
+
+    def add_conv(
+        self,
+        index: int,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        deformable: bool = False,
+        stride: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        """Add ``conv{index}`` and the norm in front of it."""
+        norm_name, norm = build_norm_layer(self.norm_cfg, in_channels, postfix=index)
+        setattr(self, f"norm{index}_name", norm_name)
+        self.add_module(norm_name, norm)
+        conv_cfg = spatial_conv_cfg(self, stride) if deformable else self.conv_cfg
+        conv = build_conv_layer(conv_cfg, in_channels, out_channels, kernel_size, stride=stride, bias=False, **kwargs)
+        self.add_module(f"conv{index}", conv)
+
+    def step(self, index: int, x: Tensor) -> Tensor:
+        """Run the ``index``-th convolution and, but for the last, norm and ReLU of the next."""
+        x = getattr(self, f"conv{index}")(x)
+        return x if index == self.num_convs else self.relu(self._norm(index + 1)(x))
+
+    def _add_shortcut(self, x: Tensor) -> Tensor:
+        activated = self.relu(self.norm1(x))
+        out = self.branch(activated)
+        if self.drop_path is not None:
+            out = self.drop_path(out)
+        out += x if self.downsample is None else self.downsample(activated)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)``."""
+        if self.with_cp and self._wants_grad(x):
+            return recompute_in_backward(self._add_shortcut, x, self)
+        return self._add_shortcut(x)
+
+
+class PreActBasicBlock(PreActivation, BasicBlock):
+    """A :class:`~resbackbone.blocks.BasicBlock` with pre-activation."""
+
+
+class PreActBottleneck(PreActivation, Bottleneck):
+    """A :class:`~resbackbone.blocks.Bottleneck` with pre-activation."""
