@@ -159,7 +159,7 @@ def _shapes_only(net: Backbone) -> Backbone:
 
 def _strides(net: Backbone) -> list[int]:
     stem = (child for name, child in net.named_children() if name not in net.res_layers)
-    return [total_stride(stem), *net.out_strides]
+    return [total_stride(stem), *(info.stride for info in net.feature_info if info.name in net.res_layers)]
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -51,25 +51,31 @@ def test_config_names_are_unique():
     assert list_backbones() == sorted(names)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-@pytest.mark.usefixtures("on_meta")
-def test_every_config_builds_by_name_and_by_path(path):
-    net, same = build_backbone(path.stem), build_backbone(path)
-    outs = net(torch.empty(2, 3, 64, 64))
-    assert [out.shape[1] for out in outs] == list(net.out_channels) == list(same.out_channels)
-    assert net.state_dict().keys() == same.state_dict().keys()
-    assert type(net).__name__ == load_config(path).backbone["type"]
-    assert str(load_config(path).backbone.get("depth", "")) in path.stem
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@every_config
 @pytest.mark.usefixtures("on_meta")
-def test_a_config_dumped_and_read_again_is_the_same_net(path, write):
-    copied = write("copy.yaml", load_config(path).backbone)
-    net, again = build_backbone(path), build_backbone(copied)
+def test_every_config_builds_and_dumped_and_read_again_is_the_same_net(path, write):
+    config = load_config(path).backbone
+    assert load_config(path.stem).backbone == config
+    net, again = build_backbone(path.stem), build_backbone(write("copy.yaml", config))
+    assert type(net).__name__ == config["type"]
+    assert str(config.get("depth", "")) in path.stem
     shapes = {key: value.shape for key, value in net.state_dict().items()}
     assert {key: value.shape for key, value in again.state_dict().items()} == shapes
     assert again.feature_info == net.feature_info
+
+
+@pytest.mark.slow
+@every_config
+@pytest.mark.usefixtures("on_meta")
+def test_every_config_hands_out_what_it_says(path):
+    net = build_backbone(path)
+    outs = net(torch.empty(2, 3, 64, 64))
+    assert [(out.shape[1], -(-64 // out.shape[2])) for out in outs] == list(
+        zip(net.out_channels, net.out_strides, strict=True)
+    )
 
 
 def test_a_rich_config_dumped_and_read_again_is_the_same_net(write):

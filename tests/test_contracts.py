@@ -49,6 +49,11 @@ CASES = {name: (name, {}) for name in CLASSES} | OPTIONS
 SIZES = [(64, 64), (65, 97), (33, 47)]
 
 every_class = pytest.mark.parametrize("case", CLASSES)
+# Where a case takes seconds, a quick run has these classes only.
+QUICK = ("ResNet", "ResNetV1d", "ResNeXt")
+every_class_in_time = pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CLASSES]
+)
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -186,7 +191,7 @@ def test_bfloat16_autocast_runs(build, images, case):
 
 
 @pytest.mark.usefixtures("_shallow")
-@every_class
+@every_class_in_time
 def test_compiled_without_graph_breaks_equals_eager(build, images, case):
     net = build(case).eval()
     expected = net(images)
@@ -211,7 +216,7 @@ def test_a_compiled_training_step_equals_eager(build, images, with_cp):
 
 
 @pytest.mark.usefixtures("_shallow")
-@every_class
+@every_class_in_time
 def test_exported_with_dynamic_batch_and_size_equals_eager(build, images, case):
     net = build(case).eval()
     dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)

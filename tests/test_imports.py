@@ -83,21 +83,8 @@ def test_the_layering_test_sees_imports(tmp_path):
     assert list(imported_parts(module)) == [("cli", 1), ("ResNet", 3), ("backbones", 5), ("blocks", 6)]
 
 
-@pytest.fixture(scope="module")
-def imports():
-    """What importing costs in seconds and loads, three times over."""
-    clock = "time.process_time()"  # of this process alone, however busy the machine is
-    code = f"import sys, time, torch; start = {clock}; import resbackbone; print({clock} - start, *sys.modules)"
-    return [run_python(code) for _ in range(3)]
-
-
-def test_importing_costs_little_over_torch(imports):
-    seconds = [float(said[0]) for said in imports]
-    assert min(seconds) <= 0.3, seconds
-
-
-def test_importing_loads_no_host_and_no_operators(imports):
-    loaded = set(imports[0])
+def test_importing_loads_no_host_and_no_operators():
+    loaded = set(run_python("import sys, resbackbone; print(*sys.modules)"))
     unwanted = {"mmcv", "mmcv.ops", "mmdet", "mmseg", "mmpretrain", "mmengine.model", "mmengine.runner"}
     unwanted |= {"torchvision", "timm", "transformers", "PIL", "typer", "matplotlib"}
     assert "resbackbone.backbones.resnet" in loaded

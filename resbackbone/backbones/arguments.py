@@ -115,3 +115,5 @@ def _check_initialisation(pretrained: Any, init_cfg: Any) -> None:
         raise ValueError("give `init_cfg` or `pretrained`, not both; `pretrained` is the old spelling")
     if init_cfg is not None:
         check_type("init_cfg", init_cfg, (Mapping, list, tuple), "a dict, a list of dicts or None")
+        for index, entry in enumerate([init_cfg] if isinstance(init_cfg, Mapping) else init_cfg):
+            split_type(entry, f"init_cfg[{index}]")

@@ -110,7 +110,7 @@ def make_shortcut(
         pooling = [nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)]
     conv = build_conv_layer(conv_cfg, in_channels, out_channels, 1, stride=1 if avg_down else stride, bias=False)
     norm = [] if norm_cfg is None else [build_norm_layer(norm_cfg, out_channels)[1]]
-    return nn.Sequential(*pooling, conv, *norm)
+    return Sequential(*pooling, conv, *norm)  # ours hands `init_weights()` on to its layers, torch's does not
 
 
 def _dilations(num_blocks: int, dilation: int, multi_grid: Sequence[int] | None, contract: bool) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from resbackbone.layers import build_conv_layer, build_norm_layer
+from resbackbone.layers import Sequential, build_conv_layer, build_norm_layer
 from resbackbone.layers.module import Config
 
 
@@ -43,7 +43,7 @@ def make_deep_stem(
     """
     half = channels // 2
     first = half if first_channels is None else first_channels
-    return nn.Sequential(
+    return Sequential(  # ours hands `init_weights()` on to its layers, torch's does not
         *conv_norm_relu(in_channels, first, conv_cfg, norm_cfg, stride=2),
         *conv_norm_relu(first, half, conv_cfg, norm_cfg),
         *conv_norm_relu(half, channels, conv_cfg, norm_cfg),
