@@ -206,13 +206,17 @@ class ResidualBlock(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)``."""
-        if self.with_cp and self._wants_grad(x):
-            out = recompute_in_backward(self._add_shortcut, x, self)
-        else:
-            out = self._add_shortcut(x)
-        return self.relu(out)  # type: ignore[no-any-return]
+        return self.relu(self.residual(x))  # type: ignore[no-any-return]
 
-    def _wants_grad(self, x: Tensor) -> bool:
+    def residual(self, x: Any) -> Any:
+        """Compute branch plus shortcut, before the last ReLU; with ``with_cp`` again in the backward pass."""
+        if self.with_cp and self._wants_grad(x):
+            return recompute_in_backward(self._add_shortcut, x, self)
+        return self._add_shortcut(x)
+
+    def _wants_grad(self, x: Any) -> bool:
+        if not isinstance(x, Tensor):  # a tracer's proxy, which has no answer
+            return False
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
 

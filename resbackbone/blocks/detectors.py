@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from resbackbone.blocks.base import recompute_in_backward
 from resbackbone.blocks.bottleneck import Bottleneck
 from resbackbone.blocks.replaced import ReplacedSpatialConv
 from resbackbone.blocks.resnext import ResNeXtBottleneck
@@ -70,10 +69,7 @@ class RecursiveBlock(ReplacedSpatialConv):
         Returns:
             ``(N, planes * expansion, H/stride, W/stride)``.
         """
-        if self.with_cp and self._wants_grad(x):
-            out = recompute_in_backward(self._add_shortcut, x, self)
-        else:
-            out = self._add_shortcut(x)
+        out = self.residual(x)
         if self.rfp_conv is not None:
             out = out + self.rfp_conv(rfp_feat)
         return self.relu(out)  # type: ignore[no-any-return]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from resbackbone.blocks.base import ResidualBlock, recompute_in_backward
+from resbackbone.blocks.base import ResidualBlock
 from resbackbone.blocks.basic import BasicBlock
 from resbackbone.blocks.bottleneck import Bottleneck
 from resbackbone.blocks.spatial import spatial_conv_cfg
@@ -61,9 +61,7 @@ class PreActivation(ResidualBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)``."""
-        if self.with_cp and self._wants_grad(x):
-            return recompute_in_backward(self._add_shortcut, x, self)
-        return self._add_shortcut(x)
+        return self.residual(x)  # type: ignore[no-any-return]
 
 
 class PreActBasicBlock(PreActivation, BasicBlock):

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resbackbone.blocks.base import recompute_in_backward
 from resbackbone.blocks.bottleneck import Bottleneck
 from resbackbone.blocks.replaced import ReplacedSpatialConv
 
@@ -54,11 +53,11 @@ class TridentBottleneck(ReplacedSpatialConv, Bottleneck):
         branched = isinstance(x, list)
         if not branched:
             return super().forward(x)
-        if self.with_cp and any(self._wants_grad(branch) for branch in x):
-            out: Any = recompute_in_backward(self._add_shortcut, x, self)
-        else:
-            out = self._add_shortcut(x)
-        return [self.relu(branch) for branch in out]
+        return [self.relu(branch) for branch in self.residual(x)]
+
+    def _wants_grad(self, x: Any) -> bool:
+        branches = x if isinstance(x, (list, tuple)) else [x]
+        return any(Bottleneck._wants_grad(self, branch) for branch in branches)
 
     def _add_shortcut(self, x: Any) -> Any:
         branched = isinstance(x, list)
