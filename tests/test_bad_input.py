@@ -27,6 +27,7 @@ CONFIGS = [
     ("depth_20", {"depth": 20}, KeyError, "`depth` of ResNet must be one of 18, 34, 50, 101, 152; got 20"),
     ("depth_text", {"depth": "50"}, KeyError, "`depth` of ResNet must be one of 18, 34, 50, 101, 152; got '50'"),
     ("depth_none", {"depth": None}, KeyError, "`depth` of ResNet must be one of 18, 34, 50, 101, 152; got None"),
+    ("depth_float", {"depth": 50.0}, KeyError, "`depth` of ResNet must be one of 18, 34, 50, 101, 152; got 50.0"),
     ("depth_list", {"depth": [50]}, (KeyError, TypeError), "`depth`"),
     (
         "resnext_18",

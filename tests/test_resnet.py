@@ -907,3 +907,8 @@ def test_a_subclass_that_builds_by_hand_runs_and_freezes(images, frozen_stages):
         assert all(parameter.requires_grad is not frozen for parameter in part.parameters())
     assert net.norm1.training is not frozen
     assert all(parameter.requires_grad for parameter in net.layer2.parameters())
+
+
+def test_deformable_convolution_in_no_stage_warns():
+    with pytest.warns(UserWarning, match="`dcn` has no effect, as `stage_with_dcn` is False for every stage"):
+        ResNet(18, base_channels=8, dcn={"type": "DCN"})

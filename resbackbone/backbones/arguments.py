@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
         KeyError: If the depth or a type is unknown.
         TypeError, ValueError: If another argument does not fit.
     """
-    if given["depth"] not in tuple(arch_settings):  # compares where a dict would hash, and a list has no hash
+    # A tuple compares where a dict would hash, and a list has no hash.
+    if given["depth"] not in tuple(arch_settings) or isinstance(given["depth"], (bool, float)):
         allowed = ", ".join(map(str, arch_settings))
         raise KeyError(f"`depth` of {name} must be one of {allowed}; got {given['depth']!r}")
     for flag in ("deep_stem", "avg_down", "norm_eval", "with_cp", "zero_init_residual", "contract_dilation"):
@@ -94,6 +96,8 @@ def _check_layer_configs(given: Mapping[str, Any]) -> None:
     stages = check_sequence("stage_with_dcn", given["stage_with_dcn"], length=length, why=f"`num_stages`={num_stages}")
     for index, flag in enumerate(stages):
         check_flag(f"stage_with_dcn[{index}]", flag)
+    if given["dcn"] is not None and not any(stages):
+        warnings.warn("`dcn` has no effect, as `stage_with_dcn` is False for every stage", UserWarning, stacklevel=4)
 
 
 def _check_plugins(plugins: Any, num_stages: int, block: Any) -> None:

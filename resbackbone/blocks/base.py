@@ -65,8 +65,9 @@ class ResidualBlock(Module):
         norm_cfg: Config = BATCH_NORM,
         dcn: Config | None = None,
         plugins: Sequence[Config] | None = None,
-        drop_path_rate: float = 0.0,
         init_cfg: InitConfig | None = None,
+        *,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(init_cfg)
         check_choice("style", style, ("pytorch", "caffe"))
