@@ -122,6 +122,8 @@ def host_registry():
     """The registry of mmdet; what a test registers there goes when it ends."""
     from mmdet.registry import MODELS
 
+    import resbackbone.integrations.mmdet  # noqa: F401  # before the snapshot, or its names would go too, for good
+
     registered = dict(MODELS.module_dict)
     yield MODELS
     MODELS.module_dict.clear()
