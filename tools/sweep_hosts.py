@@ -31,7 +31,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 FAMILY = ("ResNet", "ResNetV1c", "ResNetV1d", "ResNeXt")
@@ -254,8 +254,12 @@ def main(
     console = Console(stderr=True)
     if host not in HOSTS:
         raise typer.BadParameter(f"must be one of {', '.join(HOSTS)}; got {host!r}", param_hint="--host")
-    with console.status(f"loading {host}'s configs"):
-        cases, unloadable = find_cases(host)
+    try:
+        with console.status(f"loading {host}'s configs"):
+            cases, unloadable = find_cases(host)
+    except ModuleNotFoundError as error:
+        console.print(f"error: {error}", style="red")
+        sys.exit(1)
     cases = [case for case in cases if only in case.name]
     with _map(jobs) as run:
         compared = run(partial(compare_case, host=host), cases)
@@ -293,7 +297,7 @@ def _print(host: str, results: list[Result], failed: list[Result], unloadable: M
         for source, reason in unloadable.items():
             console.print(f"  {source}: {reason}", highlight=False, markup=False, soft_wrap=True)
     if failed:
-        table = Table("backbone", "difference", title="not identical")
+        table = Table(Column("backbone", overflow="fold"), "difference", title="not identical")
         for result in failed:
             more = len(result.differences) - SHOWN
             lines = [*result.differences[:SHOWN], *([f"and {more} more"] if more > 0 else [])]

@@ -28,14 +28,14 @@ def host_config():
     return Config.fromfile(config_tree(HOST) / "fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py")
 
 
-def build_segmentor(config, backbone_type):
-    """Build the model of a config with another type of backbone, small crops, and nothing to download."""
+def build_segmentor(config, backbone_type, pretrained=None):
+    """Build the model of a config with another type of backbone and other weights, for small crops."""
     from mmseg.registry import MODELS
 
     import resbackbone.integrations.mmseg  # noqa: F401
 
     model = copy.deepcopy(config.model)
-    model.pretrained = None
+    model.pretrained = pretrained
     model.backbone.update(type=backbone_type, init_cfg=None)
     model.data_preprocessor.size = CROP
     torch.manual_seed(0)  # the heads draw some of their weights as they are built
@@ -100,6 +100,18 @@ def test_init_weights_of_a_whole_segmentor(native_class):
     assert not any(
         block.bn3.weight.any() for name in ours.backbone.res_layers for block in getattr(ours.backbone, name)
     )
+
+
+@pytest.mark.filterwarnings("ignore:.pretrained. is the old spelling:FutureWarning")  # mmseg hands it over like this
+def test_weights_named_as_mmsegs_configs_name_them(native_class, tmp_path):
+    config = host_config()
+    native = native_class(**{key: value for key, value in config.model.backbone.items() if key != "type"})
+    randomise(native)
+    torch.save(native.state_dict(), tmp_path / "weights.pth")
+    segmentor = build_segmentor(config, "ResNetV1c", pretrained=str(tmp_path / "weights.pth"))
+    segmentor.init_weights()
+    assert isinstance(segmentor.backbone, resbackbone.ResNetV1c)
+    assert compare_tensors("loaded", native.state_dict(), segmentor.backbone.state_dict()) == []
 
 
 def make_multi_grid_variant(module):
