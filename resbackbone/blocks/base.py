@@ -140,16 +140,20 @@ class ResidualBlock(Module):
             deformable: Whether it is the one that ``dcn`` replaces.
             kwargs: stride, padding, dilation, groups.
         """
-        cfg = self.conv_cfg
-        if deformable and self.dcn is not None:
-            dcn = dict(self.dcn)
-            if not dcn.pop("fallback_on_stride", False) or kwargs.get("stride", 1) == 1:
-                cfg = dcn
+        cfg = self.spatial_conv_cfg(kwargs.get("stride", 1)) if deformable else self.conv_cfg
         conv = build_conv_layer(cfg, in_channels, out_channels, kernel_size, bias=False, **kwargs)
         norm_name, norm = build_norm_layer(self.norm_cfg, out_channels, postfix=index)
         self.add_module(f"conv{index}", conv)
         setattr(self, f"norm{index}_name", norm_name)
         self.add_module(norm_name, norm)
+
+    def spatial_conv_cfg(self, stride: int) -> Config | None:
+        """Return the spatial convolution's config: ``dcn``, unless it falls back at ``stride``, else ``conv_cfg``."""
+        if self.dcn is None:
+            return self.conv_cfg
+        dcn = dict(self.dcn)
+        falls_back = dcn.pop("fallback_on_stride", False) and stride > 1
+        return self.conv_cfg if falls_back else dcn
 
     def _add_plugins(self) -> None:
         for index in range(1, self.num_convs + 1):

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from resbackbone.blocks.base import ResidualBlock
 from resbackbone.blocks.bottleneck import Bottleneck
-from resbackbone.blocks.replaced import ReplacedSpatialConv
 from resbackbone.blocks.resnext import ResNeXtBottleneck
 from resbackbone.checks import check_int, check_mapping
 from resbackbone.layers.module import Config, InitConfig
@@ -15,7 +15,7 @@ from resbackbone.layers.module import Config, InitConfig
 NO_FEEDBACK: Config = {"type": "Constant", "val": 0, "override": {"name": "rfp_conv"}}  # read, never written to
 
 
-class RecursiveBlock(ReplacedSpatialConv):
+class RecursiveBlock(ResidualBlock):
     """A base to put before a block, which adds what DetectoRS has beside it.
 
     Args:
@@ -49,7 +49,7 @@ class RecursiveBlock(ReplacedSpatialConv):
             check_int("rfp_inplanes", rfp_inplanes, low=1)
             given = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
             init_cfg = [*given, NO_FEEDBACK]
-        self.sac = self.spatial_cfg = sac
+        self.sac = sac
         super().__init__(inplanes, planes, init_cfg=init_cfg, **kwargs)
         self.rfp_inplanes = rfp_inplanes
         self.rfp_conv = None if rfp_inplanes is None else nn.Conv2d(rfp_inplanes, self.planes * self.expansion, 1)
@@ -58,6 +58,10 @@ class RecursiveBlock(ReplacedSpatialConv):
     def with_sac(self) -> bool:
         """Whether the block was asked for a switchable atrous convolution."""
         return self.sac is not None
+
+    def spatial_conv_cfg(self, stride: int) -> Config | None:
+        """Return the config of the spatial convolution: ``sac``, where the block has it."""
+        return super().spatial_conv_cfg(stride) if self.sac is None else self.sac
 
     def rfp_forward(self, x: Tensor, rfp_feat: Tensor | None) -> Tensor:
         """Compute the block with features fed back into it.

@@ -9,7 +9,6 @@ from torch import Tensor
 from resbackbone.blocks.base import ResidualBlock
 from resbackbone.blocks.basic import BasicBlock
 from resbackbone.blocks.bottleneck import Bottleneck
-from resbackbone.blocks.spatial import spatial_conv_cfg
 from resbackbone.layers import build_conv_layer, build_norm_layer
 
 
@@ -42,7 +41,7 @@ class PreActivation(ResidualBlock):
         norm_name, norm = build_norm_layer(self.norm_cfg, in_channels, postfix=index)
         setattr(self, f"norm{index}_name", norm_name)
         self.add_module(norm_name, norm)
-        conv_cfg = spatial_conv_cfg(self, stride) if deformable else self.conv_cfg
+        conv_cfg = self.spatial_conv_cfg(stride) if deformable else self.conv_cfg
         conv = build_conv_layer(conv_cfg, in_channels, out_channels, kernel_size, stride=stride, bias=False, **kwargs)
         self.add_module(f"conv{index}", conv)
 

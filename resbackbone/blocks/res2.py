@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from resbackbone.blocks.bottleneck import Bottleneck
-from resbackbone.blocks.spatial import spatial_conv_cfg
 from resbackbone.checks import check_choice, check_flag, check_int
 from resbackbone.layers import build_conv_layer, build_norm_layer
 
@@ -90,7 +89,7 @@ class Bottle2neck(Bottleneck):
             self.pool = nn.AvgPool2d(kernel_size, stride, padding=1)
         self.convs = SplitConvs(out_channels)
         self.bns = nn.ModuleList()
-        cfg, width = spatial_conv_cfg(self, stride), self.split_width
+        cfg, width = self.spatial_conv_cfg(stride), self.split_width
         for _ in range(self.scales - 1):
             self.convs.append(build_conv_layer(cfg, width, width, kernel_size, stride=stride, bias=False, **kwargs))
             self.bns.append(build_norm_layer(self.norm_cfg, width)[1])

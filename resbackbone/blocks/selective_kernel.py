@@ -10,7 +10,6 @@ from resbackbone.blocks.base import ResidualBlock
 from resbackbone.blocks.basic import BasicBlock
 from resbackbone.blocks.bottleneck import Bottleneck
 from resbackbone.blocks.resnext import ResNeXtBottleneck
-from resbackbone.blocks.spatial import spatial_conv_cfg
 from resbackbone.layers.module import Config
 from resbackbone.layers.selective_kernel import SelectiveKernelConv2d
 
@@ -65,7 +64,7 @@ class SelectiveKernelBlock(ResidualBlock):
         if index != self.selective_index:
             super().add_conv(index, in_channels, out_channels, kernel_size, deformable=deformable, **kwargs)
             return
-        conv_cfg = spatial_conv_cfg(self, kwargs["stride"]) if deformable else self.conv_cfg
+        conv_cfg = self.spatial_conv_cfg(kwargs["stride"]) if deformable else self.conv_cfg
         del kwargs["padding"]  # as far as each path looks
         conv = SelectiveKernelConv2d(
             in_channels, out_channels, conv_cfg=conv_cfg, norm_cfg=self.norm_cfg, **self.selective, **kwargs

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from resbackbone.blocks.resnext import ResNeXtBottleneck
-from resbackbone.blocks.spatial import spatial_conv_cfg
 from resbackbone.layers import SplitAttentionConv2d
 
 
@@ -62,7 +61,7 @@ class SplitAttentionBottleneck(ResNeXtBottleneck):
             stride=conv_stride,
             radix=self.radix,
             reduction_factor=self.reduction_factor,
-            conv_cfg=spatial_conv_cfg(self, conv_stride),
+            conv_cfg=self.spatial_conv_cfg(conv_stride),
             norm_cfg=self.norm_cfg,
             **kwargs,
         )

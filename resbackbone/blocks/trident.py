@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resbackbone.blocks.bottleneck import Bottleneck
-from resbackbone.blocks.replaced import ReplacedSpatialConv
+from resbackbone.layers.module import Config
 
 
 class TridentConv2d(nn.Conv2d):
@@ -22,7 +22,7 @@ class TridentConv2d(nn.Conv2d):
         return F.conv2d(input, self.weight, self.bias, self.stride, padding=dilation, dilation=dilation)
 
 
-class TridentBottleneck(ReplacedSpatialConv, Bottleneck):
+class TridentBottleneck(Bottleneck):
     """A bottleneck that takes a list of feature maps as well, one per branch, and runs each at its branch's dilation.
 
     The branches share all weights, and the running statistics of the norms, which see one branch after the other.
@@ -40,13 +40,16 @@ class TridentBottleneck(ReplacedSpatialConv, Bottleneck):
     """
 
     conv2: TridentConv2d
-    spatial_cfg = {"type": TridentConv2d}  # noqa: RUF012  # read, never written to
 
     def __init__(self, inplanes: int, planes: int, *, trident_dilations: Sequence[int], **kwargs: Any) -> None:
         if kwargs.get("dcn") is not None:
             raise ValueError("`dcn` must be None in a trident block, whose 3x3 is the trident convolution")
         self.trident_dilations = tuple(trident_dilations)
         super().__init__(inplanes, planes, **kwargs)
+
+    def spatial_conv_cfg(self, stride: int) -> Config | None:
+        """Return the config of the 3x3, which is always the trident convolution."""
+        return {"type": TridentConv2d}
 
     def forward(self, x: Any) -> Any:
         """Map ``(N, inplanes, H, W)`` to ``(N, planes * 4, H/stride, W/stride)``, or a list of such to a list."""
