@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from mmcv.cnn import fuse_conv_bn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -245,6 +246,21 @@ def test_jit_traces_it(build, images, case):
         traced = torch.jit.trace(net, images)
     x = torch.randn(3, 3, 65, 97)
     assert_equal(traced(x), net(x))
+
+
+@every_case
+def test_defect_17_fusing_batch_norms_changes_no_output(build, images, case):
+    """In mmcv, fuse_conv_bn pairs each batch norm with the convolution that was registered before it.
+
+    Right: in every backbone that is the convolution it follows, or it stays a norm (in Res2Net's splits), so that the
+    outputs are the same.
+    """
+    net = build(case).eval()
+    fused = fuse_conv_bn(copy.deepcopy(net))
+    norms, left = (sum(isinstance(module, _BatchNorm) for module in root.modules()) for root in (net, fused))
+    assert left < norms or norms == 0
+    for out, reference in zip(fused(images), net(images), strict=True):
+        torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-4)
 
 
 @every_class

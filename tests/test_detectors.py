@@ -95,7 +95,10 @@ def test_shortcuts_pool_only_where_they_stride():
 @BOTH
 @pytest.mark.parametrize("position", ["after_conv1", "after_conv2", "after_conv3"])
 def test_defect_04_plugins_have_the_width_they_follow(net_class, options, position):
-    """In mmdet, DetectoRS_ResNeXt builds plugins for ``planes`` channels, which crash in its wider bottlenecks."""
+    """In mmdet, DetectoRS_ResNeXt builds plugins for ``planes`` channels, which crash in its wider bottlenecks.
+
+    Right: the width of the convolutions that they follow.
+    """
     plugin = {"cfg": {"type": Width}, "position": position}
     net = net_class(**TINY, **AWS, plugins=[plugin], **options).eval()
     net(torch.randn(1, 3, 32, 32))  # the plugin itself compares its width with what it gets
@@ -263,7 +266,7 @@ def test_feedback_needs_one_entry_per_stage(images):
     ids=str,
 )
 def test_defect_08_feedback_and_switches_start_at_zero(net_class, options, how):
-    """In mmdet, detectors_resnet.py:69 asks for it, and line 296 forgets it and draws them all.
+    """In mmdet, detectors_resnet.py:69 asks the feedback to start at zero; line 296 forgets it and draws all of it.
 
     Right: zero after ``init_weights()``, whatever else is asked for, and the same for what makes a SAC plain.
     """
@@ -285,7 +288,7 @@ def test_defect_08_feedback_and_switches_start_at_zero(net_class, options, how):
 
 @BOTH
 def test_defect_08_layers_are_built_once(built_convs, net_class, options):
-    """In mmdet every stage is built by ResNet, dropped and built again; in ResNeXt each block once more."""
+    """In mmdet every stage is built by ResNet, dropped and built again; in ResNeXt each block once more; here once."""
     net = net_class(**TINY, **AWS, **SAC, **RFP, **options)
     assert len(built_convs) == sum(isinstance(module, nn.Conv2d) for module in net.modules())
 

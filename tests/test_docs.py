@@ -1,6 +1,8 @@
-"""Every Python example in README.md and docs/ runs, page by page, from top to bottom."""
+"""Every Python example in README.md and docs/ runs, page by page; links lead somewhere; generated pages are fresh."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,11 @@ def test_examples_run(page, monkeypatch, tmp_path):
 def test_links_lead_to_files(page):
     targets = LINK.findall(page.read_text(encoding="utf-8"))
     assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+def test_the_page_of_upstream_defects_is_fresh_and_complete():
+    tool = [sys.executable, str(ROOT / "tools" / "upstream_defects.py"), "--check"]
+    run = subprocess.run(tool, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    page = (ROOT / "docs" / "upstream_defects.md").read_text(encoding="utf-8")
+    assert sorted(map(int, re.findall(r"^##+ (\d+)\. ", page, re.M))) == list(range(1, 21))

@@ -349,7 +349,10 @@ def fail_while_building(monkeypatch):
 
 @pytest.mark.parametrize("how", ["built", "refused", "failed"])
 def test_defect_07_other_bottlenecks_keep_their_expansion(monkeypatch, how):
-    """In mmdet, regnet.py:167 writes ``Bottleneck.expansion = 1``; after an exception every later ResNeXt is broken."""
+    """In mmdet, regnet.py:167 writes ``Bottleneck.expansion = 1``; after an exception every later ResNeXt is broken.
+
+    Right: no class is changed, whether building succeeds, is refused or fails in the middle.
+    """
     if how == "built":
         RegNet(TINY)
     elif how == "refused":
@@ -368,7 +371,10 @@ def test_defect_07_other_bottlenecks_keep_their_expansion(monkeypatch, how):
 
 @pytest.mark.parametrize("frozen_stages", [0, 2])
 def test_defect_07_a_deep_stem_can_be_frozen(images, frozen_stages):
-    """In mmdet, regnet.py ignores ``deep_stem``, and with ``frozen_stages`` dies of a missing ``stem``."""
+    """In mmdet, regnet.py ignores ``deep_stem``, and with ``frozen_stages`` dies of a missing ``stem``.
+
+    Right: the stem is deep, and freezes.
+    """
     net = RegNet(TINY, deep_stem=True, frozen_stages=frozen_stages, norm_eval=False).train()
     assert [conv.out_channels for conv in net.stem if isinstance(conv, nn.Conv2d)] == [16, 16, 32]
     assert not hasattr(net, "conv1")

@@ -135,7 +135,10 @@ def test_style_says_where_a_block_strides(style, strides):
 
 
 def test_defect_09_style_deep_stem_and_avg_down_are_honoured(images):
-    """In mmdet, res2net.py:314-317 passes constants on in their place; v1 and caffe cannot be built there."""
+    """In mmdet, res2net.py:314-317 passes constants on in place of these arguments, so that v1 cannot be built there.
+
+    Right: each of the three is honoured.
+    """
     v1b, v1 = net(), net(deep_stem=False, avg_down=False, style="caffe")
     assert hasattr(v1b, "stem")
     assert isinstance(v1b.layer1[0].downsample[0], nn.AvgPool2d)
@@ -148,7 +151,7 @@ def test_defect_09_style_deep_stem_and_avg_down_are_honoured(images):
 
 @pytest.mark.parametrize("init_cfg", [None, {"type": "Kaiming", "layer": "Conv2d"}])
 def test_defect_03_blocks_start_as_the_identity(init_cfg):
-    """In mmdet, resnet.py:415 asks ``block is Bottleneck``, which a Bottle2neck is not."""
+    """In mmdet, resnet.py:415 asks ``block is Bottleneck``, which a Bottle2neck is not; its last norm is zero, too."""
     backbone = build_backbone({"type": "Res2Net", "depth": 50, "init_cfg": init_cfg, **TINY})
     assert all(not block.norm3.weight.any() for block in blocks(backbone))
     assert all(norm.weight.all() for block in blocks(backbone) for norm in block.bns)
@@ -160,7 +163,10 @@ def test_defect_03_blocks_start_as_the_identity(init_cfg):
 
 @pytest.mark.parametrize(("position", "width"), [("after_conv1", 16), ("after_conv2", 16), ("after_conv3", 32)])
 def test_defect_04_plugins_have_the_width_of_all_splits(position, width):
-    """Upstream builds them for ``planes`` channels, and they crash when they run."""
+    """Upstream builds a Res2Net's plugins for ``planes`` channels, and they crash when they run.
+
+    Right: the width of the convolutions that they follow, behind the splits that of all of them.
+    """
     plugins = [{"cfg": {"type": "SELayer", "postfix": postfix}, "position": position} for postfix in ("_a", "_b")]
     backbone = net(plugins=plugins)
     backbone(torch.randn(2, 3, 32, 32))
@@ -171,7 +177,7 @@ def test_defect_04_plugins_have_the_width_of_all_splits(position, width):
 
 
 def test_defect_10_drop_path_leaves_branches_out(shake):
-    """In mmpretrain, res2net.py takes ``drop_path_rate`` and never drops a path."""
+    """In mmpretrain, res2net.py takes ``drop_path_rate`` and never drops a path; at rate 0.5 half of them are."""
     backbone = shake(net(drop_path_rate=0.5))
     rates = [block.drop_path.drop_prob if block.drop_path else 0.0 for block in blocks(backbone)]
     assert rates == [pytest.approx(0.5 * index / 15) for index in range(16)]

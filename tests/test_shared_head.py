@@ -57,7 +57,7 @@ def test_mmdets_name_in_our_registry_means_it():
 
 @pytest.mark.parametrize("norm", ["BN", "SyncBN"])
 def test_defect_13_norm_eval_reaches_every_kind_of_batch_norm(norm):
-    """In mmdet, shared_heads/res_layer.py tests for ``nn.BatchNorm2d``, so SyncBN goes on training."""
+    """In mmdet, shared_heads/res_layer.py tests for ``nn.BatchNorm2d``, so SyncBN goes on training; here none does."""
     shared = head(norm_cfg={"type": norm})
     assert shared.train() is shared
     norms = [module for module in shared.modules() if isinstance(module, _BatchNorm)]

@@ -160,7 +160,7 @@ def test_contracted_dilation_is_for_the_other_stages():
 
 
 def test_defect_05_every_weight_is_drawn():
-    """In mmdet, trident_resnet.py:54 leaves conv2 to whatever the memory held."""
+    """In mmdet, trident_resnet.py:54 leaves conv2 to whatever the memory held; it is drawn as any convolution is."""
     nets = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -186,13 +186,14 @@ def test_defect_05_init_weights_reaches_the_last_stage():
 
 
 def test_defect_05_the_last_norms_are_kept_on_request():
+    """``zero_init_residual=False`` holds in the last stage, too."""
     net = build_backbone({"type": "TridentResNet", **TINY, "zero_init_residual": False})
     assert all(bool((block.norm3.weight == 1).all()) for block in net.layer3)
 
 
 @pytest.mark.parametrize("norm_eval", [False, True])
 def test_defect_06_checkpointing_equals_none(shake, images, norm_eval):
-    """In mmdet, trident_resnet.py:171 asks a list for ``requires_grad``."""
+    """In mmdet, trident_resnet.py:171 asks a list for ``requires_grad``; here nothing differs under ``with_cp``."""
     nets = [shake(trident(with_cp=with_cp, norm_eval=norm_eval)).train() for with_cp in (False, True)]
     nets[1].load_state_dict(nets[0].state_dict())
     outs = [net(images)[0] for net in nets]
@@ -206,7 +207,7 @@ def test_defect_06_checkpointing_equals_none(shake, images, norm_eval):
 
 
 def test_defect_06_checkpointing_keeps_less(images):
-    """It is not only asked for: the first pass keeps fewer activations."""
+    """Under ``with_cp`` the first pass really keeps fewer activations."""
     kept = []
     for with_cp in (False, True):
         sizes = []
@@ -216,9 +217,12 @@ def test_defect_06_checkpointing_keeps_less(images):
     assert kept[1] < kept[0] / 2
 
 
-def test_defect_06_deformable_convolution_stays_where_it_works(shake):
-    """In mmdet the last stage's is silently replaced; here it is refused (below), in the others it is there."""
+def test_defect_06_deformable_convolution_stays_where_it_works(shake, built_convs):
+    """In mmdet ``dcn`` in the last stage is silently replaced; here it is refused, and in the others it is there."""
     dcn = {"type": "DCNv2", "deform_groups": 1}
+    with pytest.raises(ValueError, match="`stage_with_dcn` of TridentResNet must end with False"):
+        trident(dcn=dcn, stage_with_dcn=[False, True, True])
+    assert not built_convs
     net = shake(trident(dcn=dcn, stage_with_dcn=(False, True, False)))
     assert all(isinstance(block.conv2, DeformConv2d) for block in net.layer2)
     assert not any(isinstance(block.conv2, DeformConv2d) for block in net.layer3)
@@ -246,11 +250,6 @@ def test_defect_06_deformable_convolution_stays_where_it_works(shake):
         ({"out_indices": (3,)}, ValueError, "`out_indices` must be below `num_stages` .=3."),
         ({"frozen_stages": 3}, ValueError, "`frozen_stages` of TridentResNet must be at most 2, got 3"),
         ({"frozen_stages": 4}, ValueError, "`frozen_stages` must be from -1 to 3, got 4"),
-        (
-            {"dcn": {"type": "DCN"}, "stage_with_dcn": [False, True, True]},
-            ValueError,
-            "`stage_with_dcn` of TridentResNet must end with False",
-        ),
         ({"dcn": {"type": "DCN"}, "stage_with_dcn": (False,)}, ValueError, "`stage_with_dcn` must have 3 entries"),
         ({"multi_grid": (1, 2, 4)}, ValueError, "`multi_grid` must be None in TridentResNet"),
     ],

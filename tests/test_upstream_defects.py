@@ -1,16 +1,18 @@
-"""One test per defect of the OpenMMLab ResNets that these classes had; the numbers are ours.
+"""The defects of the OpenMMLab ResNets that the common classes had; the numbers are ours.
 
-Each docstring says where upstream goes wrong and what is right. Defects of classes that are not here yet have no test.
+Those of one variant are tested beside it, under names of the same kind. Each docstring says where upstream goes wrong
+and what is right: ``tools/upstream_defects.py`` makes docs/upstream_defects.md of them.
 """
 
 import copy
 
 import pytest
 import torch
+from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resbackbone import MODELS, ResNet, ResNetV1d, ResNeXt, WideResNet, build_backbone
+from resbackbone import MODELS, ResNeSt, ResNet, ResNetV1d, ResNeXt, WideResNet, build_backbone
 from resbackbone.blocks import BasicBlock, Bottleneck, ResNeXtBottleneck
 from resbackbone.layers import DeformConv2d, build_conv_layer, build_norm_layer, build_plugin_layer
 
@@ -143,17 +145,21 @@ def test_defect_10_drop_path_is_called_in_every_block(shake, net_class, depth, o
     assert int(untouched.sum()) >= 7
 
 
-def test_defect_10_no_init_cfg_means_the_default_initialisation():
+@pytest.mark.parametrize("type_", ["Res2Net", "ResNeXt"])
+def test_defect_10_no_init_cfg_means_the_default_initialisation(type_):
     """The Res2Net of mmpretrain takes ``init_cfg=None`` literally; None is He's normal and norms at one."""
-    net = build_backbone({"type": "ResNeXt", "depth": 50, "init_cfg": None, "zero_init_residual": False})
-    conv = net.layer2[1].conv1.weight.detach()  # 1x1, 512 to 128: no groups
+    net = build_backbone({"type": type_, "depth": 50, "init_cfg": None, "zero_init_residual": False})
+    conv = net.layer2[1].conv1.weight.detach()  # 1x1: no groups, no splits
     assert float(conv.std()) == pytest.approx((2 / conv.shape[0]) ** 0.5, rel=0.02)
     assert all(bool((norm.weight == 1).all()) for norm in net.modules() if isinstance(norm, nn.BatchNorm2d))
 
 
 @pytest.mark.parametrize("as_list", [False, True])
 def test_defect_11_loaded_weights_are_not_zeroed_afterwards(shake, tmp_path, as_list):
-    """In mmpretrain, resnet.py:642 zeroes the last norms after a list with ``type='Pretrained'`` has loaded them."""
+    """In mmpretrain, resnet.py:642 zeroes the last norms after a list with ``type='Pretrained'`` has loaded them.
+
+    Right: what was loaded stays, from a list and from a dict.
+    """
     trained = shake(ResNet(50, **TINY))
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
     pretrained = {"type": "Pretrained", "checkpoint": str(tmp_path / "trained.pth")}
@@ -165,14 +171,14 @@ def test_defect_11_loaded_weights_are_not_zeroed_afterwards(shake, tmp_path, as_
 
 @pytest.mark.parametrize("rate", [0, 0.0])
 def test_defect_12_an_integer_drop_path_rate_is_a_rate(rate):
-    """In mmpretrain, resnet.py:358 fails on the integer 0."""
+    """In mmpretrain, resnet.py:358 fails on the integer 0, which is a rate like 0.0."""
     net = ResNet(18, drop_path_rate=rate, **TINY)
     assert [block.drop_path for block in blocks(net)] == [None] * 8
 
 
 @pytest.mark.parametrize("norm", ["BN", "SyncBN"])
 def test_defect_13_norm_eval_reaches_every_kind_of_batch_norm(norm):
-    """The shared head of mmdet tests for ``nn.BatchNorm2d``, so SyncBN goes on training under ``norm_eval``."""
+    """The same of a whole backbone."""
     net = ResNet(18, norm_cfg={"type": norm}, norm_eval=True, **TINY).train()
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
     assert len(norms) == 20
@@ -194,7 +200,10 @@ def test_defect_13_norm_eval_reaches_every_kind_of_batch_norm(norm):
     ],
 )
 def test_defect_14_what_does_not_fit_the_stages_is_refused_with_words(built_convs, options, text):
-    """Upstream answers with AttributeError 'layer4', "max() arg is an empty sequence" and IndexError."""
+    """Upstream answers with AttributeError 'layer4', "max() arg is an empty sequence" and IndexError.
+
+    Right: words that name the argument, what it was and what it may be, before anything is built.
+    """
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the text is compared below, brackets and all
         ResNet(50, **options)
     assert text in str(caught.value)
@@ -214,7 +223,10 @@ def test_defect_14_what_does_not_fit_the_stages_is_refused_with_words(built_conv
     ids=["norm", "conv", "plugin", "norm_cfg", "conv_cfg", "registry"],
 )
 def test_defect_15_an_unknown_type_is_named_with_its_nearest(build, what, guess):
-    """In mmcv, norm.py:110, conv.py:47 and plugin.py:92 say "Cannot find None in registry"."""
+    """In mmcv, norm.py:110, conv.py:47 and plugin.py:92 say "Cannot find None in registry".
+
+    Right: the type is named, and the nearest that there is.
+    """
     wrong, right = guess
     with pytest.raises(KeyError) as caught:
         build(wrong)
@@ -224,7 +236,10 @@ def test_defect_15_an_unknown_type_is_named_with_its_nearest(build, what, guess)
 
 @pytest.mark.parametrize(("net_class", "options"), [(ResNet, {"depth": 18}), (ResNetV1d, {"depth": 50})])
 def test_defect_16_checkpointing_moves_statistics_once_per_step(images, net_class, options):
-    """Under ``with_cp`` the recomputation moves running statistics a second time (``num_batches_tracked`` is 2)."""
+    """Under ``with_cp`` the recomputation moves running statistics a second time (``num_batches_tracked`` is 2).
+
+    Right: they move once, to the values that they have without it.
+    """
     nets = [net_class(with_cp=with_cp, norm_eval=False, **options, **TINY).train() for with_cp in (True, False)]
     nets[1].load_state_dict(nets[0].state_dict())
     for count in (1, 2):
@@ -259,9 +274,38 @@ def _fail_when_recomputing():
     return hook
 
 
+EVERY_TRACED = [(ResNet, {"depth": 18}), (ResNeSt, {"depth": 14, "stem_channels": 8})]
+
+
 @pytest.mark.parametrize("with_cp", [False, True])
-def test_defect_18_fx_traces_it_with_checkpointing_too(images, with_cp):
-    """What traces a net by ``torch.fx``, mmengine's ``efficient_conv_bn_eval`` for one, fails on ``with_cp``."""
-    net = ResNet(18, with_cp=with_cp, **TINY).eval()
+@pytest.mark.parametrize(("net_class", "options"), EVERY_TRACED)
+def test_defect_18_fx_traces_it_with_checkpointing_too(images, net_class, options, with_cp):
+    """Upstream, torch.fx cannot trace a ResNeSt, whose attention asks for sizes, nor any net with ``with_cp``."""
+    net = net_class(with_cp=with_cp, **options, **TINY).eval()
     traced = torch.fx.symbolic_trace(net)
     assert all(torch.equal(*pair) for pair in zip(traced(images), net(images), strict=True))
+
+
+@pytest.mark.parametrize(("net_class", "options"), EVERY_TRACED)
+def test_defect_18_norms_fold_into_convolutions_on_the_fly(shake, images, net_class, options):
+    """So mmengine's ``efficient_conv_bn_eval``, which traces, fails on both.
+
+    Right: no batch norm in eval mode is run beside its convolution; outputs and gradients stay as they are.
+    """
+    net = shake(net_class(with_cp=True, **options, **TINY)).train()
+    folding = copy.deepcopy(net)
+    turn_on_efficient_conv_bn_eval(nn.ModuleDict({"backbone": folding}), "backbone")
+    for module in folding.modules():
+        if isinstance(module, _BatchNorm):
+            module.register_forward_hook(_fail)
+    results = []
+    for backbone in (net, folding):
+        outs = backbone(images)
+        sum(out.square().mean() for out in outs).backward()
+        results.append([*outs, *(parameter.grad for parameter in backbone.parameters())])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def _fail(*args):
+    raise AssertionError("a batch norm was run")
