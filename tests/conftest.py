@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -10,14 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its pool; t
 
 import pytest
 import torch
+from peers import import_torchvision
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
-
-TORCHVISION_SCHEMAS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -79,24 +75,12 @@ def built_convs(monkeypatch: pytest.MonkeyPatch) -> list[nn.Conv2d]:
 
 
 @pytest.fixture(scope="session")
-def torchvision() -> Iterator[ModuleType]:
-    """torchvision, whose models are plain PyTorch, also where its compiled operators do not load.
-
-    Importing it then fails while it registers fake kernels for ``nms`` and ``qnms``, operators that its
-    classification models never call. Declaring the two, without any kernel, is enough for the import.
-    """
-    declarations = torch.library.Library("torchvision", "FRAGMENT")  # the schemas live as long as this object
+def torchvision() -> ModuleType:
+    """torchvision, also where its compiled operators do not load."""
     try:
-        importlib.import_module("torchvision")
+        return import_torchvision()
     except ModuleNotFoundError as error:
         pytest.skip(f"parity needs torchvision: {error}")
-    except RuntimeError as error:
-        if "operator torchvision::nms does not exist" not in str(error):
-            raise
-        for schema in TORCHVISION_SCHEMAS:
-            declarations.define(schema)
-    yield importlib.import_module("torchvision")
-    del declarations
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
-"""Compare our backbones with mmdet's or mmseg's own, bit for bit, over every backbone in the host's config tree.
+"""Compare our backbones with a host's own, bit for bit, over every backbone of the family in the host's config tree.
 
-Run it where the host is installed: ``python tools/sweep_hosts.py --host mmdet``. Every distinct ResNet, ResNetV1c,
-ResNetV1d and ResNeXt dict is built by the host and by us, given the same random weights and images, and compared:
-outputs in eval and in training mode, the gradient of every parameter, every buffer after the step. The exit status is 1
-unless every difference is zero.
+Run it where the host is installed: ``python tools/sweep_hosts.py --host mmdet`` (or mmseg, or mmpretrain). Every
+distinct dict is built by the host and by us, given the same random weights and images, and compared: outputs in eval
+and in training mode, the gradient of every parameter, every buffer after the step. The exit status is 1 unless every
+difference is zero.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,13 +29,25 @@ import torch
 import typer
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from peers import import_torchvision
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 from torch import Tensor, nn
 
-FAMILY = ("ResNet", "ResNetV1c", "ResNetV1d", "ResNeXt")
-HOSTS = ("mmdet", "mmseg")
+# The types that each host has of its own.
+FAMILY = {
+    "mmdet": (
+        *("ResNet", "ResNetV1d", "ResNeXt", "RegNet", "Res2Net", "ResNeSt"),
+        *("DetectoRS_ResNet", "DetectoRS_ResNeXt", "TridentResNet", "ResLayer"),
+    ),
+    "mmseg": ("ResNet", "ResNetV1c", "ResNetV1d", "ResNeXt", "ResNeSt"),
+    "mmpretrain": (
+        *("ResNet", "ResNetV1c", "ResNetV1d", "ResNeXt", "RegNet", "Res2Net", "ResNeSt"),
+        *("SEResNet", "SEResNeXt", "ResNet_CIFAR"),
+    ),
+}
+HOSTS = tuple(FAMILY)
 SHOWN = 3  # differences per backbone in the table; --json has them all
 
 
@@ -103,7 +115,8 @@ def find_cases(host: str) -> tuple[list[Case], dict[str, str]]:
 def _backbones_in(value: Any, host: str) -> Iterator[dict[str, Any]]:
     if isinstance(value, Mapping):
         type_ = value.get("type")
-        if isinstance(type_, str) and type_.removeprefix(f"{host}.") in FAMILY and value.get("_scope_", host) == host:
+        known = isinstance(type_, str) and type_.removeprefix(f"{host}.") in FAMILY[host]
+        if known and value.get("_scope_", host) == host:  # another host's, as in type="mmpretrain.ResNet", are its own
             yield dict(value)
         value = list(value.values())
     if isinstance(value, (list, tuple)):
@@ -116,8 +129,10 @@ def build_pair(host: str, config: Mapping[str, Any]) -> tuple[nn.Module, nn.Modu
 
     The host's class is taken from its module, where it stays whatever the registry says.
     """
+    import_host(host)
     name = config["type"].removeprefix(f"{host}.")
-    native_class = getattr(import_module(f"{host}.models.backbones"), name)
+    module = "roi_heads.shared_heads" if name == "ResLayer" else "backbones"
+    native_class = getattr(import_module(f"{host}.models.{module}"), name)
     import_module(f"resbackbone.integrations.{host}")
     registry = import_module(f"{host}.registry").MODELS
     with DefaultScope.overwrite_default_scope(host):
@@ -126,6 +141,15 @@ def build_pair(host: str, config: Mapping[str, Any]) -> tuple[nn.Module, nn.Modu
     assert type(native) is native_class
     assert type(ours).__module__.startswith("resbackbone."), f"{type(ours)} is not ours"
     return native, ours
+
+
+def import_host(host: str) -> None:
+    """Import a host's models, which import torchvision where it is installed, and warn about third parties."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if find_spec("torchvision"):
+            import_torchvision()
+        import_module(f"{host}.models")
 
 
 def randomise(net: nn.Module, seed: int = 0) -> None:
@@ -147,52 +171,80 @@ def randomise(net: nn.Module, seed: int = 0) -> None:
                 buffer.normal_(0, 0.1, generator=generator)
             elif name.endswith("running_var"):
                 buffer.uniform_(0.5, 1.5, generator=generator)
+        for module in net.modules():
+            if hasattr(module, "weight_gamma"):  # ConvAWS, whose standardised filters are that many times as long
+                scale = 1 / math.sqrt(module.weight[0].numel())
+                module.weight_gamma.uniform_(0.5 * scale, 1.5 * scale, generator=generator)
+                module.weight_beta.normal_(0, 0.01, generator=generator)
 
 
-def compare_backbones(native: nn.Module, ours: nn.Module, images: Tensor) -> list[str]:
+def compare_backbones(
+    native: nn.Module, ours: nn.Module, images: Tensor, rename: Callable[..., None] | None = None
+) -> list[str]:
     """Compare two backbones of any weights; ``native`` gets random ones, which ``ours`` then loads.
+
+    Args:
+        native: The host's.
+        ours: Ours, which takes the host's keys.
+        images: A batch; the features in front of it for a shared head.
+        rename: For a host whose names are not ours: what gives the keys of a state dict, its second argument, those
+            that the backbone, its first, has.
 
     Returns:
         One line per difference.
     """
     randomise(native)
+    our_names = {name: name for name in native.state_dict()}
+    if rename is not None:
+        rename(ours, our_names)
+    our_names = {theirs: name for name, theirs in our_names.items()}
     differences = []
-    if list(native.state_dict()) != list(ours.state_dict()):
-        differences.append(_keys("state dict", native.state_dict(), ours.state_dict()))
+    if list(our_names.values()) != list(ours.state_dict()):
+        differences.append(_keys("state dict", our_names.values(), ours.state_dict()))
     try:
         ours.load_state_dict(native.state_dict(), strict=True)
     except RuntimeError as error:
         return [*differences, str(error)]
     trainable = [[name for name, p in net.named_parameters() if p.requires_grad] for net in (native, ours)]
+    trainable[0] = [our_names[name] for name in trainable[0]]
     if trainable[0] != trainable[1]:
         differences.append(_keys("trainable parameters", *trainable))
-    eval_outputs, train_outputs = [], []
-    for net in (native, ours):
-        net.eval()
-        with torch.no_grad():
-            eval_outputs.append(net(images))
-        net.train()
-        train_outputs.append(_train(net, images))
-    for what, (left, right) in {
-        "eval output": [dict(enumerate(outputs)) for outputs in eval_outputs],
-        "training output": [dict(enumerate(outputs)) for outputs in train_outputs],
-        "gradient of": [gradients_of(net) for net in (native, ours)],
-        "buffer": [dict(net.named_buffers()) for net in (native, ours)],
-    }.items():
-        differences += compare_tensors(what, left, right)
+    theirs = _run(native, images)
+    for what in ("gradient of", "buffer"):
+        theirs[what] = {our_names.get(name, name): tensor for name, tensor in theirs[what].items()}
+    for what, tensors in _run(ours, images).items():
+        differences += compare_tensors(what, theirs[what], tensors)
     return differences
+
+
+def _run(net: nn.Module, images: Tensor) -> dict[str, dict[Any, Tensor]]:
+    """Run a backbone in eval mode and for one training step; return what came of it."""
+    net.eval()
+    with torch.no_grad():
+        eval_outputs = _as_tuple(net(images))
+    net.train()
+    return {
+        "eval output": dict(enumerate(eval_outputs)),
+        "training output": dict(enumerate(_train(net, images))),
+        "gradient of": gradients_of(net),
+        "buffer": dict(net.named_buffers()),
+    }
 
 
 def _train(net: nn.Module, images: Tensor) -> Sequence[Tensor]:
     """Run one training step's forward and backward pass, every pixel of every output pulled its own way."""
     torch.manual_seed(0)  # for layers that draw
-    outputs = net(images)
+    outputs = _as_tuple(net(images))
     generator = torch.Generator().manual_seed(2)
     pulls = [torch.randn(output.shape, generator=generator) for output in outputs]
     attached = [(output, pull) for output, pull in zip(outputs, pulls, strict=True) if output.requires_grad]
     if attached:
         torch.autograd.backward(*map(list, zip(*attached, strict=True)))
     return tuple(outputs)
+
+
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)  # a shared head hands out one feature map
 
 
 def gradients_of(net: nn.Module) -> dict[str, Tensor]:
@@ -235,17 +287,19 @@ def _keys(what: str, left: Any, right: Any) -> str:
 def compare_case(case: Case, host: str) -> Result:
     """Build a case and compare; an exception in ours is a difference too."""
     # mmcv's deformable convolution wants feature maps of 3x3 pixels at least, and the last stage has a stride of 32.
-    size = 96 if case.config.get("dcn") else 64
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    size = 96 if case.config.get("dcn") or case.config.get("sac") else 64
     try:
-        differences = compare_backbones(*build_pair(host, case.config), images)
+        native, ours = build_pair(host, case.config)
+        images = torch.randn(2, ours.in_channels, size, size, generator=torch.Generator().manual_seed(1))
+        rename = getattr(import_module(f"resbackbone.integrations.{host}"), "rename_keys", None)
+        differences = compare_backbones(native, ours, images, rename)
     except Exception as error:
         differences = [f"{type(error).__name__}: {error}"]
     return Result(case.name, case.config, tuple(differences))
 
 
 def main(
-    host: Annotated[str, typer.Option(help="mmdet or mmseg, as installed here.")],
+    host: Annotated[str, typer.Option(help=f"{', '.join(HOSTS)}, as installed here.")],
     only: Annotated[str, typer.Option(help="Only backbones whose name contains this.")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of a table.")] = False,

@@ -12,10 +12,9 @@ wheels="${RESBACKBONE_WHEELS:-$root/../shared/wheels}"
 base="${PYTHON:-python3}"
 wheel_tags="cp311-cp311-linux_x86_64"
 
-# What both stacks need beside the library. No torchvision and no timm: mmdet and mmseg import them where they are
-# installed, and die of the operators that torchvision lacks beside a CPU-only torch.
+# What both stacks need beside the library. No timm: mmdet and mmseg import it where it is installed.
 shared=("pytest>=8" "pytest-xdist>=3.6" ftfy regex) # mmseg imports ftfy and regex without declaring them
-openmmlab=(mmengine==0.10.7 mmdet==3.3.0 mmsegmentation==1.2.2 mmpretrain==1.2.0)
+openmmlab=(mmengine==0.10.7 mmdet==3.3.0 mmsegmentation==1.2.2 mmpretrain==1.2.0 torchvision)  # mmpretrain imports it
 onedl=(onedl-mmengine==0.10.12 onedl-mmdetection==3.5.1 onedl-mmsegmentation==1.4.2)
 
 fail() {

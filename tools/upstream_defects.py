@@ -65,7 +65,6 @@ DEFECTS = {
     11: Defect("Loaded weights are zeroed afterwards"),
     12: Defect(
         "An integer drop path rate fails, and `get_layer_depth` knows five depths only",
-        remains="`get_layer_depth` serves mmpretrain's layer-wise learning rates; it is no method of a backbone here.",
     ),
     13: Defect("SyncBN goes on training under `norm_eval`"),
     14: Defect("Arguments that do not fit the stages fail somewhere inside"),

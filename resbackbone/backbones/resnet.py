@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from resbackbone.backbones.arguments import check_resnet_arguments, resolve_out_indices
@@ -212,8 +213,8 @@ class ResNet(Backbone):
 
     def _drop_path_rates(self) -> list[list[float]]:
         """One rate per block, from 0 at the first to ``drop_path_rate`` at the last."""
-        steps = max(sum(self.stage_blocks) - 1, 1)
-        rates = iter(self.drop_path_rate * block / steps for block in range(sum(self.stage_blocks)))
+        # In single precision, as OpenMMLab and timm have them: other roundings would show in the outputs.
+        rates = iter(torch.linspace(0, self.drop_path_rate, sum(self.stage_blocks), device="cpu").tolist())
         return [[next(rates) for _ in range(num_blocks)] for num_blocks in self.stage_blocks]
 
     def _block_init_cfg(self) -> Config | None:

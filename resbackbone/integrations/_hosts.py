@@ -1,23 +1,21 @@
-"""Putting our backbones under plain names into the registry of an OpenMMLab host."""
+"""Putting our classes under plain names into the registry of an OpenMMLab host."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from importlib import import_module
 
-from resbackbone.backbones import ResNet, ResNetV1b, ResNetV1c, ResNetV1d, ResNeXt, WideResNet
-
-FAMILY: tuple[type[ResNet], ...] = (ResNet, ResNetV1b, ResNetV1c, ResNetV1d, ResNeXt, WideResNet)
+from torch import nn
 
 
-def replace_in_registry(host: str, backbones: Iterable[type[ResNet]], *, install: str) -> None:
-    """Make the plain class names of ``backbones`` mean them in a host's registry, whatever they meant before.
+def replace_in_registry(host: str, classes: Mapping[str, type[nn.Module]], *, install: str) -> None:
+    """Make plain names in a host's registry mean our classes, whatever they meant before.
 
     Doing it again changes nothing.
 
     Args:
         host: The host's import name, such as "mmdet".
-        backbones: The classes. All of a family belong here: the host's own ResNeXt would keep the host's ResNet.
+        classes: Our classes by name. All of a family belong here: the host's own ResNeXt would keep the host's ResNet.
         install: The commands that install the host, for the error.
 
     Raises:
@@ -31,5 +29,5 @@ def replace_in_registry(host: str, backbones: Iterable[type[ResNet]], *, install
         raise ImportError(
             f"resbackbone.integrations.{host} needs {host}, but: {error}; install it by {install}"
         ) from error
-    for backbone in backbones:
-        registry.register_module(name=backbone.__name__, module=backbone, force=True)
+    for name, module in classes.items():
+        registry.register_module(name=name, module=module, force=True)

@@ -6,12 +6,10 @@ classes are here too, for a subclass that was written for mmseg's ResNet.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from resbackbone import backbones
-from resbackbone.integrations._hosts import FAMILY, replace_in_registry
-
-__all__ = ["ResNeXt", "ResNet", "ResNetV1b", "ResNetV1c", "ResNetV1d", "WideResNet"]
+from resbackbone.integrations._hosts import replace_in_registry
 
 
 class MmsegDefaults(backbones.ResNet):
@@ -28,26 +26,39 @@ class MmsegDefaults(backbones.ResNet):
         super().__init__(depth, stem_channels=stem_channels, norm_eval=norm_eval, **kwargs)
 
 
-def _with_mmseg_defaults(backbone: type[backbones.ResNet]) -> type[backbones.ResNet]:
-    """Derive a class of the same name that differs in its defaults only.
-
-    Its module attribute must have that name too, or what is built from it could not be pickled.
-    """
-    doc = f":class:`resbackbone.{backbone.__name__}` with mmseg's defaults, ``stem_channels=64, norm_eval=False``."
-    namespace = {"__module__": __name__, "__doc__": doc}
-    return cast("type[backbones.ResNet]", type(backbone.__name__, (MmsegDefaults, backbone), namespace))
+class ResNet(MmsegDefaults):
+    """:class:`resbackbone.ResNet` with mmseg's defaults, ``stem_channels=64, norm_eval=False``."""
 
 
-ResNet = _with_mmseg_defaults(backbones.ResNet)
-ResNetV1b = _with_mmseg_defaults(backbones.ResNetV1b)
-ResNetV1c = _with_mmseg_defaults(backbones.ResNetV1c)
-ResNetV1d = _with_mmseg_defaults(backbones.ResNetV1d)
-ResNeXt = _with_mmseg_defaults(backbones.ResNeXt)
-WideResNet = _with_mmseg_defaults(backbones.WideResNet)
+class ResNetV1b(MmsegDefaults, backbones.ResNetV1b):
+    """:class:`resbackbone.ResNetV1b` with mmseg's defaults, ``stem_channels=64, norm_eval=False``."""
+
+
+class ResNetV1c(MmsegDefaults, backbones.ResNetV1c):
+    """:class:`resbackbone.ResNetV1c` with mmseg's defaults, ``stem_channels=64, norm_eval=False``."""
+
+
+class ResNetV1d(MmsegDefaults, backbones.ResNetV1d):
+    """:class:`resbackbone.ResNetV1d` with mmseg's defaults, ``stem_channels=64, norm_eval=False``."""
+
+
+class ResNeXt(MmsegDefaults, backbones.ResNeXt):
+    """:class:`resbackbone.ResNeXt` with mmseg's defaults, ``stem_channels=64, norm_eval=False``."""
+
+
+class WideResNet(MmsegDefaults, backbones.WideResNet):
+    """:class:`resbackbone.WideResNet` with mmseg's defaults, ``stem_channels=64, norm_eval=False``."""
+
+
+class ResNeSt(MmsegDefaults, backbones.ResNeSt):
+    """:class:`resbackbone.ResNeSt` with mmseg's defaults, ``stem_channels=64, norm_eval=False``."""
+
+
+__all__ = ["ResNeSt", "ResNeXt", "ResNet", "ResNetV1b", "ResNetV1c", "ResNetV1d", "WideResNet"]
 
 replace_in_registry(
     "mmseg",
-    [globals()[backbone.__name__] for backbone in FAMILY],
+    {name: globals()[name] for name in __all__},
     install=(
         "`pip install onedl-mmengine onedl-mmcv onedl-mmsegmentation ftfy regex` or "
         "`pip install mmengine 'mmcv<2.2' mmsegmentation ftfy regex`"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -11,7 +12,8 @@ class DropPath(nn.Module):
     Args:
         drop_prob: Probability, 0 to 1 (1 excluded).
 
-    Source: Huang et al., Deep Networks with Stochastic Depth, arXiv:1603.09382, equations 2 and 5.
+    Source: Huang et al., Deep Networks with Stochastic Depth, arXiv:1603.09382, equations 2 and 5; draws as in
+    mmcv 2.1.0 ``cnn/bricks/drop.py``.
     """
 
     def __init__(self, drop_prob: float) -> None:
@@ -25,8 +27,9 @@ class DropPath(nn.Module):
         if not self.training or self.drop_prob == 0.0:
             return x
         keep = 1.0 - self.drop_prob
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-        return x * mask.div_(keep)
+        # The draws and the roundings of mmcv's DropPath, so that a seed gives what it gives there.
+        draws = torch.rand((x.shape[0],) + (1,) * (x.dim() - 1), dtype=x.dtype, device=x.device)
+        return x.div(keep) * (draws + keep).floor()
 
     def extra_repr(self) -> str:
         """Show the probability in ``repr``."""

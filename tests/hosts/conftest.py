@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
+import os
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from sweep_hosts import HOSTS, import_host
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -20,20 +21,6 @@ HOST_WARNINGS = (
     "ignore:``build_loss`` would be deprecated soon:UserWarning",  # mmseg's decode heads build their losses with it
     "ignore:Default ``avg_non_ignore`` is False:UserWarning",  # the maintained mmseg says so of every cross entropy
 )
-
-
-def load_tool(name: str) -> ModuleType:
-    """Load a script of tools/, which is no package, so that tests can import it by its plain name."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-HOSTS = load_tool("sweep_hosts").HOSTS
 
 
 def pytest_collection_modifyitems(items):
@@ -49,8 +36,8 @@ def _import_hosts():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for host in HOSTS:
-            if importlib.util.find_spec(host):
-                importlib.import_module(f"{host}.models")
+            if find_spec(host):
+                import_host(host)
 
 
 @pytest.fixture(autouse=True)
@@ -88,11 +75,14 @@ def train_step():
 
 @pytest.fixture
 def run_python():
-    """A function that runs code in an interpreter in which nothing has been imported yet, and returns its `found`."""
+    """A function that runs code in an interpreter in which no host has been imported yet, and returns its `found`."""
+    before = "from peers import import_torchvision; import_torchvision()\n" if find_spec("torchvision") else ""
+    command = [sys.executable, "-c"]
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": os.environ | {"PYTHONPATH": "tools"}}
 
     def run(code: str) -> object:
-        code += "\nimport json; print(json.dumps(found))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+        code = f"{before}{code}\nimport json; print(json.dumps(found))"
+        done = subprocess.run([*command, code], **options, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])  # hosts print as well
 

@@ -1,0 +1,210 @@
+"""Importing this module makes plain ``type="ResNet"`` and its variants in mmpretrain's registry ours.
+
+In a config: ``custom_imports = dict(imports=["resbackbone.integrations.mmpretrain"], allow_failed_imports=False)``. The
+classes here have mmpretrain's argument names and defaults and load its checkpoints; the keys that they save are those
+of mmdet's and mmseg's ResNets. They serve a subclass that was written for mmpretrain's ResNet, too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from torch import nn
+
+from resbackbone import backbones
+from resbackbone.checks import check_int
+from resbackbone.integrations._hosts import replace_in_registry
+
+
+class MmpretrainDefaults(backbones.ResNet):
+    """What every backbone of mmpretrain has in common; it goes before ours in the list of base classes.
+
+    Args:
+        args: As for the backbone.
+        out_indices: The last of four stages alone here, as a classifier wants it.
+        norm_eval: False here: batch norms follow the batch.
+        kwargs: As for the backbone.
+    """
+
+    def __init__(self, *args: Any, out_indices: Sequence[int] = (3,), norm_eval: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, out_indices=out_indices, norm_eval=norm_eval, **kwargs)  # type: ignore[misc]
+        self.register_load_state_dict_pre_hook(rename_keys)  # type: ignore[no-untyped-call]
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """Say how deep a parameter lies, for mmpretrain's layer-wise learning rates.
+
+        The stem has depth 0, the first stage 1; in the second and third stage two and three blocks (in the longest
+        nets up to six) share a depth; the last stage has one, and behind it comes the head.
+
+        Args:
+            param_name: The parameter's name in the model.
+            prefix: What stands before the backbone's own names there, such as "backbone."; a parameter without it
+                belongs to the head.
+
+        Returns:
+            The parameter's depth and the number of depths.
+
+        Source: mmpretrain 1.2.0 ``models/backbones/resnet.py``, which knows five of the nets.
+        """
+        first, second, third, last = (*self.stage_blocks, 1, 1, 1)[:4]
+        sharing = (first, {8: 4, 24: 4, 30: 5}.get(second, 2), {36: 4, 48: 6}.get(third, 3), last)
+        depths = [math.ceil(blocks / share) for blocks, share in zip(self.stage_blocks, sharing, strict=False)]
+        *begins, head = accumulate((1, *depths))
+        if not param_name.startswith(prefix):
+            return head, head + 1
+        found = re.match(r"layer(\d)\.(\d+)\.", param_name[len(prefix) :])
+        if found is None:
+            return 0, head + 1
+        stage, block = int(found[1]) - 1, int(found[2])
+        return begins[stage] + block // sharing[stage], head + 1
+
+
+class DepthDefaults(MmpretrainDefaults):
+    """What those of mmpretrain's backbones have in common that are built by their depth.
+
+    Args:
+        depth: As for the backbone.
+        stem_channels: 64 here, whatever ``base_channels`` is.
+        expansion: How many times ``planes`` go out of a bottleneck; None for 4, or 1 of a basic block. A net that was
+            built with one cannot be pickled whole, only its state dict.
+        kwargs: As for :class:`MmpretrainDefaults`.
+
+    Raises:
+        TypeError, ValueError: If ``expansion`` is no integer from 1, or not 1 in a net of basic blocks; and as for the
+            backbone.
+    """
+
+    def __init__(
+        self, depth: int, *, stem_channels: int | None = 64, expansion: int | None = None, **kwargs: Any
+    ) -> None:
+        if expansion is not None:
+            check_int("expansion", expansion, low=1)
+        self.depth = depth
+        self.expansion = expansion
+        super().__init__(depth, stem_channels=stem_channels, **kwargs)
+        self.expansion = self.block.expansion
+
+    def _blocks_by_depth(self) -> Mapping[int, tuple[Any, tuple[int, ...]]]:
+        blocks = super()._blocks_by_depth()
+        if self.expansion is None or self.depth not in blocks:
+            return blocks
+        block, counts = blocks[self.depth]
+        return {**blocks, self.depth: (_expanded(block, self.expansion), counts)}
+
+
+class GroupDefaults(DepthDefaults):
+    """What those of mmpretrain's backbones have in common whose bottlenecks are grouped.
+
+    Args:
+        depth: As for the backbone.
+        groups: Groups of the 3x3.
+        width_per_group: Channels per group in the first stage, ``base_width`` elsewhere.
+        kwargs: As for :class:`DepthDefaults`.
+    """
+
+    def __init__(self, depth: int, *, groups: int = 32, width_per_group: int = 4, **kwargs: Any) -> None:
+        super().__init__(depth, groups=groups, base_width=width_per_group, **kwargs)
+
+
+class ResNet(DepthDefaults):
+    """:class:`resbackbone.ResNet` with mmpretrain's arguments."""
+
+
+class ResNetV1c(DepthDefaults, backbones.ResNetV1c):
+    """:class:`resbackbone.ResNetV1c` with mmpretrain's arguments."""
+
+
+class ResNetV1d(DepthDefaults, backbones.ResNetV1d):
+    """:class:`resbackbone.ResNetV1d` with mmpretrain's arguments."""
+
+
+class ResNet_CIFAR(DepthDefaults, backbones.ResNet_CIFAR):
+    """:class:`resbackbone.ResNet_CIFAR` with mmpretrain's arguments."""
+
+
+class SEResNet(DepthDefaults, backbones.SEResNet):
+    """:class:`resbackbone.SEResNet` with mmpretrain's arguments."""
+
+
+class ResNeXt(GroupDefaults, backbones.ResNeXt):
+    """:class:`resbackbone.ResNeXt` with mmpretrain's arguments."""
+
+
+class SEResNeXt(GroupDefaults, backbones.SEResNeXt):
+    """:class:`resbackbone.SEResNeXt` with mmpretrain's arguments."""
+
+
+class ResNeSt(GroupDefaults, backbones.ResNeSt):
+    """:class:`resbackbone.ResNeSt` with mmpretrain's arguments, one group by default."""
+
+    def __init__(self, depth: int, *, groups: int = 1, **kwargs: Any) -> None:
+        super().__init__(depth, groups=groups, **kwargs)
+
+
+class Res2Net(DepthDefaults, backbones.Res2Net):
+    """:class:`resbackbone.Res2Net` with mmpretrain's arguments; ``layer1`` pools too, as its weights want."""
+
+    def __init__(self, depth: int, *, pool_at_stride_1: bool = True, **kwargs: Any) -> None:
+        super().__init__(depth, pool_at_stride_1=pool_at_stride_1, **kwargs)
+
+
+class RegNet(MmpretrainDefaults, backbones.RegNet):
+    """:class:`resbackbone.RegNet` with mmpretrain's defaults."""
+
+
+def rename_keys(backbone: nn.Module, state_dict: dict[str, Any], prefix: str = "", *unused: Any) -> None:
+    """Rename mmpretrain's keys of a deep stem and of pooling shortcuts to ours, in place; ours stay as they are.
+
+    Its stem is made of ``ConvModule``, and its shortcuts pool only where they stride, so that ``layer1.0.downsample``
+    counts from another number. Made for ``backbone.register_load_state_dict_pre_hook``.
+
+    Args:
+        backbone: One of this module, or another of ours that is to load such a checkpoint.
+        state_dict: The checkpoint's tensors by key.
+        prefix: What stands before the backbone's own names in the keys.
+        unused: What torch gives a hook besides.
+    """
+    renamed = {f"{prefix}stem.{index}.conv.": f"{prefix}stem.{3 * index}." for index in range(3)}
+    for index in range(3):
+        renamed |= {f"{prefix}stem.{index}.{norm}.": f"{prefix}stem.{3 * index + 1}." for norm in ("bn", "gn", "in")}
+    for name, module in backbone.named_modules():
+        shortcut = f"{prefix}{name}."
+        if name.endswith("downsample") and isinstance(module, nn.Sequential) and f"{shortcut}0.weight" in state_dict:
+            shift = int(isinstance(module[0], nn.AvgPool2d))
+            renamed |= {f"{shortcut}{index}.": f"{shortcut}{index + shift}." for index in range(2)}
+    items = list(state_dict.items())
+    state_dict.clear()  # and filled again, so that the order stays
+    for key, value in items:
+        old = next((start for start in renamed if key.startswith(start)), "")
+        state_dict[renamed.get(old, "") + key[len(old) :]] = value
+
+
+def _expanded(block: Any, expansion: int) -> Any:
+    """Derive a block class that differs in its ``expansion``."""
+    if block.expansion == 1 != expansion:
+        raise ValueError(f"`expansion` of a {block.__name__} must be 1, got {expansion}; a deeper net has bottlenecks")
+    return type(block.__name__, (block,), {"expansion": expansion, "__doc__": block.__doc__})
+
+
+__all__ = [
+    "RegNet",
+    "Res2Net",
+    "ResNeSt",
+    "ResNeXt",
+    "ResNet",
+    "ResNetV1c",
+    "ResNetV1d",
+    "ResNet_CIFAR",
+    "SEResNeXt",
+    "SEResNet",
+]
+
+replace_in_registry(
+    "mmpretrain",
+    {name: globals()[name] for name in __all__},
+    install="`pip install mmengine 'mmcv<2.4' mmpretrain torchvision`",
+)
