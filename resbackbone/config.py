@@ -217,7 +217,7 @@ def _load_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, with a key that is written twice being an error."""
+    """YAML's safe loader, with a key that is written twice being an error, and with the tuples that mmengine dumps."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -225,6 +225,12 @@ class _StrictLoader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_tuple(self, node: yaml.SequenceNode) -> tuple[Any, ...]:
+        return tuple(self.construct_sequence(node, deep=True))
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:python/tuple", _StrictLoader.construct_tuple)
 
 
 def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:

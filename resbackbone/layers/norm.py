@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from resbackbone.checks import check_int
 from resbackbone.layers.module import Config
 from resbackbone.registry import MODELS, find_type, split_type
 
@@ -90,7 +91,7 @@ def build_norm_layer(cfg: Config, num_features: int, postfix: int | str = "") ->
     Raises:
         TypeError: If ``cfg`` is no dict.
         KeyError: If it has no ``type`` or an unknown one.
-        ValueError: If a group norm has no ``num_groups``.
+        ValueError: If a group norm has no ``num_groups``, or they do not divide the channels.
     """
     type_, arguments = split_type(cfg, "norm_cfg")
     arguments.setdefault("eps", 1e-5)
@@ -99,6 +100,13 @@ def build_norm_layer(cfg: Config, num_features: int, postfix: int | str = "") ->
     if norm_class is nn.GroupNorm:
         if "num_groups" not in arguments:
             raise ValueError(f"`norm_cfg` of type 'GN' needs `num_groups`, such as 32; got {dict(cfg)!r}")
+        num_groups = arguments["num_groups"]
+        check_int("norm_cfg['num_groups']", num_groups, low=1)
+        if num_features % num_groups:
+            raise ValueError(
+                f"`norm_cfg` asks for {num_groups} groups, which do not divide the {num_features} channels of a layer; "
+                f"choose a common divisor of all widths, got {dict(cfg)!r}"
+            )
         norm = norm_class(num_channels=num_features, **arguments)
     else:
         norm = norm_class(num_features, **arguments)

@@ -1,0 +1,73 @@
+"""Every registered backbone, small, for what holds for all of them; a new class is here by being registered."""
+
+import inspect
+
+import pytest
+
+from resbackbone import MODELS
+from resbackbone.backbones import Backbone
+from resbackbone.layers import ConvAWS2d
+
+CLASSES = {
+    name: item
+    for name, item in MODELS.module_dict.items()
+    if inspect.isclass(item) and issubclass(item, Backbone) and item.__module__.startswith("resbackbone.")
+}
+# What makes a class small; those that are not here take their least depth and 8 channels.
+SMALL = {
+    "ResNetV2": {"depth": 18, "base_channels": 8, "deep_stem": True},  # its plain stem has no norm
+    "ResNeXt": {"depth": 50, "base_channels": 8, "groups": 4, "base_width": 4},
+    "RegNet": {"arch": "regnetx_200mf"},
+    "ResNetT": {"depth": 10, "base_channels": 8, "stem_channels": 16},  # of 8 its first convolution would have 3
+}
+# Beside each class with its defaults, options that change what the layers compute.
+OPTIONS = {
+    "ResNetV2-BiT": (
+        "ResNetV2",
+        {
+            "deep_stem": False,
+            "zero_padded_pool": True,
+            "norm_cfg": {"type": "GN", "num_groups": 4},
+            "conv_cfg": {"type": "StdConv2d", "eps": 1e-8},
+        },
+    ),
+    "ResNet-caffe": ("ResNet", {"depth": 50, "style": "caffe"}),
+    "ResNet-GN": ("ResNet", {"norm_cfg": {"type": "GN", "num_groups": 4}}),
+    "ResNet-FrozenBN": ("ResNet", {"norm_cfg": {"type": "FrozenBN"}}),
+    "ResNet-dilated": ("ResNet", {"strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4), "contract_dilation": True}),
+    "ResNet-DCNv2": (
+        "ResNet",
+        {"dcn": {"type": "DCNv2", "backend": "torch"}, "stage_with_dcn": (False, False, True, True)},
+    ),
+    "ResNeSt-groups": ("ResNeSt", {"groups": 2, "base_width": 8, "radix": 4}),
+    "DetectoRS-SAC": (
+        "DetectoRS_ResNet",
+        {
+            "conv_cfg": {"type": "ConvAWS"},
+            "sac": {"type": "SAC", "use_deform": True, "backend": "torch"},
+            "stage_with_sac": (False, True, True, True),
+        },
+    ),
+}
+CASES = {name: (name, {}) for name in CLASSES} | OPTIONS
+
+every_class = pytest.mark.parametrize("case", CLASSES)
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def small(name):
+    return SMALL.get(name) or {"depth": min(CLASSES[name].arch_settings), "base_channels": 8}
+
+
+def arguments_of(case, **options):
+    """The constructor's arguments of a small net whose norms train."""
+    name, own = CASES[case]
+    return {**small(name), "norm_eval": False, **own, **options}
+
+
+def make(case, **options):
+    net = CLASSES[CASES[case][0]](**arguments_of(case, **options))
+    for layer in net.modules():
+        if isinstance(layer, ConvAWS2d):
+            layer.init_weights()  # or the activations would grow from layer to layer
+    return net
