@@ -112,7 +112,21 @@ class TestList:
         lines = shown.splitlines()
         assert all(sum(f" {name} " in line for line in lines) == 1 for name in list_backbones())
         (line,) = [line for line in lines if " resnext50_32x4d " in line]
-        assert line.split() == ["resnext", "resnext50_32x4d", "ResNeXt", "50"]
+        assert line.split() == ["resnext", "resnext50_32x4d", "ResNeXt", "25.03", "M", "4.23", "G"]
+
+    def test_the_table_fits_a_narrow_terminal_whole(self):
+        shown = run("list").stdout
+        assert "…" not in shown
+        assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
+
+    def test_costs_are_read_and_not_counted(self, monkeypatch, tmp_path):
+        files = {name: tmp_path / "mine" / f"{name}.yaml" for name in ("recorded", "new")}
+        files["new"].parent.mkdir()
+        files["recorded"].write_text("{backbone: {type: Nothing}, params: 12345678, macs: 9876543210}")
+        files["new"].write_text("{backbone: {type: Anything}}")
+        monkeypatch.setattr("resbackbone.config.config_files", lambda: files)
+        lines = [line.split() for line in run("list").stdout.splitlines() if "thing" in line]
+        assert lines == [["mine", "new", "Anything"], ["recorded", "Nothing", "12.35", "M", "9.88", "G"]]
 
     def test_names_for_scripts(self):
         assert run("list", "--names").stdout.splitlines() == list_backbones()
@@ -131,10 +145,6 @@ class TestList:
             "resnet34_v1d",
             "resnet50_v1d",
         ]
-
-    def test_long_shows_multiply_accumulates(self):
-        (line,) = [line for line in run("list", "resnet18_v1d", "--long").stdout.splitlines() if "ResNetV1d" in line]
-        assert line.split() == ["resnet_v1d", "resnet18_v1d", "ResNetV1d", "18", "11.20", "M", "2.05", "G"]
 
     def test_no_match(self):
         assert fails("list", "wide_resnet50_3") == (
