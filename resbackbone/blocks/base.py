@@ -23,7 +23,8 @@ BATCH_NORM: Config = {"type": "BN"}  # the norm where a config names none; read,
 class ResidualBlock(Module):
     """``relu(branch(x) + shortcut(x))``, the branch being ``num_convs`` convolutions with norm, ReLU and plugins.
 
-    A subclass sets ``expansion`` and ``num_convs`` and adds its convolutions in :meth:`_build`. The forward pass runs
+    A subclass sets ``expansion`` and ``num_convs`` and adds its convolutions in :meth:`_build`; where they are not
+    ``planes`` wide before the last, it overrides :meth:`channels_after`. The forward pass runs
     ``conv1, norm1, relu, plugins after_conv1, conv2, ...``; the last norm has no ReLU of its own. A subclass with
     something else in the place of one convolution overrides :meth:`step`.
 
@@ -159,9 +160,12 @@ class ResidualBlock(Module):
         for index in range(1, self.num_convs + 1):
             position = f"after_conv{index}"
             cfgs = [plugin["cfg"] for plugin in self.plugins or () if plugin["position"] == position]
-            channels = getattr(self, f"conv{index}").out_channels
             setattr(self, f"{position}_plugins", cfgs)
-            setattr(self, f"{position}_plugin_names", self.make_block_plugins(channels, cfgs))
+            setattr(self, f"{position}_plugin_names", self.make_block_plugins(self.channels_after(index), cfgs))
+
+    def channels_after(self, index: int) -> int:
+        """Return the channels behind the ``index``-th convolution, which its plugins work on."""
+        return self.planes * self.expansion if index == self.num_convs else self.planes
 
     def make_block_plugins(self, in_channels: int, plugins: Sequence[Config]) -> list[str]:
         """Build plugins and add them to the block.

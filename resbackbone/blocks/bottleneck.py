@@ -53,3 +53,7 @@ class Bottleneck(ResidualBlock):
             deformable=True,
         )
         self.add_conv(3, self.width, self.planes * self.expansion, 1)
+
+    def channels_after(self, index: int) -> int:
+        """Return the channels behind the ``index``-th convolution: ``width`` before the last."""
+        return super().channels_after(index) if index == self.num_convs else self.width

@@ -13,18 +13,6 @@ from resbackbone.checks import check_choice, check_flag, check_int
 from resbackbone.layers import build_conv_layer, build_norm_layer
 
 
-class SplitConvs(nn.ModuleList):
-    """The 3x3s of the splits, which stand in the place of ``conv2``.
-
-    Args:
-        out_channels: Channels of all splits side by side.
-    """
-
-    def __init__(self, out_channels: int) -> None:
-        super().__init__()
-        self.out_channels = out_channels
-
-
 class Bottle2neck(Bottleneck):
     """A bottleneck whose middle is ``scales`` splits: a 3x3 for each but the last, which is passed on.
 
@@ -87,17 +75,12 @@ class Bottle2neck(Bottleneck):
         self.pool = None
         if first and (stride > 1 or self.pool_at_stride_1):
             self.pool = nn.AvgPool2d(kernel_size, stride, padding=1)
-        self.convs = SplitConvs(out_channels)
+        self.convs = nn.ModuleList()
         self.bns = nn.ModuleList()
         cfg, width = self.spatial_conv_cfg(stride), self.split_width
         for _ in range(self.scales - 1):
             self.convs.append(build_conv_layer(cfg, width, width, kernel_size, stride=stride, bias=False, **kwargs))
             self.bns.append(build_norm_layer(self.norm_cfg, width)[1])
-
-    @property
-    def conv2(self) -> SplitConvs:
-        """What stands in the place of a bottleneck's 3x3; by this name it is no child."""
-        return self.convs
 
     def step(self, index: int, x: Tensor) -> Tensor:
         """Run the ``index``-th convolution with its norm and ReLU; the second is the splits."""
