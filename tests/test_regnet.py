@@ -236,7 +236,7 @@ def test_bad_arch(built_convs, arch, error, message):
     ("arch", "options", "error", "message"),
     [
         (TINY, {"se_ratio": -0.1}, ValueError, "`arch['se_ratio']` must be from 0 to 1, got -0.1"),
-        (TINY, {"norm_cfg": {"type": "GN", "num_groups": 3}}, ValueError, "num_channels"),
+        (TINY, {"norm_cfg": {"type": "GN", "num_groups": 3}}, ValueError, "`norm_cfg` asks for 3 groups, which do not"),
         (TINY, {"norm_cfg": None}, TypeError, "`norm_cfg`"),
         (TINY, {"strides": (2, 2, 2)}, ValueError, "`strides` must have 4 entries (one per stage, `num_stages`=4)"),
         ({**TINY, "depth": 4}, {}, ValueError, "`strides` must have 3 entries (one per stage, `num_stages`=3)"),
