@@ -121,32 +121,56 @@ class ResidualBlock(Module):
         norm: nn.Module = getattr(self, getattr(self, f"norm{index}_name"))
         return norm
 
-    def add_conv(
-        self,
-        index: int,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        deformable: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def add_conv(self, index: int, in_channels: int, out_channels: int, kernel_size: int, **kwargs: Any) -> None:
         """Add ``conv{index}`` and the norm behind it.
 
         Args:
             index: Its place in the branch, counted from 1.
+            in_channels: As for :meth:`make_conv`.
+            out_channels: As for :meth:`make_conv`.
+            kernel_size: As for :meth:`make_conv`.
+            kwargs: As for :meth:`make_conv`.
+        """
+        self.add_module(f"conv{index}", self.make_conv(in_channels, out_channels, kernel_size, **kwargs))
+        self.add_norm(index, out_channels)
+
+    def make_conv(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        deformable: bool = False,
+        bias: bool = False,
+        **kwargs: Any,
+    ) -> nn.Module:
+        """Make one of the block's convolutions.
+
+        Args:
             in_channels: Channels that come in.
             out_channels: Channels that go out.
             kernel_size: Side of the kernel in pixels.
-            deformable: Whether it is the one that ``dcn`` replaces.
-            kwargs: stride, padding, dilation, groups.
+            stride: Step of the kernel in pixels.
+            deformable: Whether it is the spatial one, which ``dcn`` replaces.
+            bias: Whether it has a bias.
+            kwargs: padding, dilation, groups.
+
+        Returns:
+            ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``.
         """
-        cfg = self.spatial_conv_cfg(kwargs.get("stride", 1)) if deformable else self.conv_cfg
-        conv = build_conv_layer(cfg, in_channels, out_channels, kernel_size, bias=False, **kwargs)
-        norm_name, norm = build_norm_layer(self.norm_cfg, out_channels, postfix=index)
-        self.add_module(f"conv{index}", conv)
+        cfg = self.spatial_conv_cfg(stride) if deformable else self.conv_cfg
+        return build_conv_layer(cfg, in_channels, out_channels, kernel_size, stride=stride, bias=bias, **kwargs)
+
+    def add_norm(self, index: int, channels: int) -> None:
+        """Add the ``index``-th norm, on ``channels`` channels."""
+        norm_name, norm = build_norm_layer(self.norm_cfg_at(index), channels, postfix=index)
         setattr(self, f"norm{index}_name", norm_name)
         self.add_module(norm_name, norm)
+
+    def norm_cfg_at(self, index: int) -> Config:
+        """Return the config of the ``index``-th norm."""
+        return self.norm_cfg
 
     def spatial_conv_cfg(self, stride: int) -> Config | None:
         """Return the spatial convolution's config: ``dcn``, unless it falls back at ``stride``, else ``conv_cfg``."""

@@ -11,6 +11,7 @@ from resbackbone.blocks.basic import BasicBlock
 from resbackbone.blocks.bottleneck import Bottleneck
 from resbackbone.blocks.resnext import ResNeXtBottleneck
 from resbackbone.layers.ibn import IBN, make_instance_norm
+from resbackbone.layers.module import Config
 
 
 class InstanceNormBlock(ResidualBlock):
@@ -30,14 +31,12 @@ class InstanceNormBlock(ResidualBlock):
         super().__init__(*args, **kwargs)
         self.IN = make_instance_norm(self.planes * self.expansion, self.norm_cfg) if ibn == "b" else None
 
-    def add_conv(self, index: int, *args: Any, **kwargs: Any) -> None:
-        """Add ``conv{index}`` and the norm behind it, of which the first may be an IBN."""
-        others = self.norm_cfg
-        if index == 1 and self.ibn == "a":
-            trains = others.get("requires_grad", True)
-            self.norm_cfg = {"type": IBN, "norm_cfg": others, "requires_grad": trains}
-        super().add_conv(index, *args, **kwargs)
-        self.norm_cfg = others
+    def norm_cfg_at(self, index: int) -> Config:
+        """Return the config of the ``index``-th norm, of which the first may be an IBN."""
+        others = super().norm_cfg_at(index)
+        if index > 1 or self.ibn != "a":
+            return others
+        return {"type": IBN, "norm_cfg": others, "requires_grad": others.get("requires_grad", True)}
 
     def _add_shortcut(self, x: Tensor) -> Tensor:
         out = super()._add_shortcut(x)

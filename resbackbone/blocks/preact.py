@@ -9,7 +9,6 @@ from torch import Tensor
 from resbackbone.blocks.base import ResidualBlock
 from resbackbone.blocks.basic import BasicBlock
 from resbackbone.blocks.bottleneck import Bottleneck
-from resbackbone.layers import build_conv_layer, build_norm_layer
 
 
 class PreActivation(ResidualBlock):
@@ -26,24 +25,10 @@ class PreActivation(ResidualBlock):
     its authors' code and in timm.
     """
 
-    def add_conv(
-        self,
-        index: int,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        deformable: bool = False,
-        stride: int = 1,
-        **kwargs: Any,
-    ) -> None:
+    def add_conv(self, index: int, in_channels: int, *args: Any, **kwargs: Any) -> None:
         """Add ``conv{index}`` and the norm in front of it."""
-        norm_name, norm = build_norm_layer(self.norm_cfg, in_channels, postfix=index)
-        setattr(self, f"norm{index}_name", norm_name)
-        self.add_module(norm_name, norm)
-        conv_cfg = self.spatial_conv_cfg(stride) if deformable else self.conv_cfg
-        conv = build_conv_layer(conv_cfg, in_channels, out_channels, kernel_size, stride=stride, bias=False, **kwargs)
-        self.add_module(f"conv{index}", conv)
+        self.add_norm(index, in_channels)
+        self.add_module(f"conv{index}", self.make_conv(in_channels, *args, **kwargs))
 
     def step(self, index: int, x: Tensor) -> Tensor:
         """Run the ``index``-th convolution and, but for the last, norm and ReLU of the next."""

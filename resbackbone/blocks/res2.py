@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resbackbone.blocks.bottleneck import Bottleneck
 from resbackbone.checks import check_choice, check_flag, check_int
-from resbackbone.layers import build_conv_layer, build_norm_layer
+from resbackbone.layers import build_norm_layer
 
 
 class Bottle2neck(Bottleneck):
@@ -69,7 +69,6 @@ class Bottle2neck(Bottleneck):
         if index != 2:
             super().add_conv(index, in_channels, out_channels, kernel_size, stride=stride, **kwargs)
             return
-        del kwargs["deformable"]
         first = self.stage_type == "stage" or stride > 1
         self.hierarchical = not first
         self.pool = None
@@ -77,10 +76,9 @@ class Bottle2neck(Bottleneck):
             self.pool = nn.AvgPool2d(kernel_size, stride, padding=1)
         self.convs = nn.ModuleList()
         self.bns = nn.ModuleList()
-        cfg, width = self.spatial_conv_cfg(stride), self.split_width
         for _ in range(self.scales - 1):
-            self.convs.append(build_conv_layer(cfg, width, width, kernel_size, stride=stride, bias=False, **kwargs))
-            self.bns.append(build_norm_layer(self.norm_cfg, width)[1])
+            self.convs.append(self.make_conv(self.split_width, self.split_width, kernel_size, stride=stride, **kwargs))
+            self.bns.append(build_norm_layer(self.norm_cfg, self.split_width)[1])
 
     def step(self, index: int, x: Tensor) -> Tensor:
         """Run the ``index``-th convolution with its norm and ReLU; the second is the splits."""

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from resbackbone.blocks.base import BATCH_NORM
 from resbackbone.blocks.basic import BasicBlock
-from resbackbone.layers import build_conv_layer
 from resbackbone.layers.module import Config
 
 
@@ -34,12 +33,12 @@ class SimplifiedBasicBlock(BasicBlock):
         self.with_norm = norm_cfg is not None
         super().__init__(inplanes, planes, norm_cfg=norm_cfg, **kwargs)  # type: ignore[arg-type]  # None is for here
 
-    def add_conv(self, index: int, *args: Any, deformable: bool = False, **kwargs: Any) -> None:
+    def add_conv(self, index: int, *args: Any, **kwargs: Any) -> None:
         """Add ``conv{index}`` and, if the block has norms, the norm behind it."""
         if self.with_norm:
-            super().add_conv(index, *args, deformable=deformable, **kwargs)
+            super().add_conv(index, *args, **kwargs)
         else:
-            self.add_module(f"conv{index}", build_conv_layer(self.conv_cfg, *args, **kwargs))
+            self.add_module(f"conv{index}", self.make_conv(*args, bias=True, **kwargs))
 
     def _norm(self, index: int) -> Any:
         return super()._norm(index) if self.with_norm else None
