@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resbackbone.features import FeatureInfo
 from resbackbone.layers import Module
 from resbackbone.layers.module import InitConfig
+from resbackbone.layers.tracing import is_tracing
 
 
 class Backbone(Module):
@@ -103,7 +104,7 @@ def _check_images(backbone: Backbone, args: tuple[Any, ...]) -> None:
     A hook and not part of ``forward``, so that tracing sees plain layers.
     """
     images = args[0] if args else None
-    if isinstance(images, torch.fx.Proxy) or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if isinstance(images, torch.fx.Proxy) or is_tracing():
         return
     name = type(backbone).__name__
     if not isinstance(images, Tensor):

@@ -8,15 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resbackbone.checks import check_choice, check_flag, check_ints
-from resbackbone.layers.deform_conv import (
-    Backend,
-    Pair,
-    _is_exporting,
-    _is_tracing,
-    available_backends,
-    deform_conv2d,
-)
+from resbackbone.checks import check_flag, check_ints
+from resbackbone.layers.deform_conv import Pair
+from resbackbone.layers.deform_operator import Backend, check_backend, deform_conv2d
+from resbackbone.layers.tracing import is_recording
 from resbackbone.layers.weight_standardization import ConvAWS2d
 from resbackbone.registry import MODELS
 
@@ -47,7 +42,7 @@ class SAConv2d(ConvAWS2d, nn.Conv2d):
         bias: Whether there is a parameter ``bias``. It is a key of mmcv's without effect, in mmcv and here, and does
             not train; ``post_context.bias`` is what it would be.
         use_deform: Make both convolutions deformable. The kernel is 3x3 then.
-        backend: What computes deformable convolution, see :func:`~resbackbone.layers.deform_conv.deform_conv2d`.
+        backend: What computes deformable convolution, see :func:`~resbackbone.layers.deform_operator.deform_conv2d`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -77,8 +72,7 @@ class SAConv2d(ConvAWS2d, nn.Conv2d):
         backend: Backend = "auto",
     ) -> None:
         check_flag("use_deform", use_deform)
-        if backend != "auto":
-            check_choice("backend", backend, available_backends())
+        check_backend(backend)
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self._check_geometry(use_deform)
         if self.bias is not None:
@@ -149,7 +143,7 @@ def _times(factor: int, pair: Any) -> tuple[int, int]:
 def _mirror(x: Tensor, border: int) -> Tensor:
     """Continue an image beyond its edges by its reflection: the edge pixels are not repeated."""
     # In a traced graph a comparison would hold for the sizes of the example only.
-    if not (_is_exporting() or _is_tracing()) and min(x.shape[2:]) > border:
+    if not is_recording() and min(x.shape[2:]) > border:
         return F.pad(x, (border, border, border, border), mode="reflect")
     for axis in (2, 3):
         size = x.shape[axis]
