@@ -300,11 +300,11 @@ def recompute_in_backward(function: Any, x: Tensor, module: nn.Module) -> Tensor
 def _statistics_at_rest(module: nn.Module) -> Iterator[None]:
     """Let training norms move copies of their running statistics, which are then thrown away."""
     norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.training]
-    originals = [dict(norm._buffers) for norm in norms]
-    for norm in norms:
-        norm._buffers.update({name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)})
+    originals = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in originals:
+        setattr(norm, name, buffer.clone())
     try:
         yield
     finally:
-        for norm, buffers in zip(norms, originals, strict=True):
-            norm._buffers.update(buffers)
+        for norm, name, buffer in originals:
+            setattr(norm, name, buffer)

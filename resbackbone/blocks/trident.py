@@ -60,7 +60,7 @@ class TridentBottleneck(Bottleneck):
 
     def _wants_grad(self, x: Any) -> bool:
         branches = x if isinstance(x, (list, tuple)) else [x]
-        return any(Bottleneck._wants_grad(self, branch) for branch in branches)
+        return any(super(TridentBottleneck, self)._wants_grad(branch) for branch in branches)
 
     def _add_shortcut(self, x: Any) -> Any:
         branched = isinstance(x, list)
