@@ -1,4 +1,3 @@
-# ruff: noqa: C408  # dict(...) is how the configs of OpenMMLab are written
 """Faster R-CNN with a ResNet-50 and FPN on COCO, 12 epochs, for mmdet: its own recipe with our backbone.
 
 Complete by itself, because inheriting from mmdet's config by name needs pkg_resources, which setuptools 82 removed.

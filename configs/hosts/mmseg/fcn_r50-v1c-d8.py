@@ -1,4 +1,3 @@
-# ruff: noqa: C408  # dict(...) is how the configs of OpenMMLab are written
 """FCN with a dilated ResNet-50 v1c on Cityscapes, 40 000 iterations, for mmseg: its own recipe with our backbone.
 
 Complete by itself, because inheriting from mmseg's config by name needs pkg_resources, which setuptools 82 removed.
