@@ -1,89 +1,22 @@
-"""Pictures from files to what a backbone takes: finding, decoding, resizing, normalising."""
+"""Pictures from files to what a backbone takes: finding, decoding, resizing."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
-from resbackbone.checks import check_choice, check_int, check_sequence
+from resbackbone.checks import check_choice, check_int
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_PIXELS = 2**28  # of a resized picture: 3 GiB as float32
 
 Size = int | tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What a backbone's weights expect of a picture.
-
-    Attributes:
-        mean: Subtracted from each channel, 0-255, in the order of ``order``; one number for grayscale.
-        std: What each channel is then divided by, 0-255.
-        order: Order of the channels.
-    """
-
-    mean: tuple[float, ...] = (123.675, 116.28, 103.53)
-    std: tuple[float, ...] = (58.395, 57.12, 57.375)
-    order: Literal["RGB", "BGR"] = "RGB"
-
-    def __post_init__(self) -> None:
-        check_choice("order", self.order, ("RGB", "BGR"))
-        check_choice("len(mean)", len(self.mean), (1, 3))
-        check_sequence("std", self.std, length=len(self.mean), why="as many as `mean`")
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        """Normalise a picture.
-
-        Args:
-            picture: Of mode "RGB", or "L" where ``mean`` has one entry, as :func:`read_image` returns it.
-
-        Returns:
-            ``(1, C, H, W)``, float32.
-
-        Raises:
-            ValueError: If the mode is another one.
-        """
-        check_choice("picture.mode", picture.mode, ("L",) if len(self.mean) == 1 else ("RGB",))
-        pixels = torch.from_numpy(np.array(picture)).reshape(picture.height, picture.width, -1)
-        if self.order == "BGR":
-            pixels = pixels.flip(2)
-        return ((pixels - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(2, 0, 1).contiguous()[None]
-
-
-TORCHVISION = Preprocessing()
-CAFFE = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), order="BGR")
-
-
-def preprocessing_for(*, in_channels: int, style: str) -> Preprocessing:
-    """Return the usual preprocessing: for one channel the colours' numbers, averaged.
-
-    Args:
-        in_channels: Channels that the backbone takes.
-        style: The backbone's ``style``: "caffe" for weights converted from Caffe, "pytorch" otherwise.
-
-    Raises:
-        ValueError: If there are not 1 or 3 channels.
-    """
-    if in_channels not in (1, 3):
-        raise ValueError(
-            f"pictures have 1 or 3 channels, the backbone's `in_channels` is {in_channels}; "
-            "feed it from Python, with tensors of your own"
-        )
-    colour = CAFFE if style == "caffe" else TORCHVISION
-    if in_channels == 3:
-        return colour
-    return Preprocessing(mean=(sum(colour.mean) / 3,), std=(sum(colour.std) / 3,))
 
 
 def find_images(paths: Iterable[str | Path], *, leave_out: str | Path | None = None) -> dict[Path, Path]:

@@ -20,8 +20,9 @@ from resbackbone import build_backbone, list_backbones
 from resbackbone.cli import app
 from resbackbone.cli.features import Extractor
 from resbackbone.cli.pyramid import BACKGROUND, Level, draw_pyramid, heat_colours
-from resbackbone.images import CAFFE, TORCHVISION, read_image
+from resbackbone.images import read_image
 from resbackbone.necks import FPN
+from resbackbone.preprocessing import CAFFE, TORCHVISION
 
 LEVELS = ["layer1", "layer2", "layer3", "layer4"]
 SMALL = {"type": "ResNet", "depth": 18, "base_channels": 8}

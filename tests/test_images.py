@@ -9,16 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from resbackbone.images import (
-    CAFFE,
-    TORCHVISION,
-    Preprocessing,
-    find_images,
-    parse_size,
-    preprocessing_for,
-    read_image,
-    resize,
-)
+from resbackbone.images import find_images, parse_size, read_image, resize
+from resbackbone.preprocessing import CAFFE, TORCHVISION, Preprocessing, preprocessing_for
 
 ORIENTATION = 0x0112
 

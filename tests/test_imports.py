@@ -13,6 +13,7 @@ PACKAGE = Path(resbackbone.__file__).parent
 # From the bottom up; a module may import from its own part and from the rows below its own, never from its own row.
 ROWS = [
     {"checks", "features"},
+    {"preprocessing"},
     {"registry"},
     {"layers"},
     {"blocks"},

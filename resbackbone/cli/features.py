@@ -18,8 +18,8 @@ from resbackbone.backbones import Backbone
 from resbackbone.checkpoints import load_checkpoint
 from resbackbone.cli.pyramid import Level, draw_pyramid
 from resbackbone.config import config_files, load_config
-from resbackbone.images import preprocessing_for
 from resbackbone.necks import FPN
+from resbackbone.preprocessing import preprocessing_for
 
 SEED = 0  # of random weights: two runs without a checkpoint agree
 FPN_CHANNELS, FPN_LEVELS = 256, 5

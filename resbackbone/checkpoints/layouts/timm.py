@@ -1,0 +1,103 @@
+"""timm's ResNets: those of ``resnet.py`` and its relatives, the pre-activation ones, and RegNet.
+
+Source: timm 1.0.31, ``models/resnet.py``, ``sknet.py``, ``resnetv2.py``, ``regnet.py``, ``senet.py`` (the old names).
+"""
+
+from __future__ import annotations
+
+from resbackbone.checkpoints.layouts.layout import Layout, Tensors
+from resbackbone.checkpoints.layouts.table import Table
+
+_ATTENTION = """
+    layer{s}.{b}.se_layer.conv{k}.conv  layer{s}.{b}.se.fc{k}
+    layer{s}.{b}.eca_layer.conv         layer{s}.{b}.se.conv
+"""
+# The deep stem is `conv1` but for its last norm, which is `bn1` as in the plain one.
+_DEEP_STEM = """
+    stem.7    bn1
+    stem.{i}  conv1.{i}
+"""
+# Around selective kernels each convolution holds its norm.
+_SELECTIVE = """
+    layer{s}.{b}.conv{k}  layer{s}.{b}.conv{k}.conv
+    layer{s}.{b}.bn{k}    layer{s}.{b}.conv{k}.bn
+"""
+_OLD = """
+    conv1                               layer0.conv1
+    bn1                                 layer0.bn1
+    layer{s}.{b}.se_layer.conv{k}.conv  layer{s}.{b}.se_module.fc{k}
+    fc                                  last_linear
+"""
+
+TIMM = Layout(
+    "timm",
+    tables=(
+        Table(_ATTENTION),
+        Table(_ATTENTION + _DEEP_STEM),
+        Table(_SELECTIVE, only_with=".paths."),
+        Table(_SELECTIVE + _DEEP_STEM, only_with=".paths."),
+    ),
+    old=(Table(_OLD),),
+)
+
+_STAGES = """
+    layer{s}.{b}.conv{k}  stages.{s-1}.blocks.{b}.conv{k}
+    layer{s}.{b}.bn{k}    stages.{s-1}.blocks.{b}.norm{k}
+    bn                    norm
+    fc                    head.fc
+"""
+
+
+def _flatten_classifier(tensors: Tensors) -> Tensors:
+    return _reshape_classifier(tensors, 2)
+
+
+def _unflatten_classifier(tensors: Tensors) -> Tensors:
+    return _reshape_classifier(tensors, 4)
+
+
+def _reshape_classifier(tensors: Tensors, dims: int) -> Tensors:
+    """The classifier is a 1x1 convolution there."""
+    weight = tensors.get("fc.weight")
+    if weight is not None:
+        tensors["fc.weight"] = weight.reshape(weight.shape[:2] + (1,) * (dims - 2))
+    return tensors
+
+
+TIMM_RESNETV2 = Layout(
+    "timm-resnetv2",
+    tables=(
+        Table(_STAGES + "conv1 stem.conv\n layer{s}.{b}.downsample.0 stages.{s-1}.blocks.{b}.downsample.conv"),
+        Table(
+            _STAGES
+            + """
+            stem.0                     stem.conv1
+            stem.1                     stem.norm1
+            stem.3                     stem.conv2
+            stem.4                     stem.norm2
+            stem.6                     stem.conv3
+            layer{s}.{b}.downsample.1  stages.{s-1}.blocks.{b}.downsample.conv
+            """
+        ),
+    ),
+    finish=_flatten_classifier,
+    prepare=_unflatten_classifier,
+)
+
+TIMM_REGNET = Layout(
+    "timm-regnet",
+    tables=(
+        Table(
+            """
+            conv1                               stem.conv
+            bn1                                 stem.bn
+            layer{s}.{b}.conv{k}                s{s}.b{b+1}.conv{k}.conv
+            layer{s}.{b}.bn{k}                  s{s}.b{b+1}.conv{k}.bn
+            layer{s}.{b}.se_layer.conv{k}.conv  s{s}.b{b+1}.se.fc{k}
+            layer{s}.{b}.downsample.0           s{s}.b{b+1}.downsample.conv
+            layer{s}.{b}.downsample.1           s{s}.b{b+1}.downsample.bn
+            fc                                  head.fc
+            """
+        ),
+    ),
+)

@@ -1,0 +1,79 @@
+"""What weights expect of a picture: order of the channels, mean and deviation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from resbackbone.checks import check_choice, check_sequence
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a backbone's weights expect of a picture.
+
+    Attributes:
+        mean: Subtracted from each channel, 0-255, in the order of ``order``; one number for grayscale.
+        std: What each channel is then divided by, 0-255.
+        order: Order of the channels.
+        size: Side in pixels of the square crops that the published accuracy is for; None where nobody says.
+    """
+
+    mean: tuple[float, ...] = (123.675, 116.28, 103.53)
+    std: tuple[float, ...] = (58.395, 57.12, 57.375)
+    order: Literal["RGB", "BGR"] = "RGB"
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("order", self.order, ("RGB", "BGR"))
+        check_choice("len(mean)", len(self.mean), (1, 3))
+        check_sequence("std", self.std, length=len(self.mean), why="as many as `mean`")
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """Normalise a picture.
+
+        Args:
+            picture: Of mode "RGB", or "L" where ``mean`` has one entry, as :func:`resbackbone.images.read_image`
+                returns it.
+
+        Returns:
+            ``(1, C, H, W)``, float32.
+
+        Raises:
+            ValueError: If the mode is another one.
+        """
+        check_choice("picture.mode", picture.mode, ("L",) if len(self.mean) == 1 else ("RGB",))
+        pixels = torch.from_numpy(np.array(picture)).reshape(picture.height, picture.width, -1)
+        if self.order == "BGR":
+            pixels = pixels.flip(2)
+        return ((pixels - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(2, 0, 1).contiguous()[None]
+
+
+TORCHVISION = Preprocessing()
+CAFFE = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), order="BGR")
+
+
+def preprocessing_for(*, in_channels: int, style: str) -> Preprocessing:
+    """Return the usual preprocessing: for one channel the colours' numbers, averaged.
+
+    Args:
+        in_channels: Channels that the backbone takes.
+        style: The backbone's ``style``: "caffe" for weights converted from Caffe, "pytorch" otherwise.
+
+    Raises:
+        ValueError: If there are not 1 or 3 channels.
+    """
+    if in_channels not in (1, 3):
+        raise ValueError(
+            f"pictures have 1 or 3 channels, the backbone's `in_channels` is {in_channels}; "
+            "feed it from Python, with tensors of your own"
+        )
+    colour = CAFFE if style == "caffe" else TORCHVISION
+    if in_channels == 3:
+        return colour
+    return Preprocessing(mean=(sum(colour.mean) / 3,), std=(sum(colour.std) / 3,))
