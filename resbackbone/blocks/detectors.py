@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -31,6 +31,8 @@ class RecursiveBlock(ResidualBlock):
 
     Source: Qiao et al., DetectoRS, arXiv:2006.02334, sections 3.2 and 4.
     """
+
+    neutral: ClassVar[tuple[str, ...]] = ("rfp_conv",)  # what a checkpoint need not have: it starts at zero
 
     def __init__(
         self,

@@ -54,6 +54,8 @@ class DeformConv2d(nn.Module):
     channels_per_point: ClassVar[int] = 2
     bias: nn.Parameter | None
 
+    neutral: ClassVar[tuple[str, ...]] = ("conv_offset",)  # what a checkpoint need not have: it starts at zero
+
     def __init__(
         self,
         in_channels: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,11 @@ class SAConv2d(ConvAWS2d, nn.Conv2d):
     >>> layer(torch.zeros(1, 8, 32, 48)).shape
     torch.Size([1, 16, 16, 24])
     """
+
+    neutral: ClassVar[tuple[str, ...]] = (  # what a checkpoint need not have: it starts as if it were not there
+        *ConvAWS2d.neutral,
+        *("weight_diff", "switch", "pre_context", "post_context", "offset_s", "offset_l"),
+    )
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,10 @@ class ConvAWS2d(nn.Conv2d):
     True
     """
 
+    neutral: ClassVar[tuple[str, ...]] = (
+        "weight_gamma",
+        "weight_beta",
+    )  # what a checkpoint need not have: loading computes it
     weight_gamma: Tensor
     weight_beta: Tensor
 
