@@ -13,6 +13,7 @@ from mmengine.config import Config
 from PIL import Image
 from sweep_hosts import compare_backbones, compare_tensors, config_tree, gradients_of, randomise
 from torch import nn
+from twins import compare_starts
 
 import resbackbone
 from resbackbone.necks import FPN
@@ -93,10 +94,7 @@ def test_whole_detector_identical(native_class, data, train_step):
 
 def test_init_weights_of_a_whole_detector(native_class, data, train_step):
     native, ours = (build_detector(host_config(), type_) for type_ in (native_class, "ResNet"))
-    for detector in (native, ours):
-        torch.manual_seed(0)
-        detector.init_weights()
-    assert compare_tensors("initial", native.state_dict(), ours.state_dict()) == []
+    assert compare_starts(native, ours) == []
     backbone = ours.backbone
     assert not any(block.bn3.weight.any() for name in backbone.res_layers for block in getattr(backbone, name))
     assert (backbone.layer1[0].bn2.weight == 1).all()
@@ -240,10 +238,7 @@ def test_a_subclass_for_mmdet_works_after_changing_its_import(make):
     import resbackbone.backbones.resnet as ours
 
     nets = make(theirs), make(ours)
-    for net in nets:
-        torch.manual_seed(0)
-        net.init_weights()
-    assert compare_tensors("initial", nets[0].state_dict(), nets[1].state_dict()) == []
+    assert compare_starts(*nets) == []
     images = torch.randn(2, nets[0].conv1.in_channels, 64, 64, generator=torch.Generator().manual_seed(1))
     assert compare_backbones(*nets, images) == []
 
@@ -357,9 +352,7 @@ def test_our_config_is_the_hosts_recipe(native_class, data, train_step):
     for key in ("train_cfg", "val_cfg", "test_cfg", "param_scheduler", "optim_wrapper", "auto_scale_lr"):
         assert ours[key] == theirs[key], key
     detectors = build_detector(theirs, native_class), build_detector(ours, "ResNet")
-    for detector in detectors:
-        torch.manual_seed(0)
-        detector.init_weights()
+    assert compare_starts(*detectors) == []
     losses = [train_step(detector, data) for detector in detectors]
     assert losses[0] == losses[1]
     assert detectors[0].test_cfg == detectors[1].test_cfg

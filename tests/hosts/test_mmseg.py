@@ -11,6 +11,7 @@ from mmengine.config import Config
 from PIL import Image
 from sweep_hosts import compare_backbones, compare_tensors, config_tree, gradients_of, randomise
 from torch import nn
+from twins import compare_starts
 
 import resbackbone
 
@@ -93,10 +94,7 @@ def test_whole_segmentor_identical(native_class, data, train_step):
 
 def test_init_weights_of_a_whole_segmentor(native_class):
     native, ours = (build_segmentor(host_config(), type_) for type_ in (native_class, "ResNetV1c"))
-    for segmentor in (native, ours):
-        torch.manual_seed(0)
-        segmentor.init_weights()
-    assert compare_tensors("initial", native.state_dict(), ours.state_dict()) == []
+    assert compare_starts(native, ours) == []
     assert not any(
         block.bn3.weight.any() for name in ours.backbone.res_layers for block in getattr(ours.backbone, name)
     )
@@ -146,10 +144,7 @@ def test_a_subclass_for_mmseg_works_after_changing_its_import():
     import resbackbone.backbones.resnet as ours
 
     nets = make_multi_grid_variant(theirs), make_multi_grid_variant(ours)
-    for net in nets:
-        torch.manual_seed(0)
-        net.init_weights()
-    assert compare_tensors("initial", nets[0].state_dict(), nets[1].state_dict()) == []
+    assert compare_starts(*nets) == []
     assert compare_backbones(*nets, torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))) == []
 
 
@@ -191,9 +186,7 @@ def test_our_config_is_the_hosts_recipe(native_class, data, train_step):
         assert ours[key] == theirs[key], key
     assert ours.optim_wrapper.optimizer == theirs.optim_wrapper.optimizer
     segmentors = build_segmentor(theirs, native_class), build_segmentor(ours, ours.model.backbone.type)
-    for segmentor in segmentors:
-        torch.manual_seed(0)
-        segmentor.init_weights()
+    assert compare_starts(*segmentors) == []
     losses = [train_step(segmentor, data) for segmentor in segmentors]
     assert losses[0] == losses[1]
     assert segmentors[0].test_cfg == segmentors[1].test_cfg
