@@ -39,6 +39,8 @@ OPTIONS = {
         "ResNet",
         {"dcn": {"type": "DCNv2", "backend": "torch"}, "stage_with_dcn": (False, False, True, True)},
     ),
+    "SKResNet-split": ("SKResNet", {"split_input": True}),
+    "ResNetIBN-b": ("ResNetIBN", {"ibn": "b"}),
     "ResNeSt-groups": ("ResNeSt", {"groups": 2, "base_width": 8, "radix": 4}),
     "DetectoRS-SAC": (
         "DetectoRS_ResNet",
@@ -63,6 +65,16 @@ def arguments_of(case, **options):
     """The constructor's arguments of a small net whose norms train."""
     name, own = CASES[case]
     return {**small(name), "norm_eval": False, **own, **options}
+
+
+def stages(net):
+    """The blocks of each stage."""
+    return [list(getattr(net, name)) for name in net.res_layers]
+
+
+def blocks(net):
+    """The blocks of all stages."""
+    return [block for stage in stages(net) for block in stage]
 
 
 def make(case, **options):

@@ -2,7 +2,8 @@
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -72,6 +73,20 @@ def built_convs(monkeypatch: pytest.MonkeyPatch) -> list[nn.Conv2d]:
 
     monkeypatch.setattr(nn.Conv2d, "__init__", record)
     return built
+
+
+@pytest.fixture
+def refused(built_convs: list[nn.Conv2d]) -> Callable[[type[Exception], str], AbstractContextManager[None]]:
+    """A context that must raise such an error, with these words in it, before anything is built."""
+
+    @contextmanager
+    def refused(error: type[Exception], words: str) -> Iterator[None]:
+        with pytest.raises(error) as caught:
+            yield
+        assert words in str(caught.value.args[0])
+        assert not built_convs
+
+    return refused
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import blocks
 from torch import nn
 
 from resbackbone import ResNet, ResNetV1d, ResNeXt, WideResNet, build_backbone
@@ -24,10 +25,6 @@ every_layer = pytest.mark.parametrize("name", LAYERS)
 
 def plugin(name, position, **options):
     return {"cfg": {"type": name}, "position": position, **options}
-
-
-def blocks(net):
-    return [block for name in net.res_layers for block in getattr(net, name)]
 
 
 # ECA

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import blocks
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,10 +25,6 @@ BOTH = pytest.mark.parametrize(
 def build(net_class=DetectoRS_ResNet, **options):
     """Build with initialised weights."""
     return build_backbone({"type": net_class, **TINY, **options})
-
-
-def blocks(net):
-    return [block for name in net.res_layers for block in getattr(net, name)]
 
 
 def feedback(net, images):

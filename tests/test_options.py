@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, CLASSES, arguments_of, every_case, every_class, make
+from cases import CASES, CLASSES, arguments_of, blocks, every_case, every_class, make, stages
 from mmengine.config import Config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resbackbone.blocks.preact import PreActivation
 from resbackbone.config import construct_backbone
-from resbackbone.layers import DeformConv2d
+from resbackbone.layers import DeformConv2d, FrozenBatchNorm2d
 
 STAGES = dict.fromkeys(CLASSES, 4) | {"TridentResNet": 3}
 SEVERAL_BLOCKS = {"ResNeSt": {"depth": 26}, "ResNetT": {"depth": 18}}  # the least depth has one per stage
@@ -27,14 +27,6 @@ class Scale(nn.Module):
 
     def forward(self, x):
         return x * self.factor
-
-
-def stages(net):
-    return [list(getattr(net, name)) for name in net.res_layers]
-
-
-def blocks(net):
-    return [block for stage in stages(net) for block in stage]
 
 
 def backward(outs):
@@ -181,9 +173,10 @@ def test_group_norm_takes_the_place_of_every_batch_norm(shake, images, case):
 
 
 @every_class
-def test_synchronised_batch_norm_is_batch_norm_on_one_device(shake, images, case):
-    plain, net = shake(make(case)).eval(), make(case, norm_cfg={"type": "SyncBN"}).eval()
-    assert count(net, nn.SyncBatchNorm) == count(net, _BatchNorm) == count(plain, _BatchNorm)
+@pytest.mark.parametrize(("type_", "norm_class"), [("SyncBN", nn.SyncBatchNorm), ("FrozenBN", FrozenBatchNorm2d)])
+def test_synchronised_and_frozen_batch_norms_are_batch_norm_in_eval_mode(shake, images, case, type_, norm_class):
+    plain, net = shake(make(case)).eval(), make(case, norm_cfg={"type": type_}).eval()
+    assert count(net, norm_class) == count(net, (_BatchNorm, FrozenBatchNorm2d)) == count(plain, _BatchNorm)
     net.load_state_dict(plain.state_dict())
     assert all(torch.equal(*pair) for pair in zip(net(images), plain(images), strict=True))
 

@@ -1,32 +1,20 @@
 """Res2Net: what its blocks compute, where they pool, and that every option of a ResNet holds there too."""
 
-import copy
-
 import pytest
 import torch
+from cases import blocks
 from torch import nn
 
 from resbackbone import Res2Net, build_backbone
 from resbackbone.backbones import ResLayer
 from resbackbone.blocks import BasicBlock, Bottle2neck
-from resbackbone.complexity import build_on_meta, measure
-from resbackbone.layers import DeformConv2d, DropPath, FrozenBatchNorm2d
+from resbackbone.layers import DeformConv2d, DropPath
 
 TINY = {"base_channels": 8, "base_width": 4, "norm_eval": False}  # four splits of 4 channels in layer1
-# Parameters and multiply-accumulates with a classifier of 1000 classes, one image of 224x224.
-PUBLISHED = {
-    "res2net50_26w_4s": (25_699_120, 4_255_166_464),
-    "res2net50_v1b_26w_4s": (25_718_352, 4_494_807_040),
-    "res2net101_26w_4s": (45_206_688, 8_066_974_464),
-}
 
 
 def net(depth=50, **options):
     return Res2Net(depth, **{**TINY, **options})
-
-
-def blocks(backbone):
-    return [block for name in backbone.res_layers for block in getattr(backbone, name)]
 
 
 def watch(block):
@@ -199,18 +187,6 @@ def test_all_3x3s_are_deformable():
     assert backbone.layer2[0].convs[0].weight.grad.any()
 
 
-def test_strided_3x3s_fall_back_to_plain_ones():
-    dcn = {"type": "DCN", "fallback_on_stride": True}
-    before = copy.deepcopy(dcn)
-    backbone = net(dcn=dcn, stage_with_dcn=(True,) * 4)
-    deformable = [
-        [{isinstance(conv, DeformConv2d) for conv in block.convs} for block in getattr(backbone, name)]
-        for name in backbone.res_layers
-    ]
-    assert deformable == [[{True}] * 3, [{False}, *[{True}] * 3], [{False}, *[{True}] * 5], [{False}, *[{True}] * 2]]
-    assert dcn == before
-
-
 def test_dilation_reaches_every_3x3():
     backbone = net(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), multi_grid=(1, 2, 4))
     assert [{(conv.dilation, conv.padding) for conv in block.convs} for block in backbone.layer4] == [
@@ -219,20 +195,6 @@ def test_dilation_reaches_every_3x3():
     contracted = net(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 4), contract_dilation=True).layer4
     assert [block.convs[0].dilation for block in contracted] == [(2, 2), (4, 4), (4, 4)]
     assert [out.shape[-1] for out in backbone(torch.randn(2, 3, 65, 65))] == [17, 9, 5, 5]
-
-
-@pytest.mark.parametrize(
-    ("norm_cfg", "norm_class"),
-    [
-        ({"type": "GN", "num_groups": 4}, nn.GroupNorm),
-        ({"type": "SyncBN"}, nn.SyncBatchNorm),
-        ({"type": "FrozenBN"}, FrozenBatchNorm2d),
-    ],
-)
-def test_norms(images, norm_cfg, norm_class):
-    backbone = net(norm_cfg=norm_cfg).eval()
-    assert {type(norm) for block in blocks(backbone) for norm in (block.norm1, *block.bns, block.norm3)} == {norm_class}
-    assert all(out.isfinite().all() for out in backbone(images))
 
 
 @pytest.mark.parametrize(
@@ -248,11 +210,9 @@ def test_norms(images, norm_cfg, norm_class):
         ({"scale": 4}, TypeError, "Res2Net has no argument 'scale'; did you mean 'scales'"),
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_is_built(built_convs, options, error, text):
-    with pytest.raises(error) as refused:
+def test_wrong_arguments_are_refused_before_anything_is_built(refused, options, error, text):
+    with refused(error, text):
         build_backbone({"type": "Res2Net", "depth": 50, **options})
-    assert text in str(refused.value)
-    assert built_convs == []
 
 
 @pytest.mark.parametrize(
@@ -265,12 +225,6 @@ def test_wrong_arguments_are_refused_before_anything_is_built(built_convs, optio
 def test_a_block_refuses_wrong_arguments(options, text):
     with pytest.raises(ValueError, match=text):
         Bottle2neck(64, 16, **options)
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_figures(name):
-    complexity = measure(build_on_meta(name))
-    assert (complexity.params_with_classifier, complexity.macs_with_classifier) == PUBLISHED[name]
 
 
 def test_first_block_of_a_res_layer_gets_arguments_of_its_own():
