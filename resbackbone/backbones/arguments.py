@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from resbackbone.backbones.initialisation import check_initialisation
 from resbackbone.blocks.base import check_dcn, check_plugin_names, check_plugins
 from resbackbone.checks import (
     check_choice,
@@ -31,10 +32,7 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
         KeyError: If the depth or a type is unknown.
         TypeError, ValueError: If another argument does not fit.
     """
-    # A tuple compares where a dict would hash, and a list has no hash.
-    if given["depth"] not in tuple(arch_settings) or isinstance(given["depth"], (bool, float)):
-        allowed = ", ".join(map(str, arch_settings))
-        raise KeyError(f"`depth` of {name} must be one of {allowed}; got {given['depth']!r}")
+    check_depth(name, given["depth"], arch_settings)
     for flag in ("deep_stem", "avg_down", "norm_eval", "with_cp", "zero_init_residual", "contract_dilation"):
         check_flag(flag, given[flag])
     for channels in ("in_channels", "base_channels"):
@@ -47,10 +45,18 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
     _check_stages(given, stage_blocks)
     _check_layer_configs(given)
     _check_plugins(given["plugins"], given["num_stages"], block)
-    _check_initialisation(given["pretrained"], given["init_cfg"])
+    check_initialisation(given["pretrained"], given["init_cfg"])
     check_type("drop_path_rate", given["drop_path_rate"], (int, float), "a number from 0 to 1 (1 excluded)")
     if not 0 <= given["drop_path_rate"] < 1:
         raise ValueError(f"`drop_path_rate` must be at least 0 and below 1, got {given['drop_path_rate']}")
+
+
+def check_depth(name: str, depth: object, arch_settings: Mapping[int, Any]) -> None:
+    """Raise KeyError unless ``depth`` is one that the class of this name knows."""
+    # A tuple compares where a dict would hash, and a list has no hash.
+    if depth not in tuple(arch_settings) or isinstance(depth, (bool, float)):
+        allowed = ", ".join(map(str, arch_settings))
+        raise KeyError(f"`depth` of {name} must be one of {allowed}; got {depth!r}")
 
 
 def resolve_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:
@@ -108,16 +114,3 @@ def _check_plugins(plugins: Any, num_stages: int, block: Any) -> None:
             check_sequence(f"plugins[{index}]['stages']", plugin["stages"], length=num_stages, why=why)
     for stage in range(num_stages):
         check_plugin_names([plugin for plugin in plugins or () if (plugin.get("stages") or [True] * 4)[stage]])
-
-
-def _check_initialisation(pretrained: Any, init_cfg: Any) -> None:
-    if pretrained is not None and not isinstance(pretrained, str):
-        raise TypeError(
-            f"`pretrained` must be a path, a URL or None, got {pretrained!r} of type {type(pretrained).__name__}"
-        )
-    if pretrained is not None and init_cfg is not None:
-        raise ValueError("give `init_cfg` or `pretrained`, not both; `pretrained` is the old spelling")
-    if init_cfg is not None:
-        check_type("init_cfg", init_cfg, (Mapping, list, tuple), "a dict, a list of dicts or None")
-        for index, entry in enumerate([init_cfg] if isinstance(init_cfg, Mapping) else init_cfg):
-            split_type(entry, f"init_cfg[{index}]")

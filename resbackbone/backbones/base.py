@@ -85,10 +85,15 @@ class Backbone(Module):
         super().train(mode)
         self._freeze_stages()
         if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            eval_batch_norms(self)
         return self
+
+
+def eval_batch_norms(net: nn.Module) -> None:
+    """Switch every batch norm of a net, synchronised ones too, to eval mode."""
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 def total_stride(modules: Iterable[nn.Module]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, ClassVar
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from resbackbone.backbones.arguments import check_resnet_arguments, resolve_out_indices
 from resbackbone.backbones.base import Backbone, total_stride
+from resbackbone.backbones.initialisation import resolve_init_cfg
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.stem import make_deep_stem
 from resbackbone.blocks import BasicBlock, Bottleneck
@@ -111,7 +111,7 @@ class ResNet(Backbone):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         blocks_by_depth = self._blocks_by_depth()
         check_resnet_arguments(type(self).__name__, blocks_by_depth, **given)
-        super().__init__(_initialisers(pretrained, init_cfg))
+        super().__init__(resolve_init_cfg(pretrained, init_cfg))
         self.depth = depth
         self.in_channels = in_channels
         self.stem_channels = base_channels if stem_channels is None else stem_channels
@@ -290,19 +290,3 @@ class ResNet(Backbone):
             if index in self.out_indices:
                 outs.append(x)
         return tuple(outs)
-
-
-def _initialisers(pretrained: str | None, init_cfg: InitConfig | None) -> InitConfig:
-    if pretrained is not None:
-        warnings.warn(
-            "`pretrained` is the old spelling; use init_cfg=dict(type='Pretrained', checkpoint=...)",
-            FutureWarning,
-            stacklevel=4,
-        )
-        return {"type": "Pretrained", "checkpoint": pretrained}
-    if init_cfg is not None:
-        return init_cfg
-    return [
-        {"type": "Kaiming", "layer": "Conv2d"},
-        {"type": "Constant", "val": 1, "layer": ["_BatchNorm", "GroupNorm"]},
-    ]

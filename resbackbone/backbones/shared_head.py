@@ -6,11 +6,12 @@ import copy
 from typing import Any
 
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from resbackbone.backbones.arguments import _check_initialisation
+from resbackbone.backbones.arguments import check_depth
+from resbackbone.backbones.base import eval_batch_norms
+from resbackbone.backbones.initialisation import check_initialisation, resolve_init_cfg
 from resbackbone.backbones.res_layer import ResLayer
-from resbackbone.backbones.resnet import BATCH_NORM, ResNet, _initialisers
+from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks.base import check_dcn
 from resbackbone.checks import check_choice, check_flag, check_int
 from resbackbone.layers import Module
@@ -69,7 +70,7 @@ class SharedHead(Module):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         _check(given)
-        super().__init__(_initialisers(pretrained, init_cfg))
+        super().__init__(resolve_init_cfg(pretrained, init_cfg))
         self.depth = depth
         self.stage = stage
         self.norm_cfg = copy.deepcopy(norm_cfg)
@@ -105,16 +106,12 @@ class SharedHead(Module):
         """
         super().train(mode)
         if self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            eval_batch_norms(self)
         return self
 
 
 def _check(given: dict[str, Any]) -> None:
-    if given["depth"] not in tuple(ResNet.arch_settings):
-        allowed = ", ".join(map(str, ResNet.arch_settings))
-        raise KeyError(f"`depth` of SharedHead must be one of {allowed}; got {given['depth']!r}")
+    check_depth("SharedHead", given["depth"], ResNet.arch_settings)
     check_int("stage", given["stage"], low=1, high=3)
     check_int("stride", given["stride"], low=1)
     check_int("dilation", given["dilation"], low=1)
@@ -125,4 +122,4 @@ def _check(given: dict[str, Any]) -> None:
     check_dcn(given["dcn"], None)
     if given["dcn"] is not None:
         find_type(split_type(given["dcn"], "dcn")[0], "convolution")
-    _check_initialisation(given["pretrained"], given["init_cfg"])
+    check_initialisation(given["pretrained"], given["init_cfg"])
