@@ -188,11 +188,9 @@ def _stub(registry):
 
 @pytest.mark.usefixtures("_stub")
 @pytest.mark.parametrize(("wrong", "error", "text"), [pytest.param(*case[1:], id=case[0]) for case in CONFIGS])
-def test_a_wrong_config_is_refused_in_words_before_anything_is_built(built_convs, wrong, error, text):
-    with pytest.raises(error) as caught:
+def test_a_wrong_config_is_refused_in_words_before_anything_is_built(refused, wrong, error, text):
+    with refused(error, text):
         build_backbone({"type": "ResNet", "depth": 50, **wrong})
-    assert text in str(caught.value.args[0])
-    assert not built_convs
 
 
 def test_the_same_config_without_what_is_wrong_builds(built_convs):
@@ -354,11 +352,9 @@ NECKS = [
 
 
 @pytest.mark.parametrize(("arguments", "error", "text"), [pytest.param(*case[1:], id=case[0]) for case in NECKS])
-def test_a_wrong_neck_is_refused_before_anything_is_built(built_convs, arguments, error, text):
-    with pytest.raises(error) as caught:
+def test_a_wrong_neck_is_refused_before_anything_is_built(refused, arguments, error, text):
+    with refused(error, text):
         FPN(**{"in_channels": LEVELS, "out_channels": 8, "num_outs": 5, **arguments})
-    assert text in str(caught.value.args[0])
-    assert not built_convs
 
 
 @pytest.mark.parametrize("count", [0, 3, 5])

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from cases import blocks
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -49,10 +50,6 @@ PUBLISHED = {
 TINY = {"w0": 8, "wa": 10.0, "wm": 2.0, "group_w": 4, "depth": 7}  # widths 8, 16, 32, 64 with 1, 1, 2, 3 blocks
 TINY_Y = {**TINY, "se_ratio": 0.25}
 THREE_STAGES = {"strides": (2, 2, 2), "dilations": (1, 1, 1), "out_indices": (0, 1, 2)}
-
-
-def blocks_of(net):
-    return [block for name in net.res_layers for block in getattr(net, name)]
 
 
 def inputs_of(net):
@@ -176,7 +173,7 @@ def test_torchvision_takes_no_more_than_a_tenth_away():
 def test_a_stage_narrower_than_a_group_is_one_group():
     net = RegNet({**TINY, "group_w": 24})
     assert net.stage_widths == (8, 16, 24, 72)
-    assert [block.conv2.groups for block in blocks_of(net)] == [1, 1, 1, 1, 3, 3, 3]
+    assert [block.conv2.groups for block in blocks(net)] == [1, 1, 1, 1, 3, 3, 3]
 
 
 @pytest.mark.parametrize(("bot_mul", "middle"), [(0.5, (4, 8, 16, 32)), (2, (16, 32, 64, 128))])
@@ -225,11 +222,9 @@ BAD_ARCHS = [
 
 
 @pytest.mark.parametrize(("arch", "error", "message"), BAD_ARCHS, ids=range(len(BAD_ARCHS)))
-def test_bad_arch(built_convs, arch, error, message):
-    with pytest.raises(error) as raised:
+def test_bad_arch(refused, arch, error, message):
+    with refused(error, message):
         RegNet(arch)
-    assert message in raised.value.args[0]
-    assert built_convs == []
 
 
 @pytest.mark.parametrize(
@@ -247,11 +242,9 @@ def test_bad_arch(built_convs, arch, error, message):
         (TINY, {"plugins": [{"cfg": {"type": "SELayer"}, "position": "after_conv4"}]}, ValueError, "after_conv3"),
     ],
 )
-def test_bad_options(built_convs, arch, options, error, message):
-    with pytest.raises(error) as raised:
+def test_bad_options(refused, arch, options, error, message):
+    with refused(error, message):
         RegNet(arch, **options)
-    assert message in str(raised.value)
-    assert built_convs == []
 
 
 def test_a_misspelt_argument_of_a_config_is_named():
@@ -275,7 +268,7 @@ def test_base_channels_warns_that_it_does_nothing():
 @pytest.mark.parametrize("name", ["regnety_400mf", "regnety_8.0gf", "regnety_8.0gf_tv"])
 def test_se_squeezes_to_a_quarter_of_what_the_block_takes_in(name):
     net = build_on_meta(name)
-    for block, inputs in zip(blocks_of(net), inputs_of(net), strict=True):
+    for block, inputs in zip(blocks(net), inputs_of(net), strict=True):
         squeeze, excite = block.se_layer.conv1.conv, block.se_layer.conv2.conv
         assert (squeeze.in_channels, squeeze.out_channels) == (block.planes, inputs // 4)
         assert (excite.in_channels, excite.out_channels) == (inputs // 4, block.planes)
@@ -301,15 +294,13 @@ def test_se_ratio_overrides_what_the_arch_says():
     assert shapes(RegNet(TINY, se_ratio=0.25)) == shapes(RegNet(TINY_Y))
     assert shapes(RegNet(TINY_Y, se_ratio=0)) == shapes(RegNet(TINY))
     halves = RegNet(TINY_Y, se_ratio=0.5)
-    assert [block.se_layer.conv1.conv.out_channels for block in blocks_of(halves)] == [
-        n // 2 for n in inputs_of(halves)
-    ]
+    assert [block.se_layer.conv1.conv.out_channels for block in blocks(halves)] == [n // 2 for n in inputs_of(halves)]
     assert RegNet(TINY, se_ratio=0.01).layer1[0].se_layer.conv1.conv.out_channels == 1
 
 
 def test_plugins_stand_behind_se(gate):
     net = RegNet(TINY_Y, plugins=[gate("after_conv2"), gate("after_conv3", "_late")])
-    for block in blocks_of(net):
+    for block in blocks(net):
         assert block.after_conv2_plugin_names == ["se_layer", "gate"]
         assert block.after_conv3_plugin_names == ["gate_late"]
 
@@ -418,18 +409,18 @@ def test_dilation(images):
     net = RegNet(TINY_Y, **dilated)
     assert net.out_strides == (4, 8, 8, 8)
     assert [out.shape[-1] for out in net(images)] == [16, 8, 8, 8]
-    assert [block.conv2.dilation[0] for block in blocks_of(net)] == [1, 1, 2, 2, 4, 4, 4]
+    assert [block.conv2.dilation[0] for block in blocks(net)] == [1, 1, 2, 2, 4, 4, 4]
     net = RegNet(TINY, **dilated, contract_dilation=True, multi_grid=(1, 2, 3))
-    assert [block.conv2.dilation[0] for block in blocks_of(net)] == [1, 1, 1, 2, 1, 2, 3]
+    assert [block.conv2.dilation[0] for block in blocks(net)] == [1, 1, 1, 2, 1, 2, 3]
 
 
 def test_dcn_takes_the_place_of_the_3x3(images):
     dcn = {"type": "DCNv2", "deform_groups": 1, "fallback_on_stride": True, "backend": "torch"}
     before = copy.deepcopy(dcn)
     net = RegNet(TINY_Y, dcn=dcn, stage_with_dcn=(False, False, True, True))
-    deformable = [isinstance(block.conv2, DeformConv2d) for block in blocks_of(net)]
+    deformable = [isinstance(block.conv2, DeformConv2d) for block in blocks(net)]
     assert deformable == [False, False, False, True, False, True, True]
-    assert [block.conv2.groups for block in blocks_of(net)] == [2, 4, 8, 8, 16, 16, 16]
+    assert [block.conv2.groups for block in blocks(net)] == [2, 4, 8, 8, 16, 16, 16]
     assert dcn == before
     _, gradients = step(net, images)
     assert all(gradient is not None for gradient in gradients.values())
@@ -510,14 +501,14 @@ def test_groups_of_a_norm_need_not_fit_mmdets_base_channels():
 def test_zero_init_residual(zero):
     net = RegNet(TINY_Y, zero_init_residual=zero)
     net.init_weights()
-    for block in blocks_of(net):
+    for block in blocks(net):
         assert set(block.norm3.weight.tolist()) == {0.0 if zero else 1.0}
         assert set(block.norm1.weight.tolist()) == set(block.norm2.weight.tolist()) == {1.0}
 
 
 def test_drop_path_grows_with_depth(images):
     net = RegNet(TINY, drop_path_rate=0.6)
-    rates = [block.drop_path.drop_prob if block.drop_path else 0.0 for block in blocks_of(net)]
+    rates = [block.drop_path.drop_prob if block.drop_path else 0.0 for block in blocks(net)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     assert any(isinstance(module, DropPath) for module in net.modules())
     assert all(out.isfinite().all() for out in net.train()(images))
