@@ -19,6 +19,8 @@ SMALL = {
     "ResNeXt": {"depth": 50, "base_channels": 8, "groups": 4, "base_width": 4},
     "RegNet": {"arch": "regnetx_200mf"},
     "ResNetT": {"depth": 10, "base_channels": 8, "stem_channels": 16},  # of 8 its first convolution would have 3
+    "ResNeXtT": {"depth": 26, "base_channels": 8, "groups": 4, "base_width": 4, "stem_channels": 16},
+    "ResNetV2T": {"depth": 18, "base_channels": 8, "stem_channels": 16},
 }
 # Beside each class with its defaults, options that change what the layers compute.
 OPTIONS = {

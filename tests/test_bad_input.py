@@ -21,19 +21,21 @@ def plugin(cfg=STUB, position="after_conv1", **entries):
     return [{"cfg": cfg, "position": position, **entries}]
 
 
+DEPTHS = "`depth` of ResNet must be one of 18, 26, 34, 50, 101, 152, 200, 269"
+
 # A name for the case, what is wrong in a config that is otherwise dict(type="ResNet", depth=50), the error, its text.
 CONFIGS = [
     # What is built
-    ("depth_20", {"depth": 20}, KeyError, "`depth` of ResNet must be one of 18, 34, 50, 101, 152; got 20"),
-    ("depth_text", {"depth": "50"}, KeyError, "`depth` of ResNet must be one of 18, 34, 50, 101, 152; got '50'"),
-    ("depth_none", {"depth": None}, KeyError, "`depth` of ResNet must be one of 18, 34, 50, 101, 152; got None"),
-    ("depth_float", {"depth": 50.0}, KeyError, "`depth` of ResNet must be one of 18, 34, 50, 101, 152; got 50.0"),
+    ("depth_20", {"depth": 20}, KeyError, DEPTHS + "; got 20"),
+    ("depth_text", {"depth": "50"}, KeyError, DEPTHS + "; got '50'"),
+    ("depth_none", {"depth": None}, KeyError, DEPTHS + "; got None"),
+    ("depth_float", {"depth": 50.0}, KeyError, DEPTHS + "; got 50.0"),
     ("depth_list", {"depth": [50]}, (KeyError, TypeError), "`depth`"),
     (
         "resnext_18",
         {"type": "ResNeXt", "depth": 18},
         KeyError,
-        "`depth` of ResNeXt must be one of 50, 101, 152; got 18",
+        "`depth` of ResNeXt must be one of 26, 50, 101, 152; got 18",
     ),
     ("wide_34", {"type": "WideResNet", "depth": 34}, KeyError, "`depth` of WideResNet must be one of 50, 101, 152"),
     ("type_unknown", {"type": "WideResNt"}, KeyError, "unknown backbone type 'WideResNt'; did you mean 'WideResNet'?"),
@@ -85,6 +87,16 @@ CONFIGS = [
     ("frozen_stages_-2", {"frozen_stages": -2}, ValueError, "`frozen_stages` must be from -1 to 4, got -2"),
     ("frozen_stages_num", THREE | {"frozen_stages": 4}, ValueError, "`frozen_stages` must be from -1 to 3, got 4"),
     ("frozen_stages_none", {"frozen_stages": None}, TypeError, "`frozen_stages` must be an integer, got None"),
+    ("stage_blocks_number", {"stage_blocks": 3}, TypeError, "`stage_blocks` must be a list or tuple, got 3"),
+    ("stage_blocks_short", {"stage_blocks": (3, 4)}, ValueError, "`stage_blocks` must have 4 entries (one per stage"),
+    ("stage_blocks_zero", {"stage_blocks": (3, 0, 6, 3)}, ValueError, "`stage_blocks[1]` must be at least 1, got 0"),
+    ("stage_blocks_text", {"stage_blocks": (3, 4, "6", 3)}, TypeError, "`stage_blocks[2]` must be an integer, got '6'"),
+    (
+        "multi_grid_of_the_depth",
+        {"stage_blocks": (1, 1, 1, 2), "multi_grid": (1, 2, 4)},
+        ValueError,
+        "`multi_grid` must have 2 entries (one per block",
+    ),
     ("multi_grid_short", {"multi_grid": (1, 2)}, ValueError, "`multi_grid` must have 3 entries (one per block"),
     ("multi_grid_number", {"multi_grid": 2}, TypeError, "`multi_grid` must be a list or tuple, got 2"),
     # Flags and numbers

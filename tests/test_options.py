@@ -148,6 +148,20 @@ def test_dilation_in_place_of_strides(images, case, contract_dilation):
 
 
 @every_class
+def test_stage_blocks_take_the_place_of_the_depths(shake, images, case):
+    counts = (1, 3, 1, 2)[: STAGES[case]]
+    if case == "RegNet":
+        with pytest.raises(TypeError, match="RegNet has no argument 'stage_blocks'"):
+            construct_backbone({"type": "RegNet", "arch": "regnetx_200mf", "stage_blocks": counts})
+        return
+    net = shake(make(case, stage_blocks=list(counts))).train()
+    assert net.stage_blocks == counts == tuple(map(len, stages(net)))
+    assert net.feature_info == make(case).feature_info
+    backward(net(images))
+    assert all(parameter.grad.any() for parameter in net.parameters())
+
+
+@every_class
 def test_multi_grid_dilates_the_blocks_of_the_last_stage(images, case):
     num_blocks = make(case).stage_blocks[-1]
     multi_grid = tuple(range(2, 2 + num_blocks))

@@ -15,9 +15,9 @@ from resbackbone.blocks import Bottleneck, RegNetBottleneck, ResNeXtBottleneck
 from resbackbone.complexity import build_on_meta, measure
 from resbackbone.layers import DeformConv2d, DropPath, FrozenBatchNorm2d
 
-# Widths and blocks per stage, channels per group: arXiv:2003.13678, figures 15 and 16, and for "_tv" torchvision's.
-# Parameters and multiply-accumulates with a classifier of 1000 classes, for one image of 224x224; test_regnet_peers.py
-# asks timm's models and torchvision's metadata for theirs.
+# Widths and blocks per stage, channels per group: arXiv:2003.13678, figures 15 and 16; from 64gf on timm's;
+# and for "_tv" torchvision's. Parameters and multiply-accumulates with a classifier of 1000 classes, for one image of
+# 224x224; test_timm.py and test_regnet_peers.py ask timm's models and torchvision's metadata for theirs.
 PUBLISHED = {
     "regnetx_200mf": ((24, 56, 152, 368), (1, 1, 4, 7), 8, 2_684_792, 199_039_872),
     "regnetx_400mf": ((32, 64, 160, 384), (1, 2, 7, 12), 16, 5_157_512, 397_677_568),
@@ -43,6 +43,9 @@ PUBLISHED = {
     "regnety_12gf": ((224, 448, 896, 2240), (2, 5, 11, 1), 112, 51_822_544, 12_092_376_576),
     "regnety_16gf": ((224, 448, 1232, 3024), (2, 4, 11, 1), 112, 83_590_140, 15_911_510_272),
     "regnety_32gf": ((232, 696, 1392, 3712), (2, 5, 12, 1), 232, 145_046_770, 32_279_552_832),
+    "regnety_64gf": ((328, 984, 1968, 4920), (2, 5, 12, 1), 328, 281_378_786, 64_069_959_616),
+    "regnety_128gf": ((528, 1056, 2904, 7392), (2, 7, 17, 1), 264, 644_812_894, 127_517_815_680),
+    "regnety_256gf": ((746, 1492, 4103, 10444), (2, 7, 17, 1), 373, 1_282_601_138, 254_384_814_734),
     "regnetx_400mf_tv": ((32, 64, 160, 400), (1, 2, 7, 12), 16, 5_495_976, 413_812_608),
     "regnety_800mf_tv": ((64, 144, 320, 784), (1, 3, 8, 2), 16, 6_432_512, 833_856_256),
     "regnety_8.0gf_tv": ((224, 448, 896, 2016), (2, 4, 10, 1), 56, 39_381_472, 8_473_070_592),

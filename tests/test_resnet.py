@@ -70,10 +70,13 @@ def conv_attributes(layer, name):
     ("depth", "blocks", "channels"),
     [
         (18, (2, 2, 2, 2), (64, 128, 256, 512)),
+        (26, (2, 2, 2, 2), (256, 512, 1024, 2048)),
         (34, (3, 4, 6, 3), (64, 128, 256, 512)),
         (50, (3, 4, 6, 3), (256, 512, 1024, 2048)),
         (101, (3, 4, 23, 3), (256, 512, 1024, 2048)),
         (152, (3, 8, 36, 3), (256, 512, 1024, 2048)),
+        (200, (3, 24, 36, 3), (256, 512, 1024, 2048)),
+        (269, (3, 30, 48, 8), (256, 512, 1024, 2048)),
     ],
 )
 def test_each_depth_has_its_blocks_and_shapes(depth, blocks, channels):
@@ -688,7 +691,7 @@ def test_conv_cfg_reaches_every_convolution(registry):
 def test_attributes_of_the_openmmlab_surface():
     net = ResNet(50, **TINY)
     assert net.arch_settings is ResNet.arch_settings
-    assert set(net.arch_settings) == {18, 34, 50, 101, 152}
+    assert set(net.arch_settings) == {18, 34, 50, 101, 152} | {26, 200, 269}  # mmdet's and ours
     assert net.block is Bottleneck
     assert ResNet(18, **TINY).block is BasicBlock
     assert net.stage_blocks == (3, 4, 6, 3)

@@ -235,7 +235,7 @@ def test_tracers_and_compilers_follow_bit(shake, images):
             ValueError,
             "`zero_init_residual` must be False",
         ),
-        ({"depth": 20}, KeyError, "`depth` of ResNetV2 must be one of 18, 34, 50, 101, 152; got 20"),
+        ({"depth": 20}, KeyError, "`depth` of ResNetV2 must be one of 18, 26, 34, 50, 101, 152, 200, 269; got 20"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_built(refused, options, error, text):

@@ -120,7 +120,7 @@ def test_it_loads_a_resnets_checkpoint(shake, tmp_path, spelling):
 @pytest.mark.parametrize(
     ("wrong", "error", "text"),
     [
-        ({"depth": 20}, KeyError, "`depth` of SharedHead must be one of 18, 34, 50, 101, 152; got 20"),
+        ({"depth": 20}, KeyError, "`depth` of SharedHead must be one of 18, 26, 34, 50, 101, 152, 200, 269; got 20"),
         ({"depth": [50]}, KeyError, "`depth` of SharedHead"),
         ({"depth": 50.0}, KeyError, "`depth` of SharedHead"),
         ({"stage": 0}, ValueError, "`stage` must be from 1 to 3, got 0"),

@@ -11,7 +11,7 @@ from resbackbone.backbones.resnet_aa import ResNetAA, ResNeXtAA
 from resbackbone.backbones.resnet_cifar import ResNet_CIFAR
 from resbackbone.backbones.resnet_ibn import ResNetIBN, ResNeXtIBN
 from resbackbone.backbones.resnet_rs import ResNetRS
-from resbackbone.backbones.resnet_t import ResNetT
+from resbackbone.backbones.resnet_t import ResNetT, ResNetV2T, ResNeXtT
 from resbackbone.backbones.resnet_v1 import ResNetV1b, ResNetV1c, ResNetV1d
 from resbackbone.backbones.resnet_v2 import ResNetV2
 from resbackbone.backbones.resnext import ResNeXt
@@ -32,6 +32,7 @@ __all__ = [
     "ResNeXt",
     "ResNeXtAA",
     "ResNeXtIBN",
+    "ResNeXtT",
     "ResNet",
     "ResNetAA",
     "ResNetIBN",
@@ -41,6 +42,7 @@ __all__ = [
     "ResNetV1c",
     "ResNetV1d",
     "ResNetV2",
+    "ResNetV2T",
     "ResNet_CIFAR",
     "SEResNeXt",
     "SEResNet",

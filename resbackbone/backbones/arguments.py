@@ -41,8 +41,8 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
         check_int("stem_channels", given["stem_channels"], low=2 if given["deep_stem"] else 1)
     check_int("num_stages", given["num_stages"], low=1, high=4)
     check_choice("style", given["style"], ("pytorch", "caffe"))
-    block, stage_blocks = arch_settings[given["depth"]]
-    _check_stages(given, stage_blocks)
+    block, default_blocks = arch_settings[given["depth"]]
+    _check_stages(given, default_blocks)
     _check_layer_configs(given)
     _check_plugins(given["plugins"], given["num_stages"], block)
     check_initialisation(given["pretrained"], given["init_cfg"])
@@ -77,11 +77,14 @@ def resolve_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[in
     return tuple(resolved)
 
 
-def _check_stages(given: Mapping[str, Any], stage_blocks: Sequence[int]) -> None:
+def _check_stages(given: Mapping[str, Any], default_blocks: Sequence[int]) -> None:
     num_stages = given["num_stages"]
     per_stage = f"one per stage, `num_stages`={num_stages}"
     check_ints("strides", given["strides"], low=1, length=num_stages, why=per_stage)
     check_ints("dilations", given["dilations"], low=1, length=num_stages, why=per_stage)
+    stage_blocks = default_blocks
+    if given["stage_blocks"] is not None:
+        stage_blocks = check_ints("stage_blocks", given["stage_blocks"], low=1, length=num_stages, why=per_stage)
     if given["multi_grid"] is not None:
         length = stage_blocks[num_stages - 1]
         check_ints("multi_grid", given["multi_grid"], low=1, length=length, why="one per block of the last stage")

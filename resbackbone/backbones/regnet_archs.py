@@ -48,6 +48,10 @@ ARCHS: dict[str, dict[str, Any]] = {
     "regnety_12gf": {"w0": 168, "wa": 73.36, "wm": 2.37, "group_w": 112, "depth": 19, "se_ratio": 0.25},
     "regnety_16gf": {"w0": 200, "wa": 106.23, "wm": 2.48, "group_w": 112, "depth": 18, "se_ratio": 0.25},
     "regnety_32gf": {"w0": 232, "wa": 115.89, "wm": 2.53, "group_w": 232, "depth": 20, "se_ratio": 0.25},
+    # Larger than the paper's: SEER's, arXiv:2103.01988, to the digits of timm. torchvision has 128gf, too.
+    "regnety_64gf": {"w0": 352, "wa": 147.48, "wm": 2.4, "group_w": 328, "depth": 20, "se_ratio": 0.25},
+    "regnety_128gf": {"w0": 456, "wa": 160.83, "wm": 2.52, "group_w": 264, "depth": 27, "se_ratio": 0.25},
+    "regnety_256gf": {"w0": 640, "wa": 230.83, "wm": 2.53, "group_w": 373, "depth": 27, "se_ratio": 0.25},
 }
 # torchvision rounds to whole groups in its own way, which shows in three. The plain names mean the paper's widths, as
 # in mmdet, timm and pycls.

@@ -30,7 +30,7 @@ class ResNet(Backbone):
     """ResNet with the arguments, attributes, keys and numbers of mmdet's and mmseg's.
 
     Args:
-        depth: A key of ``arch_settings``: 18, 34, 50, 101 or 152.
+        depth: A key of ``arch_settings``: 18 or 34, of basic blocks; 26, 50, 101, 152, 200 or 269, of bottlenecks.
         in_channels: Channels of the images.
         stem_channels: Channels after the stem; None for ``base_channels``.
         base_channels: ``planes`` of the first stage; each further stage doubles them.
@@ -57,13 +57,16 @@ class ResNet(Backbone):
         contract_dilation: Halve the dilation of each stage's first block.
         drop_path_rate: Probability, 0 to 1, of leaving out the last block's branch while training; earlier blocks
             have less, in proportion to their place.
+        stage_blocks: Number of blocks of each stage, in place of those of ``depth``, which then says no more than which
+            kind they are.
 
     Raises:
         KeyError: If ``depth`` is none of ``arch_settings``, or a type is not registered.
         TypeError, ValueError: If an argument does not fit; nothing is built then.
 
-    Source: He et al., Deep Residual Learning for Image Recognition, arXiv:1512.03385; arguments as in mmdet 3.3.0
-    ``models/backbones/resnet.py``, ``multi_grid`` and ``contract_dilation`` as in mmseg 1.2.2.
+    Source: He et al., Deep Residual Learning for Image Recognition, arXiv:1512.03385; depth 200 as in arXiv:1603.05027,
+    26 and 269 as in timm. Arguments as in mmdet 3.3.0 ``models/backbones/resnet.py``, ``multi_grid`` and
+    ``contract_dilation`` as in mmseg 1.2.2.
 
     >>> import torch
     >>> net = ResNet(18, out_indices=(0, -1)).eval()
@@ -73,10 +76,13 @@ class ResNet(Backbone):
 
     arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
         18: (BasicBlock, (2, 2, 2, 2)),
+        26: (Bottleneck, (2, 2, 2, 2)),
         34: (BasicBlock, (3, 4, 6, 3)),
         50: (Bottleneck, (3, 4, 6, 3)),
         101: (Bottleneck, (3, 4, 23, 3)),
         152: (Bottleneck, (3, 8, 36, 3)),
+        200: (Bottleneck, (3, 24, 36, 3)),
+        269: (Bottleneck, (3, 30, 48, 8)),
     }
 
     def __init__(
@@ -107,6 +113,7 @@ class ResNet(Backbone):
         multi_grid: Sequence[int] | None = None,
         contract_dilation: bool = False,
         drop_path_rate: float = 0.0,
+        stage_blocks: Sequence[int] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         blocks_by_depth = self._blocks_by_depth()
@@ -135,8 +142,8 @@ class ResNet(Backbone):
         self.multi_grid = None if multi_grid is None else tuple(multi_grid)
         self.contract_dilation = contract_dilation
         self.drop_path_rate = drop_path_rate
-        self.block, stage_blocks = blocks_by_depth[depth]
-        self.stage_blocks = stage_blocks[:num_stages]
+        self.block, default_blocks = blocks_by_depth[depth]
+        self.stage_blocks = default_blocks[:num_stages] if stage_blocks is None else tuple(stage_blocks)
         self.inplanes = self.stem_channels
 
         self._make_stem_layer(in_channels, self.stem_channels)

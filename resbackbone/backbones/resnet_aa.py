@@ -8,6 +8,7 @@ from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnext import ResNeXt
+from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.anti_aliased import AntiAliasedBasicBlock, AntiAliasedBottleneck, AntiAliasedResNeXtBottleneck
 from resbackbone.checks import check_choice
 from resbackbone.layers.blur_pool import AntiAliasing, make_downsampling
@@ -39,8 +40,8 @@ class ResNetAA(ResNet):
     """
 
     arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
-        depth: (AntiAliasedBasicBlock if depth < 50 else AntiAliasedBottleneck, blocks)
-        for depth, (_, blocks) in ResNet.arch_settings.items()
+        depth: (AntiAliasedBasicBlock if block is BasicBlock else AntiAliasedBottleneck, blocks)
+        for depth, (block, blocks) in ResNet.arch_settings.items()
     }
 
     def __init__(self, depth: int, *, anti_aliasing: AntiAliasing = "blur", **kwargs: Any) -> None:
@@ -65,7 +66,7 @@ class ResNeXtAA(ResNetAA, ResNeXt):
     """ResNeXt that downsamples by low-pass filters.
 
     Args:
-        depth: 50, 101 or 152.
+        depth: As for :class:`~resbackbone.ResNeXt`.
         kwargs: As for :class:`ResNetAA` and :class:`~resbackbone.ResNeXt`.
 
     Source: As :class:`ResNetAA`; the family of timm's ``seresnextaa101d_32x8d``.

@@ -8,6 +8,7 @@ from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnext import ResNeXt
+from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.ibn import InstanceNormBasicBlock, InstanceNormBottleneck, InstanceNormResNeXtBottleneck
 from resbackbone.checks import check_choice
 from resbackbone.layers.ibn import make_instance_norm
@@ -38,8 +39,8 @@ class ResNetIBN(ResNet):
     """
 
     arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
-        depth: (InstanceNormBasicBlock if depth < 50 else InstanceNormBottleneck, blocks)
-        for depth, (_, blocks) in ResNet.arch_settings.items()
+        depth: (InstanceNormBasicBlock if block is BasicBlock else InstanceNormBottleneck, blocks)
+        for depth, (block, blocks) in ResNet.arch_settings.items()
     }
 
     def __init__(self, depth: int, *, ibn: Literal["a", "b"] = "a", **kwargs: Any) -> None:
@@ -70,7 +71,7 @@ class ResNeXtIBN(ResNetIBN, ResNeXt):
     """ResNeXt with instance norm in its early stages.
 
     Args:
-        depth: 50, 101 or 152.
+        depth: As for :class:`~resbackbone.ResNeXt`.
         kwargs: As for :class:`ResNetIBN` and :class:`~resbackbone.ResNeXt`.
 
     Source: XingangPan/IBN-Net ``ibnnet/resnext_ibn.py``.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resbackbone.backbones.resnet import ResNet
+from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.preact import PreActBasicBlock, PreActBottleneck
 from resbackbone.checks import check_flag
 from resbackbone.layers import ConvWS2d, build_norm_layer
@@ -27,7 +28,7 @@ class ResNetV2(ResNet):
     ``base_channels``: 64, 128 (x2), 192 (x3), 256 (x4).
 
     Args:
-        depth: 18, 34, 50, 101 or 152.
+        depth: As for :class:`~resbackbone.ResNet`.
         zero_padded_pool: Whether the stem's max pooling sees zeros around the map, as in BiT, or the map alone. That
             differs here, since negative numbers are pooled.
         final_norm: Add the norm and ReLU that classifiers have behind the last stage; its feature map is then taken
@@ -49,8 +50,8 @@ class ResNetV2(ResNet):
     """
 
     arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
-        depth: (PreActBasicBlock if depth < 50 else PreActBottleneck, blocks)
-        for depth, (_, blocks) in ResNet.arch_settings.items()
+        depth: (PreActBasicBlock if block is BasicBlock else PreActBottleneck, blocks)
+        for depth, (block, blocks) in ResNet.arch_settings.items()
     }
 
     def __init__(

@@ -17,7 +17,7 @@ class ResNeXt(ResNet):
     """ResNet whose bottlenecks have ``groups`` groups of ``base_width`` channels.
 
     Args:
-        depth: 50, 101 or 152.
+        depth: 26, 50, 101 or 152.
         groups: Groups of the 3x3, the paper's cardinality; 1 is a plain ResNet.
         base_width: Channels per group in the first stage.
         kwargs: As for :class:`~resbackbone.ResNet`.
@@ -29,7 +29,7 @@ class ResNeXt(ResNet):
     """
 
     arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
-        depth: (ResNeXtBottleneck, ResNet.arch_settings[depth][1]) for depth in (50, 101, 152)
+        depth: (ResNeXtBottleneck, ResNet.arch_settings[depth][1]) for depth in (26, 50, 101, 152)
     }
 
     def __init__(self, depth: int, *, groups: int = 1, base_width: int = 4, **kwargs: Any) -> None:

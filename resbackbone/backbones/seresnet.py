@@ -22,7 +22,7 @@ class SEResNet(ResNet):
     The layer is a plugin, ``se_layer``, that runs before the user's plugins of that position.
 
     Args:
-        depth: 18, 34, 50, 101 or 152.
+        depth: As for :class:`~resbackbone.ResNet`.
         se_ratio: How many channels make one squeezed channel.
         kwargs: As for :class:`ResNet`.
 
@@ -52,7 +52,7 @@ class SEResNeXt(SEResNet, ResNeXt):
     """ResNeXt with squeeze-and-excitation, like :class:`SEResNet`.
 
     Args:
-        depth: 50, 101 or 152.
+        depth: As for :class:`~resbackbone.ResNeXt`.
         groups: Groups of the 3x3; 32 here. (``width_per_group``, mmpretrain's name, is ``base_width``.)
         kwargs: As for :class:`SEResNet` and :class:`ResNeXt`.
 

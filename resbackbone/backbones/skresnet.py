@@ -8,6 +8,7 @@ from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnext import ResNeXt
+from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.selective_kernel import (
     SelectiveKernelBasicBlock,
     SelectiveKernelBottleneck,
@@ -23,7 +24,7 @@ class SKResNet(ResNet):
     """ResNet with selective kernels: in a basic block the first 3x3, in a bottleneck the one there is.
 
     Args:
-        depth: 18, 34, 50, 101 or 152.
+        depth: As for :class:`~resbackbone.ResNet`.
         num_paths: How many 3x3 convolutions of growing reach to select from, the paper's M.
         reduction: How many channels make one channel of the attention, the paper's r.
         min_channels: The fewest channels that the attention has, the paper's L.
@@ -40,8 +41,8 @@ class SKResNet(ResNet):
     """
 
     arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
-        depth: (SelectiveKernelBasicBlock if depth < 50 else SelectiveKernelBottleneck, blocks)
-        for depth, (_, blocks) in ResNet.arch_settings.items()
+        depth: (SelectiveKernelBasicBlock if block is BasicBlock else SelectiveKernelBottleneck, blocks)
+        for depth, (block, blocks) in ResNet.arch_settings.items()
     }
 
     def __init__(
@@ -73,7 +74,7 @@ class SKResNeXt(SKResNet, ResNeXt):
     """ResNeXt with selective kernels, the paper's SKNet with ``groups=32``.
 
     Args:
-        depth: 50, 101 or 152.
+        depth: As for :class:`~resbackbone.ResNeXt`.
         kwargs: As for :class:`SKResNet` and :class:`~resbackbone.ResNeXt`.
 
     Source: Li et al., Selective Kernel Networks, arXiv:1903.06586, table 1.

@@ -70,9 +70,9 @@ def _facts(name: str) -> tuple[str, str, str]:
 
     config = load_config(name)
     params, macs = config.about.get("params"), config.about.get("macs")
-    return str(config.backbone["type"]), _rounded(params, 1e6, "M"), _rounded(macs, 1e9, "G")
+    return str(config.backbone["type"]), _rounded(params, 1e6, "{:.1f} M"), _rounded(macs, 1e9, "{:.2f} G")
 
 
-def _rounded(count: int | None, unit: float, symbol: str) -> str:
+def _rounded(count: int | None, unit: float, form: str) -> str:
     """Write a count in a larger unit, or nothing where none is recorded."""
-    return "" if count is None else f"{count / unit:.2f} {symbol}"
+    return "" if count is None else form.format(count / unit)
