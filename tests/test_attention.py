@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
-from cases import blocks
+from cases import blocks, every_class, make, stages
+from mmcv.cnn.bricks.context_block import ContextBlock
 from torch import nn
 
 from resbackbone import ResNet, ResNetV1d, ResNeXt, WideResNet, build_backbone
 from resbackbone.layers import CBAM, ECALayer
 
-LAYERS = {"ECALayer": ECALayer, "CBAM": CBAM}
-NAMES = {"ECALayer": "eca_layer", "CBAM": "cbam"}
+LAYERS = {"ECALayer": ECALayer, "CBAM": CBAM, "ContextBlock": ContextBlock}
+NAMES = {"ECALayer": "eca_layer", "CBAM": "cbam", "ContextBlock": "context_block"}
+REQUIRED = {"ContextBlock": {"ratio": 1 / 4}}  # arguments without a default
 # A ResNet by class, its block's number of convolutions.
 NETS = {
     "basic": (ResNet, {"depth": 18}, 2),
@@ -24,7 +26,7 @@ every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
 def plugin(name, position, **options):
-    return {"cfg": {"type": name}, "position": position, **options}
+    return {"cfg": {"type": name, **REQUIRED.get(name, {})}, "position": position, **options}
 
 
 # ECA
@@ -124,6 +126,41 @@ def test_cbam_is_timms(timm, shake):
         torch.testing.assert_close(ours.train(train)(x), theirs.train(train)(x), rtol=1e-6, atol=1e-6)
 
 
+# Global context, mmcv's
+
+
+@pytest.mark.parametrize("fusion", ["channel_add", "channel_mul"])
+def test_global_context_is_one_vector_for_all_pixels(fusion):
+    layer = ContextBlock(8, ratio=1 / 2, fusion_types=(fusion,))
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 8, 5, 6)
+    pixels = x.flatten(2)
+    weights = torch.einsum("c,ncp->np", layer.conv_mask.weight.flatten(), pixels).softmax(-1)
+    squeeze, norm, _, excite = getattr(layer, f"{fusion}_conv")
+    hidden = torch.einsum("ncp,np->nc", pixels, weights) @ squeeze.weight.flatten(1).T + squeeze.bias
+    hidden = (hidden - hidden.mean(1, keepdim=True)) / (hidden.var(1, correction=0, keepdim=True) + norm.eps).sqrt()
+    hidden = (hidden * norm.weight.flatten() + norm.bias.flatten()).relu()
+    context = (hidden @ excite.weight.flatten(1).T + excite.bias)[..., None, None]
+    torch.testing.assert_close(layer(x), x + context if fusion == "channel_add" else x * context.sigmoid())
+
+
+@every_class
+def test_global_context_works_in_any_stage_of_every_backbone(shake, images, case):
+    plain = make(case)
+    chosen = [index % 2 == 1 for index in range(plain.num_stages)]
+    position = f"after_conv{plain.block.num_convs}"
+    net = shake(make(case, plugins=[plugin("ContextBlock", position, stages=chosen)])).train()
+    for stage, has_context in zip(stages(net), chosen, strict=True):
+        assert all(hasattr(block, "context_block") is has_context for block in stage)
+    layers = [module for module in net.modules() if isinstance(module, ContextBlock)]
+    for layer in layers:
+        nn.init.normal_(layer.channel_add_conv[-1].weight)  # zero at first, which would let no gradient through
+    sum(out.square().mean() for out in net(images)).backward()
+    assert layers
+    assert all(layer.conv_mask.weight.grad.any() for layer in layers)
+
+
 # As plugins
 
 
@@ -139,6 +176,8 @@ def test_a_layer_goes_behind_every_convolution_of_every_block(images, name, net)
             width = getattr(block, f"conv{index}").out_channels
             if name == "CBAM":
                 assert attention.channel.fc1.in_channels == width
+            if name == "ContextBlock":
+                assert attention.in_channels == width
         sum(out.square().mean() for out in built(images)).backward()
         assert all(parameter.grad is not None for parameter in built.parameters())
 
