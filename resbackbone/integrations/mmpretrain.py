@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from resbackbone import backbones
+from resbackbone.checkpoints.layouts.mmpretrain import MMPRETRAIN
 from resbackbone.checks import check_int
 from resbackbone.integrations._hosts import replace_in_registry
 
@@ -163,24 +164,17 @@ def rename_keys(backbone: nn.Module, state_dict: dict[str, Any], prefix: str = "
     counts from another number. Made for ``backbone.register_load_state_dict_pre_hook``.
 
     Args:
-        backbone: One of this module, or another of ours that is to load such a checkpoint.
+        backbone: The one that is to load the checkpoint.
         state_dict: The checkpoint's tensors by key.
         prefix: What stands before the backbone's own names in the keys.
         unused: What torch gives a hook besides.
     """
-    renamed = {f"{prefix}stem.{index}.conv.": f"{prefix}stem.{3 * index}." for index in range(3)}
-    for index in range(3):
-        renamed |= {f"{prefix}stem.{index}.{norm}.": f"{prefix}stem.{3 * index + 1}." for norm in ("bn", "gn", "in")}
-    for name, module in backbone.named_modules():
-        shortcut = f"{prefix}{name}."
-        if name.endswith("downsample") and isinstance(module, nn.Sequential) and f"{shortcut}0.weight" in state_dict:
-            shift = int(isinstance(module[0], nn.AvgPool2d))
-            renamed |= {f"{shortcut}{index}.": f"{shortcut}{index + shift}." for index in range(2)}
+    inside = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    names = dict(zip(inside, MMPRETRAIN.to_native(inside), strict=True))
     items = list(state_dict.items())
     state_dict.clear()  # and filled again, so that the order stays
     for key, value in items:
-        old = next((start for start in renamed if key.startswith(start)), "")
-        state_dict[renamed.get(old, "") + key[len(old) :]] = value
+        state_dict[prefix + names[key.removeprefix(prefix)] if key.startswith(prefix) else key] = value
 
 
 def _expanded(block: Any, expansion: int) -> Any:

@@ -34,21 +34,17 @@ def _shift(tensors: Tensors, *, by: int, leave: set[str]) -> Tensors:
     return {rename(name): tensor for name, tensor in tensors.items()}
 
 
+def _table(norm: str) -> Table:
+    """The names where norms are called so; the ``only_with`` of group and instance norms is what their blocks have."""
+    rows = "fc head.fc"
+    for index in range(3):
+        rows += f"\n stem.{3 * index} stem.{index}.conv \n stem.{3 * index + 1} stem.{index}.{norm}"
+    return Table(rows, only_with="" if norm == "bn" else f".{norm}1.")
+
+
 MMPRETRAIN = Layout(
     "mmpretrain",
-    tables=(
-        Table(
-            """
-            stem.0  stem.0.conv
-            stem.1  stem.0.bn
-            stem.3  stem.1.conv
-            stem.4  stem.1.bn
-            stem.6  stem.2.conv
-            stem.7  stem.2.bn
-            fc      head.fc
-            """
-        ),
-    ),
+    tables=(_table("gn"), _table("in"), _table("bn")),
     finish=_count_pooling,
     prepare=_discount_pooling,
 )
