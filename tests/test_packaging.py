@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from resbackbone import list_backbones
+from resbackbone.checkpoints.catalog import list_weights
 from resbackbone.config import config_files
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,17 @@ def test_names_are_found_without_a_checkout(installed, tmp_path):
     where, *names = run.stdout.split()
     assert Path(where).is_relative_to(installed)
     assert names == list_backbones("resnet5*")
+
+
+def test_the_catalog_of_weights_is_found_without_a_checkout(installed, tmp_path):
+    code = "from resbackbone.checkpoints.catalog import list_weights; print(list_weights.__code__.co_filename)\n"
+    code += "print(len(list_weights()))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(installed)}, capture_output=True, text=True
+    )
+    where, count = run.stdout.split()
+    assert Path(where).is_relative_to(installed)
+    assert int(count) == len(list_weights())
 
 
 def test_types_license_and_command_are_declared(installed):

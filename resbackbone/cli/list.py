@@ -1,13 +1,18 @@
-"""``resbackbone list``: the architectures, by family."""
+"""``resbackbone list``: the architectures, by family, and the weights that are published for them."""
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from typing import Annotated
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from resbackbone.cli.console import results, user_errors
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def list_backbones(
@@ -16,39 +21,57 @@ def list_backbones(
     ] = "*",
     *,
     names: Annotated[bool, typer.Option("--names", help="Only the names, one per line.")] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="Not the architectures, but published weights.")] = False,
 ) -> None:
-    """List the architectures that `info` and `extract` know by name, with what each costs."""
+    """List the architectures that `info` and `extract` know by name, with what each costs; or the weights for them."""
     import resbackbone
-    from resbackbone.checks import nearest
+    from resbackbone.checkpoints.catalog import list_weights
 
     with user_errors():
-        wildcard = any(sign in pattern for sign in "*?[")
-        found = resbackbone.list_backbones(pattern if wildcard else f"*{pattern}*")
-        if not found:
-            hint = nearest(pattern, resbackbone.list_backbones(), list_all="`resbackbone list` shows all")
-            raise ValueError(f"no backbone's name matches {pattern!r}{hint}")
+        if weights:
+            found = _matching(
+                pattern, [one.name for one in list_weights()], "no weights'", "resbackbone list --weights"
+            )
+        else:
+            found = _matching(pattern, resbackbone.list_backbones(), "no backbone's", "resbackbone list")
     if names:
         typer.echo("\n".join(found))
+    elif weights:
+        _print_weights(found)
     else:
-        _print_table(found)
+        _print_backbones(found)
 
 
-def _print_table(names: list[str]) -> None:
+def _matching(pattern: str, names: Collection[str], whose: str, command: str) -> list[str]:
+    """Return the names that a pattern matches; without wildcards it may stand anywhere in the name."""
+    from resbackbone.checks import nearest
+
+    wildcard = any(sign in pattern for sign in "*?[")
+    found = sorted(fnmatch.filter(names, pattern if wildcard else f"*{pattern}*"))
+    if not found:
+        hint = nearest(pattern, names, list_all=f"`{command}` shows all")
+        raise ValueError(f"{whose} name matches {pattern!r}{hint}")
+    return found
+
+
+def _table(texts: Collection[str], numbers: Collection[str], caption: str) -> Table:
     from rich import box
     from rich.table import Table
 
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption=caption)
+    for heading in texts:
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, no_wrap=True, justify="right")
+    return table
+
+
+def _print_backbones(names: list[str]) -> None:
     from resbackbone.config import config_files
 
     names = sorted(names, key=lambda name: (config_files()[name].parent.name, _natural(name)))
-    table = Table(
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-        caption="params and MACs with a classifier of 1000 classes, for one image of 224x224",
-    )
-    for heading in ("family", "name", "type"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("params", "MACs"):
-        table.add_column(heading, no_wrap=True, justify="right")
+    caption = "params and MACs with a classifier of 1000 classes, for one image of 224x224"
+    table = _table(("family", "name", "type"), ("params", "MACs"), caption)
     above = ""
     for name in names:
         family = config_files()[name].parent.name
@@ -57,6 +80,26 @@ def _print_table(names: list[str]) -> None:
         table.add_row("" if family == above else family, name, *_facts(name))
         above = family
     results.print(table)
+
+
+def _print_weights(names: list[str]) -> None:
+    from rich.console import Console
+
+    from resbackbone.checkpoints.catalog import find_weights
+
+    table = _table(
+        ("name", "config"),
+        ("params", "acc@1", "acc@5", "MiB", "license"),
+        "* what `default_weights` takes for the config; + the config with other arguments, its `overrides`",
+    )
+    for name in sorted(names, key=_natural):
+        one = find_weights(name)
+        mark = " *" if one.default else " +" if one.overrides else ""
+        figures = ("" if figure is None else f"{figure:.2f}" for figure in (one.acc1, one.acc5, one.mebibytes))
+        table.add_row(name, one.config + mark, _rounded(one.params, 1e6, "{:.1f} M"), *figures, one.license or "")
+    # As wide as it comes, since half a name is none: where the terminal is narrower, it breaks the lines.
+    width = results.measure(table, options=results.options.update(max_width=10_000)).maximum
+    Console(highlight=False, width=max(width, results.width)).print(table)
 
 
 def _natural(name: str) -> list[str | int]:

@@ -1,0 +1,102 @@
+"""A web server on this machine that does to downloads whatever a network can do."""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+CONTENT = bytes(range(256)) * 4096  # 1 MiB
+OTHER = CONTENT[::-1]
+HALF = len(CONTENT) // 2
+
+
+def named(content: bytes, stem: str = "weights") -> str:
+    """A file name with the hash of its content, as publishers give it."""
+    return f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+
+
+class Web(ThreadingHTTPServer):
+    """Serves one file, whatever the path; each of ``faults`` spoils one request, in order."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.etag, self.modified, self.ranges = CONTENT, '"v1"', None, True
+        self.faults: list[dict] = []
+        self.requests: list[tuple[str, dict]] = []
+        self.release = threading.Event()  # what a request with "wait" waits for
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_):
+        """A client that hangs up is no news."""
+
+    @property
+    def starts(self) -> list[int]:
+        """From which byte each request asked."""
+        return [int(h["Range"].removeprefix("bytes=").rstrip("-")) if "Range" in h else 0 for _, h in self.requests]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        """The tests look at ``requests``."""
+
+    def do_GET(self):
+        web = self.server
+        web.requests.append((self.path, dict(self.headers)))
+        fault = web.faults.pop(0) if web.faults else {}
+        if "set" in fault:
+            vars(web).update(fault["set"])
+        if "status" in fault:
+            self.send_response(fault["status"])
+            for key, value in {"Content-Length": "0", **fault.get("headers", {})}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            return
+        self.send_file(fault)
+
+    def send_file(self, fault):
+        web, start = self.server, 0
+        current = self.headers.get("If-Range") in (None, web.etag, web.modified) or fault.get("ignores_if_range")
+        if web.ranges and "Range" in self.headers and current:
+            start = self.server.starts[-1]
+            if start >= len(web.content):
+                self.send_error(416)
+                return
+            self.send_response(206)
+            shifted = start + fault.get("shift", 0)
+            self.send_header("Content-Range", f"bytes {shifted}-{len(web.content) - 1}/{len(web.content)}")
+        else:
+            self.send_response(200)
+        body = web.content[start:]
+        headers = {
+            "ETag": web.etag,
+            "Last-Modified": web.modified,
+            "Content-Length": len(body) + fault.get("lie", 0),
+            "Content-Type": "application/octet-stream",
+        }
+        for key, value in (headers | fault.get("headers", {})).items():
+            if value is not None:
+                self.send_header(key, str(value))
+        self.end_headers()
+        self.wfile.write(body[: fault.get("cut")])
+        self.wfile.flush()
+        if fault.get("wait"):
+            web.release.wait(20)
+        self.close_connection = True  # what is missing never comes
+
+
+@contextmanager
+def serve() -> Iterator[Web]:
+    """Run a server that behaves until told otherwise."""
+    server = Web()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.release.set()
+        server.shutdown()
+        server.server_close()

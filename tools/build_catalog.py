@@ -1,0 +1,168 @@
+"""Write resbackbone/checkpoints/catalog.yaml from the metadata of the installed packages.
+
+Entries whose origin's packages are not installed stay as they are: run it in an environment with torchvision and timm,
+and in one with mmdet, mmseg and mmpretrain. Every backbone is compared, shape by shape, with the origin's own model.
+Where an origin states other figures than that model has, this is reported.
+
+    python tools/build_catalog.py            # what the installed packages say
+    python tools/build_catalog.py --check    # write nothing; fail where the catalog says otherwise
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+from unittest.mock import patch
+
+import typer
+import yaml
+from catalog_origins import ORIGINS, Published, Values, recorded
+from torch import nn
+
+from resbackbone.backbones import Backbone
+from resbackbone.cli.console import with_progress
+from resbackbone.complexity import build_on_meta, measure
+from resbackbone.config import load_config
+
+CATALOG = Path(__file__).parent.parent / "resbackbone" / "checkpoints" / "catalog.yaml"
+HEADER = "# Written by tools/build_catalog.py from the metadata of these packages, never by hand.\n"
+# In the order in which they are written; values that are None, False or empty are left out.
+KEYS = (
+    *("url", "sha256", "layout", "config", "overrides", "params", "macs", "acc1", "acc5", "classes", "license"),
+    *("preprocessing", "crop_pct", "mebibytes", "default", "aliases"),
+)
+_CLASSIFIER = re.compile(r"(fc|head|head\.fc)\.")
+
+
+def main(
+    *,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 where the file differs.")] = False,
+) -> None:
+    """Describe the published weights of the ResNet family."""
+    text = CATALOG.read_text(encoding="utf-8") if CATALOG.exists() else "{packages: {}, weights: {}}"
+    old = yaml.safe_load(text)
+    versions = {name: installed(origin.packages) for name, origin in ORIGINS.items()}
+    fresh = {name for name, found in versions.items() if found is not None}
+    if check:  # another release may well say something else
+        fresh = {name for name in fresh if versions[name] == old["packages"].get(name)}
+    weights = {name: entry for name, entry in old["weights"].items() if name.partition("/")[0] not in fresh}
+    for name in [name for name in ORIGINS if name in fresh]:
+        published = list(ORIGINS[name].read())
+        for one in [] if check else with_progress(published, name):
+            for report in differences(one):
+                typer.echo(f"{one.name}: {report}", err=True)
+        weights |= {one.name: entry(one) for one in published}
+    packages = {name: versions[name] if name in fresh else old["packages"].get(name) for name in ORIGINS}
+    new = dump(packages, with_one_default(weights))
+    if not check:
+        CATALOG.write_text(new, encoding="utf-8")
+    elif new != text:
+        sys.exit(f"{CATALOG.name} is out of date; run `python tools/build_catalog.py`")
+    typer.echo(f"{'checked' if check else 'written'}: {', '.join(name for name in ORIGINS if name in fresh)}")
+
+
+def installed(packages: tuple[str, ...]) -> dict[str, str] | None:
+    """The releases of distributions; None unless all are installed."""
+    try:
+        return {name: metadata.version(name).partition("+")[0] for name in packages}
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def entry(published: Published) -> Values:
+    """What the catalog says of published weights."""
+    config, overrides = published.config, published.values.get("overrides")
+    if overrides:
+        complexity = measure(our_model(config, json.dumps(overrides)))
+        costs = {"params": complexity.params_with_classifier, "macs": complexity.macs_with_classifier}
+    else:
+        costs = {key: recorded(config)[key] for key in ("params", "macs")}
+    values = {**published.values, "config": config, **costs, "default": published.preferred}
+    assert set(values) <= set(KEYS), values
+    said = {key for key, value in values.items() if value or (value == 0 and value is not False)}
+    return {key: values[key] for key in KEYS if key in said}
+
+
+def with_one_default(weights: dict[str, Values]) -> dict[str, Values]:
+    """Leave the preference of one origin per config, the first in the order of ``ORIGINS``."""
+    order = list(ORIGINS)
+    taken: set[str] = set()
+    for name in sorted(weights, key=lambda name: order.index(name.partition("/")[0])):
+        if weights[name].get("default"):
+            if weights[name]["config"] in taken:
+                del weights[name]["default"]
+            taken.add(weights[name]["config"])
+    return weights
+
+
+def dump(packages: Values, weights: dict[str, Values]) -> str:
+    """The text of the catalog: one line per value."""
+    lines = ["packages:", *(f"  {origin}: {_flow(found)}" for origin, found in packages.items()), "weights:"]
+    for name, values in sorted(weights.items()):
+        lines += [f"  {_flow(name)}:", *(f"    {key}: {_flow(value)}" for key, value in values.items())]
+    return HEADER + "\n".join(lines) + "\n"
+
+
+def _flow(value: Any) -> str:
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=sys.maxsize)
+    return text.removesuffix("...\n").strip()
+
+
+def differences(published: Published) -> Iterator[str]:
+    """Say where our backbone is another one than the origin's, or than the origin says.
+
+    Raises:
+        ValueError: If the shapes of the weights differ, so that they could not be loaded.
+    """
+    net = our_model(published.config, json.dumps(published.values.get("overrides") or {}))
+    if published.build is not None:
+        with shapes_only():
+            theirs = published.build()
+        if shapes(theirs) != shapes(net):
+            only = {"theirs": shapes(theirs) - shapes(net), "ours": shapes(net) - shapes(theirs)}
+            raise ValueError(f"{published.name} does not fit the config {published.config!r}: {only}")
+    complexity = measure(net)
+    if published.params:
+        classes = published.values["classes"]
+        params = complexity.params + (complexity.parts[-1].channels + 1) * classes
+        step = 10**4 if published.params % 10**4 == 0 else 1  # to which the origin rounds
+        if abs(params - published.params) > step / 2:
+            yield f"states {published.params:,} parameters; its backbone and {classes} classes have {params:,}"
+    if published.gmacs and published.gmacs != round(complexity.macs_with_classifier / 1e9, 3):
+        yield f"states {published.gmacs} thousand million multiply-accumulates, not {complexity.macs_with_classifier:,}"
+
+
+@cache
+def our_model(config: str, overrides: str) -> Backbone:
+    """Build one of our backbones, of shapes only; ``overrides`` is JSON."""
+    return build_on_meta({**load_config(config).backbone, **json.loads(overrides)})
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within the block, models are built without memory or numbers, also those that compute while they are built."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
+        register(module, name, None if value is None else nn.Parameter(value.to("meta"), value.requires_grad))
+
+    with patch.object(nn.Module, "register_parameter", register_on_meta):
+        yield
+
+
+def shapes(model: nn.Module) -> Counter[tuple[int, ...]]:
+    """Count the shapes of a model's convolutions and linear layers, its classifier apart."""
+    named = model.named_parameters()
+    return Counter(tuple(value.shape) for name, value in named if value.dim() > 1 and not _CLASSIFIER.match(name))
+
+
+if __name__ == "__main__":
+    typer.run(main)
