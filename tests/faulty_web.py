@@ -24,6 +24,7 @@ class Web(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.etag, self.modified, self.ranges = CONTENT, '"v1"', None, True
+        self.if_range = True
         self.faults: list[dict] = []
         self.requests: list[tuple[str, dict]] = []
         self.release = threading.Event()  # what a request with "wait" waits for
@@ -60,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_file(self, fault):
         web, start = self.server, 0
-        current = self.headers.get("If-Range") in (None, web.etag, web.modified) or fault.get("ignores_if_range")
+        current = not web.if_range or self.headers.get("If-Range") in (None, web.etag, web.modified)
         if web.ranges and "Range" in self.headers and current:
             start = self.server.starts[-1]
             if start >= len(web.content):
@@ -69,6 +70,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(206)
             shifted = start + fault.get("shift", 0)
             self.send_header("Content-Range", f"bytes {shifted}-{len(web.content) - 1}/{len(web.content)}")
+        elif fault.get("unasked"):
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes 0-{len(web.content) - 1}/{len(web.content)}")
         else:
             self.send_response(200)
         body = web.content[start:]

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import resource
 import signal
 import subprocess
@@ -59,7 +60,8 @@ def test_a_file_is_brought_once(web, tmp_path):
     assert files(path.parent) == [named(CONTENT)]
     assert fetch(url, folder=path.parent) == path
     assert len(web.requests) == 1
-    assert web.requests[0][1]["User-Agent"] == "resbackbone"
+    headers = web.requests[0][1]
+    assert (headers["User-Agent"], headers["Accept-Encoding"]) == ("resbackbone", "identity")
 
 
 def test_the_cache_is_torchs(web, tmp_path, monkeypatch):
@@ -147,7 +149,9 @@ def test_many_cuts_are_no_failure_while_bytes_come(web, tmp_path):
 def test_a_stalled_connection_is_left(web, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "TIMEOUT", 0.1)
     web.faults = [{"cut": 1000, "wait": True}]
+    began = time.monotonic()
     assert fetch(f"{web.url}/{named(CONTENT)}", folder=tmp_path).read_bytes() == CONTENT
+    assert time.monotonic() - began < 10  # the server would wait longer
     assert web.starts == [0, 1000]
 
 
@@ -167,11 +171,12 @@ def test_servers_from_which_nothing_is_gone_on_with(web, tmp_path, setting):
     assert len(web.requests) == 2
 
 
-@pytest.mark.parametrize("second", [{}, {"ignores_if_range": True}], ids=["If-Range", "no If-Range"])
+@pytest.mark.parametrize("if_range", [True, False])
 @pytest.mark.parametrize("content", [OTHER, OTHER[:HALF], OTHER * 2], ids=["as long", "shorter", "longer"])
-def test_a_file_that_changed_is_begun_anew(web, tmp_path, second, content):
+def test_a_file_that_changed_is_begun_anew(web, tmp_path, if_range, content):
     """Without a hash that would tell: only the server's own words keep the halves of two files apart."""
-    web.faults = [{"cut": HALF + 1}, {"set": {"content": content, "etag": '"v2"'}, **second}]
+    web.if_range = if_range
+    web.faults = [{"cut": HALF + 1}, {"set": {"content": content, "etag": '"v2"'}}]
     assert fetch(f"{web.url}/weights.pth", folder=tmp_path).read_bytes() == content
 
 
@@ -179,6 +184,25 @@ def test_another_part_than_was_asked_for_is_not_taken(web, tmp_path):
     web.faults = [{"cut": 1000}, {"shift": 1}]
     assert fetch(f"{web.url}/weights.pth", folder=tmp_path).read_bytes() == CONTENT
     assert web.starts == [0, 1000, 0]
+
+
+def test_a_part_that_nobody_asked_for_is_not_taken(web, tmp_path):
+    web.etag, web.faults = None, [{"cut": 1000}, *[{"unasked": True}] * 10]
+    with pytest.raises(DownloadError, match="answers with HTTP 206 and another part than was asked for"):
+        fetch(f"{web.url}/weights.pth", folder=tmp_path)
+    assert len(web.requests) == transfer.ATTEMPTS
+
+
+def test_two_servers_are_not_mixed(web, tmp_path, monkeypatch):
+    """Their files may well have the same tag."""
+    url = "https://h/weights.pth"
+    monkeypatch.setenv("RESBACKBONE_MIRROR", f"https://h={web.url}/one")
+    web.faults = [{"cut": HALF}, *[{"status": 500}] * transfer.ATTEMPTS]
+    with pytest.raises(DownloadError):
+        fetch(url, folder=tmp_path)
+    monkeypatch.setenv("RESBACKBONE_MIRROR", f"https://h={web.url}/another")
+    web.content = OTHER
+    assert fetch(url, folder=tmp_path).read_bytes() == OTHER
 
 
 def test_servers_that_are_busy_are_asked_again(web, tmp_path):
@@ -428,6 +452,16 @@ def test_a_kill_before_the_file_got_its_name(web, tmp_path):
     assert named(CONTENT) not in files(tmp_path)
     assert fetch(url, folder=tmp_path).read_bytes() == CONTENT
     assert len(web.requests) == 1
+
+
+def test_the_bytes_are_on_the_disk_before_the_file_has_its_name(web, tmp_path, monkeypatch):
+    """Or a power cut could leave a complete name on an incomplete file."""
+    done = []
+    sync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("sync") or sync(file))
+    monkeypatch.setattr(Path, "replace", lambda *paths: done.append("replace") or replace(*paths))
+    fetch(f"{web.url}/{named(CONTENT)}", folder=tmp_path)
+    assert done == ["sync", "replace"]
 
 
 # Disks that are full

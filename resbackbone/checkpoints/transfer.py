@@ -119,13 +119,13 @@ def complete(part: Part, url: str, *, name: str) -> None:
 def _go_on(part: Part, url: str, name: str) -> None:
     """Ask for what an unfinished file lacks, or for the whole, and append it."""
     promised, start = part.promised(), part.size
-    if promised is None or promised.url != url or promised.validator is None:
-        start = 0
-    elif start == promised.length:
+    if promised is not None and 0 < start == promised.length:
         return
-    headers = {"User-Agent": "resbackbone", "Accept-Encoding": "identity"}
-    if start and promised and promised.validator:
+    headers = {"User-Agent": "resbackbone"}
+    if start and promised is not None and promised.validator is not None:
         headers |= {"Range": f"bytes={start}-", "If-Range": promised.validator}
+    else:
+        start = 0
     with _open(url, headers, part) as response:
         promise = _Promise(url, _validator(response.headers), _length(response))
         if response.status == 200:
