@@ -1,0 +1,81 @@
+"""Small files of weights, of every kind that people publish; for the tests of reading them."""
+
+import io
+import json
+import pickle
+import struct
+from typing import ClassVar
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+
+def weights():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "conv1.weight": torch.randn(4, 3, 2, 2, generator=generator),
+        "bn1.running_var": torch.rand(4, generator=generator, dtype=torch.float64),
+        "bn1.num_batches_tracked": torch.tensor(7),
+        "mask": torch.tensor([True, False]),
+        "half": torch.randn(3, generator=generator).half(),
+        "none": torch.zeros(0, 3),
+    }
+
+
+def as_numpy(tensors):
+    return {key: value.numpy() for key, value in tensors.items()}
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes as Python 2 did: text and bytes are one kind of string, and numpy has its old name."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+
+    def save_string(self, value):
+        raw = value.encode("latin1") if isinstance(value, str) else value
+        short = len(raw) < 256
+        self.write(
+            pickle.SHORT_BINSTRING + bytes([len(raw)]) if short else pickle.BINSTRING + struct.pack("<I", len(raw))
+        )
+        self.write(raw)
+        self.memoize(value)
+
+    dispatch[str] = dispatch[bytes] = save_string
+
+
+def python2_pickle(content):
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(content)
+    return file.getvalue().replace(b"numpy._core.", b"numpy.core.")
+
+
+def write_sharded(path, tensors):
+    names = list(tensors)
+    shards = {"model-1.safetensors": names[:3], "model-2.safetensors": names[3:]}
+    for shard, keys in shards.items():
+        save_file({key: tensors[key] for key in keys}, path.parent / shard)
+    path.write_text(json.dumps({"metadata": {}, "weight_map": {key: s for s, keys in shards.items() for key in keys}}))
+
+
+def write_npz(save, path, tensors):
+    with path.open("wb") as file:  # by its path, numpy would give it its suffix
+        save(file, **as_numpy(tensors))
+
+
+WRITERS = {
+    "torch": lambda tensors, path: torch.save(tensors, path),
+    "torch protocol 4": lambda tensors, path: torch.save(tensors, path, pickle_protocol=4),
+    "torch legacy": lambda tensors, path: torch.save(tensors, path, _use_new_zipfile_serialization=False),
+    "safetensors": save_file,
+    "sharded safetensors": lambda tensors, path: write_sharded(path, tensors),
+    "npz": lambda tensors, path: write_npz(np.savez, path, tensors),
+    "compressed npz": lambda tensors, path: write_npz(np.savez_compressed, path, tensors),
+    "Python 2 pickle": lambda tensors, path: path.write_bytes(python2_pickle(as_numpy(tensors))),
+    **{
+        f"pickle protocol {protocol}": lambda tensors, path, protocol=protocol: path.write_bytes(
+            pickle.dumps(as_numpy(tensors), protocol)
+        )
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1)
+    },
+}
