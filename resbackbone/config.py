@@ -39,7 +39,8 @@ def build_backbone(config: BackboneSource, *, checkpoint: str | Path | None = No
     Args:
         config: A name that :func:`list_backbones` lists; a path to a .yaml or .py file; or a dict with ``type`` and the
             constructor's arguments. It is not changed.
-        checkpoint: A file of weights to load after the initialisation.
+        checkpoint: Weights to load after the initialisation: a file, a URL or a name, as for
+            :func:`resbackbone.checkpoints.load_checkpoint`.
         overrides: Constructor arguments that replace those of the config, such as ``frozen_stages=1``.
 
     Returns:
@@ -60,10 +61,15 @@ def build_backbone(config: BackboneSource, *, checkpoint: str | Path | None = No
     if hasattr(backbone, "init_weights") and not any(p.is_meta for p in backbone.parameters()):
         backbone.init_weights()
     if checkpoint is not None:
-        from resbackbone.checkpoints import load_checkpoint
-
-        load_checkpoint(backbone, checkpoint)
+        load_pretrained(backbone, checkpoint)
     return backbone
+
+
+def load_pretrained(net: nn.Module, source: str | Path, *, prefix: str | None = None) -> None:
+    """Load weights as :func:`resbackbone.checkpoints.load_checkpoint` does, which is imported here and not before."""
+    from resbackbone.checkpoints import load_checkpoint
+
+    load_checkpoint(net, source, prefix=prefix)
 
 
 def construct_backbone(config: BackboneSource, **overrides: Any) -> Backbone:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from resbackbone.checks import check_choice, check_sequence
+
+if TYPE_CHECKING:  # backbones know what they expect of pictures, and need no library for them
+    from PIL import Image
 
 
 @dataclass(frozen=True)

@@ -287,9 +287,15 @@ def test_a_changed_figure_is_noticed(copy):
 
 def test_a_backbone_that_does_not_fit_is_refused():
     (right, *_) = build_catalog.ORIGINS["detectron2"].read()
-    wrong = type(right)(**vars(right) | {"config": "resnet18", "build": lambda: build_on_meta("resnet50")})
-    with pytest.raises(ValueError, match="does not fit the config 'resnet18'"):
-        list(build_catalog.differences(wrong))
+    values = {"layout": "native", "classes": 1000}
+    right = type(right)(**vars(right) | {"values": values, "build": lambda: build_on_meta("resnet50")})
+    for fits, config in ((True, "resnet50"), (True, "resnet50_v1b"), (False, "resnet50_v1d"), (False, "resnet18")):
+        published = type(right)(**vars(right) | {"config": config})
+        if fits:
+            assert list(build_catalog.differences(published)) == []
+        else:
+            with pytest.raises(ValueError, match=f"does not fit the config '{config}': .*conv1.weight"):
+                list(build_catalog.differences(published))
 
 
 def test_figures_that_are_not_the_models_are_reported():

@@ -377,7 +377,7 @@ class TestExtractRefuses:
             (("small.yaml", "a.png", "--device", "warp9"), "device 'warp9' is not there; available: cpu"),
             (("small.yaml", "a.png", "--device", "cuda:99"), "device 'cuda:99' is not there; available: cpu"),
             (("small.yaml", "a.png", "--checkpoint", "gone.pth"), "no checkpoint at 'gone.pth'"),
-            (("small.yaml", "a.png", "--checkpoint", "a.png"), "'a.png' cannot be read as weights alone: "),
+            (("small.yaml", "a.png", "--checkpoint", "a.png"), "'a.png' begins with b'\\x89PNG"),
             (
                 ("resnet18", "a.png", "--checkpoint", "small.pth"),
                 "'small.pth' does not fit ResNet, nothing was changed",
@@ -400,6 +400,60 @@ class TestExtractRefuses:
         assert "--out" in run("extract", "small.yaml", "a.png", status=2).stderr
         assert "int8" in run("extract", "small.yaml", "a.png", "--out", "out", "--dtype", "int8", status=2).stderr
         assert "PICTURE" in run("extract", "small.yaml", "--out", "out", status=2).stderr
+
+
+class TestConvert:
+    @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors", ".npz", ".pkl", ".pdparams"])
+    def test_there_and_back(self, shake, folder, suffix):
+        net = net_and_checkpoint(shake, "small.pth")
+        there = run("convert", "small.pth", f"there{suffix}", "--to", "detectron2")
+        assert there.stdout == f"120 tensors, native to detectron2: there{suffix}\n"
+        back = run("convert", f"there{suffix}", "back.pth", "--to", "native", "--from", "detectron2")
+        assert "120 tensors, detectron2 to native: back.pth" in back.stdout
+        for key, value in torch.load("back.pth").items():
+            assert torch.equal(value, net.state_dict()[key]), key
+        assert written(folder) == sorted(["small.yaml", "small.pth", "back.pth", f"there{suffix}"])
+
+    def test_heads_are_left_out_and_said_to_be(self, shake, folder):
+        net = net_and_checkpoint(shake, "small.pth")
+        detector = {f"backbone.{key}": value for key, value in net.state_dict().items()}
+        torch.save(detector | {"neck.weight": torch.zeros(1)}, "detector.pth")
+        assert (
+            "1 left out that are no backbone's, such as neck.weight"
+            in run("convert", "detector.pth", "out.pth", "--to", "timm").stdout
+        )
+        assert torch.load("out.pth").keys() == net.state_dict().keys()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("gone.pth", "out.pth", "--to", "timm"), "no checkpoint at 'gone.pth'"),
+            (("small.pth", "out.pth", "--to", "tim"), "unknown layout 'tim'; did you mean 'timm'"),
+            (("small.pth", "out.onnx", "--to", "timm"), "cannot write '.onnx' files"),
+            (("small.pth", "out.pth", "--to", "timm", "--from", "paddle"), "no paddle backbone is among the keys"),
+            (("small.pth", "void/out.pth", "--to", "timm"), "no folder 'void' to write out.pth into"),
+        ],
+    )
+    def test_refuses(self, shake, folder, arguments, message):
+        net_and_checkpoint(shake, "small.pth")
+        assert message in fails("convert", *arguments)
+        assert written(folder) == ["small.pth", "small.yaml"]
+
+
+class TestLoadReport:
+    def test_what_fits(self, shake, folder):
+        net = net_and_checkpoint(shake, "small.pth")
+        torch.save({**net.state_dict(), "fc.weight": torch.zeros(10, 64)}, "full.pth")
+        shown = run("load-report", "small.yaml", "full.pth").stdout
+        assert re.search(r"loaded +│ 120", shown)
+        assert re.search(r"ignored +│ 1 +│ fc\.weight", shown)
+
+    def test_what_does_not(self, shake, folder):
+        net_and_checkpoint(shake, "small.pth")
+        write_config("deep.yaml", depth=34)
+        shown = run("load-report", "deep.yaml", "small.pth", status=1).stdout
+        assert re.search(r"missing +│ 80 +│ layer1\.2\.conv1\.weight", shown)
+        assert "no checkpoint at 'gone.pth'" in fails("load-report", "small.yaml", "gone.pth")
 
 
 class TestPyramid:

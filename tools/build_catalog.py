@@ -1,8 +1,8 @@
 """Write resbackbone/checkpoints/catalog.yaml from the metadata of the installed packages.
 
 Entries whose origin's packages are not installed stay as they are: run it in an environment with torchvision and timm,
-and in one with mmdet, mmseg and mmpretrain. Every backbone is compared, shape by shape, with the origin's own model.
-Where an origin states other figures than that model has, this is reported.
+and in one with mmdet, mmseg and mmpretrain. Every backbone is compared with the origin's own model, whose tensors must
+have the names of the layout and our shapes. Where an origin states other figures than that, this is reported.
 
     python tools/build_catalog.py            # what the installed packages say
     python tools/build_catalog.py --check    # write nothing; fail where the catalog says otherwise
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -28,6 +27,7 @@ from catalog_origins import ORIGINS, Published, Values, recorded
 from torch import nn
 
 from resbackbone.backbones import Backbone
+from resbackbone.checkpoints.conversion import convert_state_dict
 from resbackbone.cli.console import with_progress
 from resbackbone.complexity import build_on_meta, measure
 from resbackbone.config import load_config
@@ -39,7 +39,7 @@ KEYS = (
     *("url", "sha256", "layout", "config", "overrides", "params", "macs", "acc1", "acc5", "classes", "license"),
     *("preprocessing", "crop_pct", "mebibytes", "default", "aliases"),
 )
-_CLASSIFIER = re.compile(r"(fc|head|head\.fc)\.")
+_HEAD = re.compile(r"(fc|bn|gn)\.")  # the classifier, and the norm in front of it that ResNetV2 may have
 
 
 def main(
@@ -120,15 +120,14 @@ def differences(published: Published) -> Iterator[str]:
     """Say where our backbone is another one than the origin's, or than the origin says.
 
     Raises:
-        ValueError: If the shapes of the weights differ, so that they could not be loaded.
+        ValueError: If names or shapes of the tensors differ, so that they could not be loaded.
     """
     net = our_model(published.config, json.dumps(published.values.get("overrides") or {}))
     if published.build is not None:
         with shapes_only():
             theirs = published.build()
-        if shapes(theirs) != shapes(net):
-            only = {"theirs": shapes(theirs) - shapes(net), "ours": shapes(net) - shapes(theirs)}
-            raise ValueError(f"{published.name} does not fit the config {published.config!r}: {only}")
+        if misfits := compare(theirs, published.values["layout"], net):
+            raise ValueError(f"{published.name} does not fit the config {published.config!r}: {', '.join(misfits[:5])}")
     complexity = measure(net)
     if published.params:
         classes = published.values["classes"]
@@ -158,10 +157,12 @@ def shapes_only() -> Iterator[None]:
         yield
 
 
-def shapes(model: nn.Module) -> Counter[tuple[int, ...]]:
-    """Count the shapes of a model's convolutions and linear layers, its classifier apart."""
-    named = model.named_parameters()
-    return Counter(tuple(value.shape) for name, value in named if value.dim() > 1 and not _CLASSIFIER.match(name))
+def compare(theirs: nn.Module, layout: str, ours: Backbone) -> list[str]:
+    """List the tensors of a model that ours lacks or has in another shape, and the reverse; classifiers apart."""
+    native = convert_state_dict(theirs.state_dict(), source=layout, target="native")
+    shapes = {name: value.shape for name, value in native.items() if not _HEAD.match(name)}
+    own = {name: value.shape for name, value in ours.state_dict().items() if not _HEAD.match(name)}
+    return sorted(name for name in shapes | own if shapes.get(name) != own.get(name))
 
 
 if __name__ == "__main__":

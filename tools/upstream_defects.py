@@ -84,8 +84,8 @@ DEFECTS = {
     19: Defect(
         "Training on a CPU in bfloat16, resuming, and loading checkpoints",
         remains="`AmpOptimWrapper`, `Runner` and `CheckpointLoader` are mmengine's, and stay in use under its runner. "
-        "`resbackbone.checkpoints.load_checkpoint` never executes what is in a file; one with a `HistoryBuffer` or "
-        "numpy values beside its weights it refuses in words, for the time being.",
+        "Where weights go through `resbackbone.checkpoints.load_checkpoint`, as they do for `init_cfg`, nothing in a "
+        "file runs, and the logs and numpy values in it are no hindrance.",
     ),
     20: Defect(
         "`mmdet::` configs and `mmengine.hub` need `pkg_resources`, gone from setuptools 82 on",

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from resbackbone.backbones.initialisation import PretrainedModule
 from resbackbone.features import FeatureInfo
-from resbackbone.layers import Module
 from resbackbone.layers.module import InitConfig
 from resbackbone.layers.tracing import is_tracing
 
 
-class Backbone(Module):
+class Backbone(PretrainedModule):
     """The base of the backbones.
 
     A subclass sets ``in_channels``, ``out_indices``, ``frozen_stages`` and ``norm_eval``, reports each stage with
     :meth:`add_stage` as it builds it, and says in :meth:`frozen_modules` what freezing means.
 
     Args:
-        init_cfg: As for :class:`~resbackbone.layers.Module`.
+        init_cfg: As for :class:`~resbackbone.backbones.initialisation.PretrainedModule`.
     """
 
     in_channels: int

@@ -9,19 +9,18 @@ from torch import Tensor
 
 from resbackbone.backbones.arguments import check_depth
 from resbackbone.backbones.base import eval_batch_norms
-from resbackbone.backbones.initialisation import check_initialisation, resolve_init_cfg
+from resbackbone.backbones.initialisation import PretrainedModule, check_initialisation, resolve_init_cfg
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks.base import check_dcn
 from resbackbone.checks import check_choice, check_flag, check_int
-from resbackbone.layers import Module
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.registry import MODELS, find_type, split_type
 
 
 # The name is mmdet's, in whose configs it stands as `shared_head=dict(type="ResLayer", ...)`.
 @MODELS.register_module("ResLayer")
-class SharedHead(Module):
+class SharedHead(PretrainedModule):
     """One stage of a ResNet, run on the features of regions; the bounding-box and mask heads share it.
 
     Its keys are those of the stage in a ResNet (``layer4.0.conv1.weight``), so that it loads a ResNet's checkpoint.

@@ -1,5 +1,17 @@
-"""Weights from files into backbones."""
+"""Weights of anybody's into backbones, and backbones' weights into anybody's names."""
 
-from resbackbone.checkpoints.loading import LoadReport, load_checkpoint
+from resbackbone.checkpoints.catalog import Weights, default_weights, find_weights, list_weights
+from resbackbone.checkpoints.conversion import convert_state_dict, detect_layout
+from resbackbone.checkpoints.loading import load_checkpoint
+from resbackbone.checkpoints.report import LoadReport
 
-__all__ = ["LoadReport", "load_checkpoint"]
+__all__ = [
+    "LoadReport",
+    "Weights",
+    "convert_state_dict",
+    "default_weights",
+    "detect_layout",
+    "find_weights",
+    "list_weights",
+    "load_checkpoint",
+]

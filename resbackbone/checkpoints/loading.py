@@ -1,111 +1,176 @@
-"""Loading a file of native weights into a backbone: all of it or nothing, with a report."""
+"""Loading anybody's weights into a backbone: all of them or none, with a report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from resbackbone.layers.deform_conv import rename_old_offsets
+from resbackbone.blocks.base import ResidualBlock
+from resbackbone.checkpoints.adapting import Adapted, adapt
+from resbackbone.checkpoints.catalog import Weights
+from resbackbone.checkpoints.conversion import find_backbone
+from resbackbone.checkpoints.files import check_weights, read_file
+from resbackbone.checkpoints.layouts import Tensors
+from resbackbone.checkpoints.report import LoadReport
+from resbackbone.checkpoints.sources import locate
+from resbackbone.checks import check_choice
+from resbackbone.layers.plugins import plugin_name
+from resbackbone.preprocessing import CAFFE, TORCHVISION
+
+_COUNTER = "num_batches_tracked"  # old files lack it, frozen norms do not have it, and it influences nothing
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of a checkpoint.
+def load_checkpoint(
+    net: nn.Module,
+    source: str | Path,
+    *,
+    strict: Literal["backbone", "all"] | bool = "backbone",
+    layout: str | None = None,
+    prefix: str | None = None,
+    expects: Literal["checkpoint", "torchvision"] = "checkpoint",
+) -> LoadReport:
+    """Load weights of whatever origin, all of them or none.
 
-    Attributes:
-        layout: How its keys were named.
-        loaded: Keys of the model that were filled.
-        missing: Keys of the model that the checkpoint does not have.
-        unexpected: Keys of the checkpoint that the model does not have, its classifier's among them.
-        mismatched: Keys whose shapes differ, with both shapes.
-    """
-
-    layout: str
-    loaded: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    mismatched: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """Count each kind in one line."""
-        return (
-            f"{len(self.loaded)} tensors loaded ({self.layout} keys), {len(self.missing)} missing, "
-            f"{len(self.unexpected)} unexpected, {len(self.mismatched)} of another shape"
-        )
-
-
-def load_checkpoint(net: nn.Module, source: str | Path) -> LoadReport:
-    """Load weights whose keys are the native ones, which are torchvision's, or those of a whole detector's backbone.
+    Afterwards ``net.preprocessing`` says what the weights expect of an image.
 
     Args:
-        net: The backbone. It changes only if every one of its tensors is in the file with the right shape.
-        source: A ``.pth``, ``.pt`` or ``.safetensors`` file. Nothing in it is executed (``weights_only``).
+        net: The backbone. It changes only if the whole load succeeds.
+        source: A local ``.pth``, ``.pt``, ``.pkl``, ``.npz`` or ``.safetensors`` file, a name of
+            :func:`~resbackbone.checkpoints.list_weights`, a URL, or ``torchvision://``, ``open-mmlab://`` or
+            ``mmcls://`` and a name. Nothing in it is executed.
+        strict: "backbone" (or True): every tensor of the backbone must be there, and none that another backbone would
+            have besides; heads are ignored and counted. "all": there must be no heads either, a classifier apart.
+            False: what fits is loaded, and the report tells the rest.
+        layout: Whose keys they are; None to find out.
+        prefix: What stands before the backbone's keys, where a file has several; None to find out.
+        expects: "checkpoint" leaves the first convolution as it was trained; "torchvision" makes it take RGB images
+            divided by torchvision's deviations, also where it was trained on BGR or undivided ones.
 
     Returns:
-        What was loaded, and what in the file was left over (a classifier, heads).
+        What was loaded, ignored and changed.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or holds anything but tensors and plain values; or a tensor of the backbone
-            is missing or has another shape, which the error lists.
+        KeyError: If the name or ``layout`` is unknown.
+        OSError: If a download fails.
+        ValueError: If the file is damaged or holds anything but weights, or does not fit, which the error lists.
     """
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {str(path)!r}; give the path of a .pth, .pt or .safetensors file")
-    layout, tensors = _strip(_read(path))
-    rename_old_offsets(net, tensors)
-    own = net.state_dict()
-    # Counters that old files lack; they influence nothing.
-    optional = {key for key in own if key.endswith("num_batches_tracked")}
-    report = LoadReport(
-        layout=layout,
-        loaded=tuple(key for key in own if key in tensors),
-        missing=tuple(key for key in own if key not in tensors and key not in optional),
-        unexpected=tuple(key for key in tensors if key not in own),
-        mismatched=tuple(
-            f"{key} {tuple(tensors[key].shape)} for {tuple(own[key].shape)}"
-            for key in own
-            if key in tensors and tensors[key].shape != own[key].shape
-        ),
+    check_choice("strict", strict, ("backbone", "all", True, False))
+    check_choice("expects", expects, ("checkpoint", "torchvision"))
+    tensors, known = read_tensors(source)
+    if prefix is not None:
+        tensors = {key: tensor for key, tensor in tensors.items() if f".{key}".find(f".{prefix}") >= 0}
+    found = find_backbone(tensors, known.layout if layout is None and known is not None else layout)
+    caffe = found.layout.name in ("detectron2", "caffe2") or getattr(net, "style", "pytorch") == "caffe"
+    expected = CAFFE if caffe else TORCHVISION
+    if known is not None and known.preprocessing is not None:
+        expected = known.preprocessing
+    adapted = adapt(found.native, net, expected, absorb=expects == "torchvision")
+    notes = [f"the backbone below {found.prefix!r}"] if found.prefix else []
+    notes += [f"not the one below {prefix!r}" for prefix in found.prefixes]
+    report = _compare(
+        net, adapted, found.others, source=str(source), layout=found.layout.name, notes=(*notes, *adapted.notes)
     )
-    if report.missing or report.mismatched:
-        worst = [*report.mismatched, *report.missing][:5]
+    if wrong := problems(report, strict):
         raise ValueError(
-            f"{str(path)!r} does not fit {type(net).__name__}, nothing was changed: {report}: {', '.join(worst)}"
+            f"{str(source)!r} does not fit {type(net).__name__}, nothing was changed: {report.summary()}: "
+            + ", ".join(wrong[:5])
         )
-    net.load_state_dict({key: tensors[key] for key in report.loaded}, strict=False)
+    weights = {key: adapted.tensors[key] for key in report.loaded}
+    check_weights(weights)
+    _fill(net, weights)
+    net.preprocessing = adapted.expected  # type: ignore[assignment]
     return report
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # what a damaged or hostile file makes zip, pickle and safetensors raise is of many kinds
-        raise ValueError(f"{str(path)!r} cannot be read as weights alone: {error}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{str(path)!r} holds no state dict but a {type(content).__name__}")
-    return content
+def read_tensors(source: str | Path) -> tuple[Tensors, Weights | None]:
+    """Read a checkpoint's tensors, and what the catalog says of it.
+
+    Args:
+        source: As for :func:`load_checkpoint`, which says what is raised, too.
+
+    Returns:
+        Every tensor, by the names of all the mappings that lead to it, with dots between.
+    """
+    path, known = locate(source)
+    return dict(_flatten(read_file(path))), known
 
 
-def _strip(content: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
-    """Keep the tensors, and of a whole detector or segmentor those of its backbone, without the prefix."""
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    prefix = "backbone."
-    if any(key.startswith(prefix) for key in tensors):
-        inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        outside = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
-        return "mmdet", {**outside, **inside}
-    return "native", tensors
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor with the keys that lead to it; a file's wrappings are prefixes like any other."""
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+
+
+def _compare(
+    net: nn.Module, adapted: Adapted, others: tuple[str, ...], *, source: str, layout: str, notes: tuple[str, ...]
+) -> LoadReport:
+    own, tensors = net.state_dict(), adapted.tensors
+    dispensable = _dispensable(net)
+    absent = [key for key in own if key not in tensors]
+    extra = [key for key in tensors if key not in own]
+    # What lies in no part that the net has is a head's, a later stage's, or another stem's, whose own lack is an error.
+    parts = {name for name, _ in net.named_children()}
+    unexpected = [key for key in extra if key.partition(".")[0] in parts and not key.endswith(_COUNTER)]
+    mismatched = {
+        key: f"{key} {_describe(tensors[key])} for {_describe(own[key])}"
+        for key in own
+        if key in tensors and not _alike(tensors[key], own[key])
+    }
+    return LoadReport(
+        source=source,
+        layout=layout,
+        loaded=tuple(key for key in own if key in tensors and key not in mismatched),
+        missing=tuple(key for key in absent if key not in dispensable),
+        kept=tuple(key for key in absent if key in dispensable),
+        unexpected=tuple(unexpected),
+        ignored=(*(key for key in extra if key not in unexpected), *others),
+        mismatched=tuple(mismatched.values()),
+        adapted=notes,
+    )
+
+
+def _dispensable(net: nn.Module) -> set[str]:
+    """The keys that a checkpoint need not have: counters, the user's plugins, what begins as if it were not there."""
+    cfgs = [plugin["cfg"] for plugin in getattr(net, "plugins", None) or ()]
+    plugins = [plugin_name(cfg, cfg.get("postfix", "")) for cfg in cfgs]
+    neutral = tuple(
+        f"{name}.{child}".lstrip(".")
+        for name, module in net.named_modules()
+        for child in (*getattr(module, "neutral", ()), *(plugins if isinstance(module, ResidualBlock) else ()))
+    )
+    return {key for key in net.state_dict() if key.endswith(_COUNTER) or key.startswith(neutral)}
+
+
+def _alike(tensor: Tensor, own: Tensor) -> bool:
+    return tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
+
+
+def _describe(tensor: Tensor) -> str:
+    kind = "" if tensor.is_floating_point() else f" of {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{tuple(tensor.shape)}{kind}"
+
+
+def problems(report: LoadReport, strict: str | bool = "backbone") -> list[str]:
+    """List what of a report forbids to load it under ``strict``; see :func:`load_checkpoint`."""
+    if strict is False:
+        return [] if report.loaded else ["nothing fits"]
+    heads = report.ignored if strict == "all" else ()
+    heads = tuple(key for key in heads if not key.startswith("fc."))
+    return [*report.mismatched, *report.missing, *report.unexpected, *heads]
+
+
+def _fill(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Write the weights into the net; one on the meta device gets memory of its own for them."""
+    meta = [key for key, tensor in net.state_dict().items() if tensor.is_meta]
+    if left := [key for key in meta if key not in weights]:
+        raise ValueError(f"{left[0]!r} and {len(left) - 1} more are on the meta device and not in the checkpoint")
+    if meta:
+        weights = {key: tensor.clone() for key, tensor in weights.items()}
+    net.load_state_dict(weights, strict=False, assign=bool(meta))

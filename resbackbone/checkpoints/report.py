@@ -22,8 +22,8 @@ class LoadReport:
         missing: Keys of the model that the checkpoint does not have.
         kept: Keys of the model that the checkpoint does not have and need not have: layers that begin as if they were
             not there (offsets of deformable convolutions, say), and counters.
-        unexpected: Keys of the backbone in the checkpoint that the model does not have.
-        ignored: Keys of the checkpoint that are no backbone's: classifiers, necks, heads, other backbones.
+        unexpected: Keys of the checkpoint, inside of parts that the model has, that the model does not have.
+        ignored: Keys of the checkpoint outside of them: classifiers, necks, heads, further stages, other backbones.
         mismatched: Keys whose shapes differ, with both shapes.
         adapted: What was changed on the way, in words.
     """

@@ -6,14 +6,18 @@ from typing import Annotated
 
 import typer
 
+from resbackbone.cli.convert import convert
 from resbackbone.cli.extract import extract
 from resbackbone.cli.info import info
 from resbackbone.cli.list import list_backbones
+from resbackbone.cli.load_report import load_report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
 app.command("list")(list_backbones)
 app.command("info")(info)
 app.command("extract")(extract)
+app.command("convert")(convert)
+app.command("load-report")(load_report)
 
 
 def main() -> None:

@@ -41,7 +41,9 @@ def extract(
     pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE", help="Pictures and folders of pictures.")],
     *,
     out: Annotated[Path, typer.Option(help="Folder for the results; each picture gets a folder of its name in it.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights: a .pth, .pt or .safetensors file.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Weights: a file, a name that `resbackbone list --weights` shows, or a URL.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Number format; bfloat16 is float32 in .npy files.")] = Dtype.FLOAT32,
     size: Annotated[

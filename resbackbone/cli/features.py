@@ -30,7 +30,7 @@ class Extractor:
 
     Args:
         config: A name or path, as for :func:`resbackbone.build_backbone`.
-        checkpoint: A file of weights for the backbone.
+        checkpoint: Weights for the backbone, as for :func:`resbackbone.checkpoints.load_checkpoint`.
         device: A device of :func:`available_devices`.
         dtype: Name of a torch dtype.
         fpn: Whether an FPN's outputs take the place of the backbone's.
@@ -43,21 +43,22 @@ class Extractor:
         KeyError, TypeError, ValueError, FileNotFoundError: If something does not fit; the message is for the user.
     """
 
-    def __init__(self, config: str, *, checkpoint: Path | None, device: str, dtype: str, fpn: bool) -> None:
+    def __init__(self, config: str, *, checkpoint: str | None, device: str, dtype: str, fpn: bool) -> None:
         if device not in (available := available_devices()) and f"{device}:0" not in available:
             raise ValueError(f"device {device!r} is not there; available: {', '.join(available)}")
         backbone_config = load_config(config).backbone
         torch.manual_seed(SEED)
         self.net: Backbone = build_backbone(backbone_config)
         self.in_channels = self.net.in_channels
-        style = getattr(self.net, "style", "pytorch")
-        self.preprocessing = preprocessing_for(in_channels=self.in_channels, style=style)
         name = config if config in config_files() else Path(config).stem
         weights = _configured_weights(backbone_config)
         self.title = f"{name}   {'random weights' if weights is None else Path(weights).name}"
         if checkpoint is not None:
-            weights = f"{checkpoint} ({load_checkpoint(self.net, checkpoint)})"
-            self.title = f"{name}   {checkpoint.name}"
+            weights = f"{checkpoint} ({load_checkpoint(self.net, checkpoint).summary()})"
+            self.title = f"{name}   {Path(checkpoint).name}"
+        style = getattr(self.net, "style", "pytorch")
+        usual = preprocessing_for(in_channels=self.in_channels, style=style)
+        self.preprocessing = self.net.preprocessing or usual
         self.about_weights = [f"weights: {weights or 'random (no checkpoint given)'}"]
         self.levels = {info.name: info.stride for info in self.net.feature_info}
         self.fpn: FPN | None = None

@@ -1,0 +1,72 @@
+"""Writing weights into the kinds of files that libraries read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from resbackbone.checks import nearest
+
+_PICKLE_PROTOCOL = 2  # which every reader of Detectron's, detectron2's and PaddlePaddle's files knows
+
+
+def save_weights(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write tensors to a file, which appears under its name only when it is complete.
+
+    Args:
+        tensors: By name.
+        path: Its suffix says how: ``.pth`` or ``.pt`` as PyTorch does, ``.safetensors``, ``.npz``, or a pickle of numpy
+            arrays as ``.pkl`` (below "model", as detectron2 reads it) or ``.pdparams`` (PaddlePaddle).
+
+    Raises:
+        ValueError: If the suffix is another.
+        OSError: If the file cannot be written, FileNotFoundError if its folder does not exist.
+    """
+    path = Path(path)
+    if path.suffix not in _WRITERS:
+        raise ValueError(f"cannot write {path.suffix!r} files{nearest(path.suffix, _WRITERS)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {str(path.parent)!r} to write {path.name} into")
+    owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    try:
+        _WRITERS[path.suffix](owned, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def _save_npz(tensors: dict[str, Tensor], path: Path) -> None:
+    np.savez(path, **_arrays(tensors))
+
+
+def _save_detectron(tensors: dict[str, Tensor], path: Path) -> None:
+    # What makes detectron2 take the names as its own backbone's, whatever stands before them in the model.
+    content = {"model": _arrays(tensors), "__author__": "resbackbone", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content, _PICKLE_PROTOCOL))
+
+
+def _save_paddle(tensors: dict[str, Tensor], path: Path) -> None:
+    path.write_bytes(pickle.dumps(_arrays(tensors), _PICKLE_PROTOCOL))
+
+
+_WRITERS: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
+    ".pth": torch.save,
+    ".pt": torch.save,
+    ".safetensors": save_file,
+    ".npz": _save_npz,
+    ".pkl": _save_detectron,
+    ".pdparams": _save_paddle,
+}

@@ -1,0 +1,39 @@
+"""``resbackbone convert``: a checkpoint in another library's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resbackbone.cli.console import say, user_errors
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A file, a name that `resbackbone list --weights` shows, or a URL.")
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="A .pth, .safetensors, .npz, or, of arrays, .pkl or .pdparams file.")
+    ],
+    *,
+    to: Annotated[str, typer.Option(metavar="LAYOUT", help="Whose names: native, timm, detectron2, huggingface, ...")],
+    layout: Annotated[
+        str | None, typer.Option("--from", metavar="LAYOUT", help="Whose names SRC has.", show_default="found out")
+    ] = None,
+) -> None:
+    """Write the backbone of a checkpoint, and its classifier, with another library's keys."""
+    from resbackbone.checkpoints.conversion import find_backbone, get_layout
+    from resbackbone.checkpoints.loading import read_tensors
+    from resbackbone.checkpoints.saving import save_weights
+
+    with user_errors():
+        target = get_layout(to)
+        tensors, _ = read_tensors(source)
+        found = find_backbone(tensors, layout)
+        converted = target.to_foreign(found.native)
+        save_weights(converted, destination)
+    say(f"{len(converted)} tensors, {found.layout.name} to {target.name}: {destination}", style="green")
+    if found.others:
+        say(f"{len(found.others)} left out that are no backbone's, such as {found.others[0]}")

@@ -1,0 +1,29 @@
+"""``resbackbone load-report``: whether a checkpoint fits a backbone, and what becomes of it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from resbackbone.cli.console import results, user_errors
+
+
+def load_report(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A name that `resbackbone list` shows, or a .yaml or .py file.")
+    ],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A file, a name that `resbackbone list --weights` shows, or a URL.")
+    ],
+) -> None:
+    """Show what loading SRC into CONFIG does, key by key; the exit status is 1 if it would be refused."""
+    from resbackbone.checkpoints import load_checkpoint
+    from resbackbone.checkpoints.loading import problems
+    from resbackbone.config import construct_backbone
+
+    with user_errors():
+        report = load_checkpoint(construct_backbone(config), source, strict=False)
+    results.print(report)
+    if problems(report):
+        raise typer.Exit(1)
