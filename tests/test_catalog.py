@@ -294,7 +294,7 @@ def test_a_backbone_that_does_not_fit_is_refused():
         if fits:
             assert list(build_catalog.differences(published)) == []
         else:
-            with pytest.raises(ValueError, match=f"does not fit the config '{config}': .*conv1.weight"):
+            with pytest.raises(ValueError, match=f"does not fit the config '{config}': "):
                 list(build_catalog.differences(published))
 
 
