@@ -5,14 +5,16 @@ from pathlib import Path
 
 import build_catalog
 import pytest
+import torch
 import yaml
 from catalog_origins import mmengine_names
-from faulty_web import CONTENT, serve
+from faulty_web import serve
 from rich.console import Console
+from safetensors.torch import save
 from typer.testing import CliRunner
 
-from resbackbone import list_backbones
-from resbackbone.checkpoints import sources
+from resbackbone import build_backbone, list_backbones
+from resbackbone.checkpoints import convert_state_dict, load_checkpoint, sources
 from resbackbone.checkpoints.catalog import Weights, _names, default_weights, find_weights, list_weights
 from resbackbone.checkpoints.download import DownloadError, cache_path
 from resbackbone.checkpoints.layouts import LAYOUTS
@@ -235,21 +237,37 @@ def test_the_error_of_a_prefix_names_all():
     assert all(f"{prefix}://" in str(caught.value) for prefix in (*PREFIXES, "http", "https"))
 
 
-def test_a_mirror_serves_the_catalog(tmp_path, monkeypatch):
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A server that stands in for the Hub and torchvision's, and an empty cache."""
     monkeypatch.setattr(Console, "is_terminal", False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("no_proxy", "*")
     with serve() as web:
         pairs = [f"https://{host}={web.url}/{host}" for host in ("huggingface.co", "download.pytorch.org")]
         monkeypatch.setenv("RESBACKBONE_MIRROR", ",".join(pairs))
-        path, weights = locate("timm://resnet18d.ra4_e3600_r224_in1k")
-        assert path.read_bytes() == CONTENT
-        assert path.parent == tmp_path / "hub" / "checkpoints"
-        assert weights.preprocessing.mean == (127.5, 127.5, 127.5)
-        with pytest.raises(DownloadError, match=r"not f37072fd\.\.\.; put the file at"):
-            locate("torchvision://resnet18")
+        yield web
+
+
+def test_a_name_is_all_it_takes(mirror, tmp_path):
+    trained, net = build_backbone("resnet18_v1d"), build_backbone("resnet18_v1d")
+    mirror.content = save(convert_state_dict(trained.state_dict(), target="timm"))
+    report = load_checkpoint(net, "timm://resnet18d.ra4_e3600_r224_in1k")
     hub = "/huggingface.co/timm/resnet18d.ra4_e3600_r224_in1k/resolve/main/model.safetensors"
-    assert [asked for asked, _ in web.requests] == [hub, "/download.pytorch.org/models/resnet18-f37072fd.pth"]
+    assert [asked for asked, _ in mirror.requests] == [hub]
+    assert list((tmp_path / "hub" / "checkpoints").glob("????????_model.safetensors"))
+    assert report.layout == "timm"
+    assert net.preprocessing.mean == (127.5, 127.5, 127.5)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in trained.state_dict().items())
+
+
+def test_a_false_file_of_the_catalog_is_refused(mirror):
+    net = build_backbone("resnet18")
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(DownloadError, match=r"not f37072fd\.\.\.; put the file at"):
+        load_checkpoint(net, "torchvision://resnet18")
+    assert [asked for asked, _ in mirror.requests] == ["/download.pytorch.org/models/resnet18-f37072fd.pth"]
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
 
 
 # The generator

@@ -146,6 +146,24 @@ def test_a_pickle_of_arrays(source, images, tmp_path, layout):
     assert net.preprocessing == (CAFFE if layout == "detectron2" else TORCHVISION)
 
 
+@pytest.mark.parametrize("layout", ["pycls", "torchvision-regnet", "timm-regnet"])
+def test_regnets(shake, images, tmp_path, layout):
+    source = shake(build_backbone("regnety_400mf")).eval()
+    weights = convert_state_dict(source.state_dict(), "native", layout)
+    torch.save({"model_state": weights, "epoch": 99}, tmp_path / "m.pyth")
+    net = build_backbone("regnety_400mf")
+    assert load_checkpoint(net, tmp_path / "m.pyth").layout == layout
+    assert_features(net, source(images), images)
+
+
+def test_torchvisions_regnet(torchvision, shake, images, tmp_path):
+    model = shake(torchvision.models.get_model("regnet_x_400mf"))
+    torch.save(model.state_dict(), tmp_path / "m.pth")
+    net = build_backbone("regnetx_400mf_tv")
+    load_checkpoint(net, tmp_path / "m.pth")
+    assert_features(net, levels_of(model, [f"trunk_output.block{stage}" for stage in (1, 2, 3, 4)], images), images)
+
+
 def test_caffe2(source, images, tmp_path):
     """Frozen norms, and their statistics gone: what is computed stays."""
     blobs = numpy_of(convert_state_dict(source.state_dict(), "native", "caffe2"))

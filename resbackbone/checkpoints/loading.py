@@ -20,6 +20,16 @@ from resbackbone.checks import check_choice
 from resbackbone.layers.plugins import plugin_name
 from resbackbone.preprocessing import CAFFE, TORCHVISION
 
+# What a trainer saves beside weights; mmengine's names, Lightning's and those of training scripts.
+_NO_WEIGHTS = {
+    "optimizer",
+    "optimizers",
+    "optimizer_states",
+    "message_hub",
+    "param_schedulers",
+    "lr_scheduler",
+    "scaler",
+}
 _COUNTER = "num_batches_tracked"  # old files lack it, frozen norms do not have it, and it influences nothing
 
 
@@ -104,7 +114,7 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
     for key, value in content.items():
         if isinstance(value, Tensor):
             yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) and key not in _NO_WEIGHTS:
             yield from _flatten(value, f"{prefix}{key}.")
 
 

@@ -62,7 +62,7 @@ def test_features_are_the_hosts(tmp_path, wrap, host, options, config, layout):
     torch.save(wrap(native), tmp_path / "epoch_3.pth")
     net = build_backbone(config)
     report = load_checkpoint(net, tmp_path / "epoch_3.pth")
-    assert (report.layout, report.missing, report.unexpected) == (layout, (), ())
+    assert (report.layout, report.missing, report.unexpected, report.ignored) == (layout, (), (), ())
     native.eval()
     net.eval()
     with torch.no_grad():
