@@ -57,7 +57,8 @@ class Preprocessing:
 
 
 TORCHVISION = Preprocessing()
-CAFFE = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), order="BGR")
+CAFFE = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), order="BGR")  # as detectron2 has it
+DETECTRON = Preprocessing(mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), order="BGR")  # and its forerunner
 
 
 def preprocessing_for(*, in_channels: int, style: str) -> Preprocessing:

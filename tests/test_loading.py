@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from resbackbone import ResNet, SharedHead, build_backbone
 from resbackbone.checkpoints import convert_state_dict, find_weights, load_checkpoint
-from resbackbone.preprocessing import CAFFE, TORCHVISION, Preprocessing
+from resbackbone.preprocessing import CAFFE, DETECTRON, TORCHVISION, Preprocessing
 
 SAME = {"rtol": 0, "atol": 0}
 
@@ -175,7 +175,7 @@ def test_caffe2(source, images, tmp_path):
     pytorch = ResNet(50, base_channels=8)
     load_checkpoint(pytorch, tmp_path / "R-50.pkl")
     assert_features(pytorch, source(images), images, rtol=1e-5, atol=1e-5)
-    assert net.preprocessing == CAFFE
+    assert net.preprocessing == DETECTRON
 
 
 def test_weights_of_caffe_on_torchvisions_images(source, tmp_path):

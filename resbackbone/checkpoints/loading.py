@@ -18,7 +18,7 @@ from resbackbone.checkpoints.report import LoadReport
 from resbackbone.checkpoints.sources import locate
 from resbackbone.checks import check_choice
 from resbackbone.layers.plugins import plugin_name
-from resbackbone.preprocessing import CAFFE, TORCHVISION
+from resbackbone.preprocessing import CAFFE, DETECTRON, TORCHVISION, Preprocessing
 
 # What a trainer saves beside weights; mmengine's names, Lightning's and those of training scripts.
 _NO_WEIGHTS = {
@@ -73,11 +73,9 @@ def load_checkpoint(
     tensors, known = read_tensors(source)
     if prefix is not None:
         tensors = {key: tensor for key, tensor in tensors.items() if f".{key}".find(f".{prefix}") >= 0}
-    found = find_backbone(tensors, known.layout if layout is None and known is not None else layout)
-    caffe = found.layout.name in ("detectron2", "caffe2") or getattr(net, "style", "pytorch") == "caffe"
-    expected = CAFFE if caffe else TORCHVISION
-    if known is not None and known.preprocessing is not None:
-        expected = known.preprocessing
+    found = find_backbone(tensors, layout)
+    expected = None if known is None else known.preprocessing
+    expected = expected or _usual_preprocessing(found.layout.name, getattr(net, "style", "pytorch"))
     adapted = adapt(found.native, net, expected, absorb=expects == "torchvision")
     notes = [f"the backbone below {found.prefix!r}"] if found.prefix else []
     notes += [f"not the one below {prefix!r}" for prefix in found.prefixes]
@@ -94,6 +92,13 @@ def load_checkpoint(
     _fill(net, weights)
     net.preprocessing = adapted.expected  # type: ignore[assignment]
     return report
+
+
+def _usual_preprocessing(layout: str, style: str) -> Preprocessing:
+    """What weights of that layout for a net of that style most often expect, where nobody says."""
+    if layout == "caffe2":
+        return DETECTRON
+    return CAFFE if layout == "detectron2" or style == "caffe" else TORCHVISION
 
 
 def read_tensors(source: str | Path) -> tuple[Tensors, Weights | None]:
