@@ -315,6 +315,12 @@ def test_what_is_no_backbone_is_refused():
         convert_state_dict(random_weights("resnet18"), "paddle")
 
 
+def test_two_names_of_one_tensor_are_refused():
+    weights = random_weights("resnet18")
+    with pytest.raises(ValueError, match=r"stem\.conv1\.norm\.weight and bn1\.weight both mean bn1\.weight"):
+        convert_state_dict(convert_state_dict(weights, target="detectron2") | {"bn1.weight": weights["bn1.weight"]})
+
+
 @pytest.mark.parametrize("end", ["source", "target"])
 def test_an_unknown_layout_is_answered_with_the_nearest(end):
     with pytest.raises(KeyError, match=r"unknown layout 'detectron'; did you mean 'detectron2'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -66,9 +67,16 @@ class Layout:
         return {name: best.get(name, name) for name in names}
 
     def to_native(self, tensors: Mapping[str, Tensor]) -> Tensors:
-        """Give foreign tensors their native names and values."""
+        """Give foreign tensors their native names and values.
+
+        Raises:
+            ValueError: If two of them mean the same.
+        """
         tidied = self.tidy(dict(tensors))
         renamed = self.native_names(tidied)
+        counts = Counter(renamed.values())
+        if twice := [name for name, native in renamed.items() if counts[native] > 1]:
+            raise ValueError(f"{' and '.join(twice[:2])} both mean {renamed[twice[0]]}, the weights of one tensor")
         native = self.finish({renamed[name]: tensor for name, tensor in tidied.items()})
         if not self.tables or any(name.endswith(".running_mean") for name in native):
             return native
