@@ -35,7 +35,7 @@ class Backbone(PretrainedModule):
         super().__init__(init_cfg)
         self.res_layers: list[str] = []
         self._stages: list[FeatureInfo] = []
-        self.register_forward_pre_hook(_check_images)
+        self.register_forward_pre_hook(_check_input)
 
     def add_stage(self, stage: nn.Module, *, channels: int, stride: int) -> None:
         """Add the next stage as ``layer1``, ``layer2``, ...
@@ -103,22 +103,30 @@ def total_stride(modules: Iterable[nn.Module]) -> int:
     return math.prod(stride[0] if isinstance(stride, tuple) else stride for stride in strides)
 
 
-def _check_images(backbone: Backbone, args: tuple[Any, ...]) -> None:
-    """Refuse input that is no batch of images of the right channels, in words; the layers would do so in theirs.
-
-    A hook and not part of ``forward``, so that tracing sees plain layers.
-    """
+def _check_input(backbone: Backbone, args: tuple[Any, ...]) -> None:
+    """Check images in a hook and not in ``forward``, so that tracing sees plain layers."""
     images = args[0] if args else None
-    if isinstance(images, torch.fx.Proxy) or is_tracing():
-        return
-    name = type(backbone).__name__
+    if not isinstance(images, torch.fx.Proxy) and not is_tracing():
+        check_images(images, type(backbone).__name__, backbone.in_channels)
+
+
+def check_images(images: Any, name: str, in_channels: int) -> None:
+    """Refuse what is no batch of images of the right channels, in words; the layers would do so in theirs.
+
+    Args:
+        images: What should be ``(N, in_channels, H, W)``.
+        name: Who takes them.
+        in_channels: How many channels they must have.
+
+    Raises:
+        TypeError: If it is no tensor, or not of floating-point numbers.
+        ValueError: If its shape is another.
+    """
     if not isinstance(images, Tensor):
-        raise TypeError(
-            f"{name} takes a tensor of images (N, {backbone.in_channels}, H, W), got {type(images).__name__}"
-        )
-    if images.dim() != 4 or images.shape[1] != backbone.in_channels:
+        raise TypeError(f"{name} takes a tensor of images (N, {in_channels}, H, W), got {type(images).__name__}")
+    if images.dim() != 4 or images.shape[1] != in_channels:
         raise ValueError(
-            f"{name} takes images of shape (N, {backbone.in_channels}, H, W), got {tuple(images.shape)}; "
+            f"{name} takes images of shape (N, {in_channels}, H, W), got {tuple(images.shape)}; "
             "add the batch dimension, or build the backbone with the `in_channels` of your images"
         )
     if not images.is_floating_point():

@@ -1,0 +1,141 @@
+"""Finding, in a traced net, what can run as one operator."""
+
+from __future__ import annotations
+
+import operator
+from typing import TypeGuard
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resbackbone.inference.convolution import FusedConv2d
+from resbackbone.layers import ConvAWS2d, ConvWS2d, DeformConv2d, DropPath, FrozenBatchNorm2d, SAConv2d, StdConv2d
+
+_ADD = {operator.add, operator.iadd, torch.add}
+_CONVOLUTIONS = (nn.Conv2d, ConvWS2d, StdConv2d, ConvAWS2d)  # these, but not what is derived from them
+_WHOLE = (*_CONVOLUTIONS, DeformConv2d, SAConv2d, FrozenBatchNorm2d)
+
+
+class _Tracer(fx.Tracer):
+    """Takes as one step what is fused as one, and what computes with sizes, which no graph can hold."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _WHOLE) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(net: nn.Module) -> fx.GraphModule:
+    """Record what a net computes.
+
+    Raises:
+        ValueError: If its computation depends on its input, so that no graph can hold it.
+    """
+    try:
+        graph = _Tracer().trace(net)
+    except (fx.proxy.TraceError, TypeError) as error:
+        raise ValueError(f"{type(net).__name__} cannot be traced: {error}") from error
+    for node in graph.nodes:
+        node.type = None  # annotations come as text, with which no graph can be pickled
+    return fx.GraphModule(net, graph)
+
+
+def fuse(traced: fx.GraphModule, dtype: torch.dtype) -> list[FusedConv2d]:
+    """Replace, in place, each convolution and what follows it (norm, sum, ReLU) by one operator.
+
+    Args:
+        traced: A net that :func:`trace` recorded, in evaluation.
+        dtype: What the operators compute in.
+
+    Returns:
+        The operators. Each takes the tensor, what to add or None, and the packs, a new input of the graph.
+    """
+    graph = traced.graph
+    first = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_after(first):
+        packs = graph.placeholder("packs")
+    _drop_idle(traced)
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    fused: list[FusedConv2d] = []
+    for node in list(graph.nodes):
+        conv = _module(traced, node)
+        if not _is_fusible(conv):
+            continue
+        last = node
+        norm = None
+        follower = _only_user(last)
+        if follower is not None and _is_foldable(candidate := _module(traced, follower)):
+            norm, last = candidate, follower
+        module = FusedConv2d(conv, norm, dtype, len(fused))
+        other = None
+        follower = _only_user(last)
+        if follower is not None and follower.op == "call_function" and follower.target in _ADD:
+            other = _other_operand(follower, last)
+            if other is not None and order[other] < order[node]:
+                module.overwrite = _is_new(_module(traced, other)) and _is_last_look(other, follower, order)
+                last = follower
+            else:
+                other = None
+        follower = _only_user(last)
+        if follower is not None and isinstance(_module(traced, follower), nn.ReLU):
+            module.relu, last = True, follower
+        name = f"fused_{len(fused)}"
+        traced.add_submodule(name, module)
+        with graph.inserting_before(last):
+            replacement = graph.call_module(name, (node.args[0], other, packs))
+        order[replacement] = order[last]
+        last.replace_all_uses_with(replacement)
+        fused.append(module)
+        _erase(graph, last, stop={node.args[0], other})
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return fused
+
+
+def _erase(graph: fx.Graph, node: fx.Node, stop: set[fx.Node | None]) -> None:
+    """Erase a node that nobody uses any more, and what it alone used."""
+    inputs = [source for source in node.all_input_nodes if source not in stop]
+    graph.erase_node(node)
+    for source in inputs:
+        if not source.users:
+            _erase(graph, source, stop)
+
+
+def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_fusible(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+    return type(module) in _CONVOLUTIONS and module.padding_mode == "zeros" and not isinstance(module.padding, str)  # type: ignore[union-attr]
+
+
+def _is_foldable(module: nn.Module | None) -> bool:
+    return isinstance(module, (_BatchNorm, FrozenBatchNorm2d)) and getattr(module, "running_var", None) is not None
+
+
+def _other_operand(addition: fx.Node, one: fx.Node) -> fx.Node | None:
+    operands = [operand for operand in addition.args if operand is not one]
+    if len(operands) != 1 or not isinstance(operands[0], fx.Node) or addition.kwargs:
+        return None
+    return operands[0]
+
+
+def _drop_idle(traced: fx.GraphModule) -> None:
+    """Take out what does nothing in evaluation."""
+    for node in list(traced.graph.nodes):
+        if isinstance(_module(traced, node), (nn.Identity, nn.Dropout, DropPath)):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+
+
+def _is_new(module: nn.Module | None) -> bool:
+    """Whether what a module hands out is a tensor of its own, and no view of another."""
+    return isinstance(module, (FusedConv2d, nn.MaxPool2d))
+
+
+def _is_last_look(other: fx.Node, addition: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether nobody looks at a tensor after the sum, the caller included."""
+    return all(user is addition or (user.op != "output" and order[user] < order[addition]) for user in other.users)

@@ -1,0 +1,193 @@
+"""An optimised net computes what the net computes, and hands out what its caller may keep and change."""
+
+import copy
+import math
+import pickle
+import threading
+
+import pytest
+import torch
+from cases import CASES, every_case, make
+from torch import nn
+
+from resbackbone import ResNet, build_backbone
+from resbackbone.inference import optimize
+from resbackbone.necks import FPN
+
+SIZES = [(64, 64), (65, 97), (33, 47)]
+
+
+@pytest.fixture
+def build(shake):
+    """Build a case, small and with lively norms, in evaluation."""
+    return lambda case, **options: shake(make(case, **options)).eval()
+
+
+@pytest.fixture
+def net(shake):
+    return shake(ResNet(50, base_channels=8)).eval()
+
+
+def worst(outs, expected):
+    """The largest difference of any level, relative to the level's largest number."""
+    assert len(outs) == len(expected)
+    return max(
+        ((out.float() - reference).abs().max() / reference.abs().max().clamp_min(1e-12)).item()
+        for out, reference in zip(outs, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("backend", ["onednn", "eager"])
+@every_case
+def test_every_backbone_computes_the_same(build, case, backend):
+    net = build(case)
+    fast = optimize(net, backend=backend)
+    for size in SIZES:
+        x = torch.randn(2, 3, *size)
+        for _ in range(3):  # as it is, packing, packed
+            outs = fast(x)
+            assert isinstance(outs, tuple)
+            with torch.no_grad():
+                assert worst(outs, net(x)) < 1e-5
+    assert (fast.feature_info, fast.out_channels, fast.out_strides) == (
+        net.feature_info,
+        net.out_channels,
+        net.out_strides,
+    )
+
+
+# Standardised filters and squared attention have more digits to lose.
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("ResNetV2-BiT", "DetectoRS-SAC")])
+def test_bfloat16_is_near(build, images, case):
+    net = build(case)
+    outs = optimize(net, "bfloat16")(images)
+    assert {out.dtype for out in outs} == {torch.bfloat16}
+    with torch.no_grad():
+        assert worst(outs, net(images)) < 4e-2
+
+
+def test_a_pyramid_behind_it(net, images):
+    model = nn.Sequential(net, FPN(net.out_channels, 16, num_outs=5)).eval()
+    with torch.no_grad():
+        assert worst(optimize(model)(images), model(images)) < 1e-5
+
+
+def test_norms_sums_and_relus_are_gone(net):
+    fast = optimize(net, backend="onednn")
+    left = [type(module).__name__ for module in fast.modules()]
+    assert "BatchNorm2d" not in left
+    assert "ReLU" not in left
+    assert sum(module.overwrite for module in fast.modules() if hasattr(module, "overwrite")) >= 12
+
+
+def test_the_caller_may_keep_and_change_what_it_gets(net, images):
+    fast = optimize(net)
+    first = fast(images)
+    kept = [out.clone() for out in first]
+    fast(torch.randn_like(images))
+    assert all(torch.equal(*pair) for pair in zip(first, kept, strict=True))
+    for out in first:
+        out.zero_()
+    assert all(torch.equal(*pair) for pair in zip(fast(images), kept, strict=True))
+
+
+def test_the_original_stays_as_it_is(net, images):
+    net.train()
+    state = copy.deepcopy(net.state_dict())
+    fast = optimize(net)
+    before = fast(images)
+    assert net.training
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    nn.init.zeros_(net.conv1.weight)
+    assert all(torch.equal(*pair) for pair in zip(fast(images), before, strict=True))
+
+
+def test_the_image_stays_as_it_is(net, images):
+    kept = images.clone()
+    optimize(net)(images)
+    assert torch.equal(images, kept)
+
+
+@pytest.mark.parametrize("fill", [0.0, 1e4, -1e4])
+def test_degenerate_images(net, fill):
+    x = torch.full((1, 3, 64, 64), fill)
+    with torch.no_grad():
+        assert worst(optimize(net)(x), net(x)) < 1e-5
+
+
+def test_nan_in_nan_out(net, images):
+    images[0, 0, 0, 0] = math.nan
+    outs = optimize(net)(images)
+    assert all(out[0].isnan().any() for out in outs)
+    assert not any(out[1].isnan().any() for out in outs)
+
+
+def test_sizes_that_come_back_are_packed_within_the_limit(net, images):
+    weights = sum(p.numel() * 4 for name, p in net.named_parameters() if p.dim() == 4)
+    fast = optimize(net, backend="onednn", pack_bytes=2 * weights + 1000)
+    assert fast.packed_sizes == ()
+    sizes = [(1, 3, 32 * side, 64) for side in (1, 2, 3)]
+    for size in sizes:
+        fast(torch.zeros(size))
+    assert fast.packed_sizes == ()
+    for size in sizes:
+        fast(torch.zeros(size))
+    assert fast.packed_sizes == tuple(sizes[1:])  # the first has made room
+    unpacked = optimize(net, backend="onednn", pack_bytes=0)
+    for _ in range(3):
+        unpacked(images)
+    assert unpacked.packed_sizes == ()
+
+
+def test_many_threads_get_the_same(net):
+    fast = optimize(net)
+    inputs = [torch.randn(1, 3, 32 + 32 * (index % 3), 64) for index in range(6)]
+    with torch.no_grad():
+        expected = [net(x) for x in inputs]
+    worsts = []
+
+    def work(index):
+        for _ in range(4):
+            worsts.append(worst(fast(inputs[index]), expected[index]))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(worsts) == 24
+    assert max(worsts) < 1e-5
+
+
+def test_it_can_be_pickled_and_copied(net, images):
+    fast = optimize(net)
+    expected = fast(images)
+    fast(images)
+    for other in (pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast)):
+        assert all(torch.equal(*pair) for pair in zip(other(images), expected, strict=True))
+
+
+def test_gradients_are_not_recorded(net, images):
+    outs = optimize(net)(images.requires_grad_())
+    assert not any(out.requires_grad for out in outs)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"dtype": "int4"}, "`dtype` must be one of 'float32', 'bfloat16'; got 'int4'"),
+        ({"backend": "tensorrt"}, "`backend` must be one of"),
+        ({"pack_bytes": -1}, "`pack_bytes` must be at least 0, got -1"),
+    ],
+)
+def test_refuses(net, options, text):
+    with pytest.raises(ValueError, match=text):
+        optimize(net, **options)
+
+
+def test_images_are_checked_in_the_same_words(net):
+    fast = optimize(build_backbone("resnet18"))
+    for wrong in (torch.zeros(3, 64, 64), torch.zeros(1, 4, 64, 64)):
+        with pytest.raises(ValueError, match=r"ResNet takes images of shape \(N, 3, H, W\)"):
+            fast(wrong)
