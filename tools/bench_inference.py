@@ -93,9 +93,13 @@ def alternate(nets: dict[str, Net], x: Tensor, runs: int) -> dict[str, float]:
 
 
 def stream(nets: dict[str, Net]) -> dict[str, float]:
-    """Return how long each net takes for images of many sizes, each seen for the first time."""
-    images = [torch.randn(1, 3, height, width) for height, width in STREAM]
-    return {name: sum(seconds(net, x) for x in images) for name, net in nets.items()}
+    """Return how long each net takes for images of many sizes, each seen for the first time, in turn."""
+    taken = dict.fromkeys(nets, 0.0)
+    for height, width in STREAM:
+        x = torch.randn(1, 3, height, width)
+        for name, net in nets.items():
+            taken[name] += seconds(net, x)
+    return taken
 
 
 def main(
