@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import shutil
 import threading
 
 import pytest
@@ -54,6 +55,15 @@ def test_every_backbone_computes_the_same(build, case, backend):
         net.out_channels,
         net.out_strides,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_it_computes_the_same(shake):
+    net = shake(ResNet(18, base_channels=8, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert worst(optimize(net, backend="compile")(x), net(x)) < 1e-5
 
 
 # Standardised filters and squared attention have more digits to lose.

@@ -14,7 +14,7 @@ from resbackbone.features import FeatureInfo
 from resbackbone.inference.graph import fuse, trace
 from resbackbone.inference.packs import PackStore
 
-Backend = Literal["auto", "onednn", "eager"]
+Backend = Literal["auto", "onednn", "compile", "eager"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PACK_BYTES = 1 << 29  # what packed weights may take unless said otherwise
 
@@ -36,8 +36,8 @@ def optimize(
         net: A backbone, or anything that calls one and can be traced, such as ``nn.Sequential(net, fpn)``. It stays as
             it is; later changes to it do not reach the result.
         dtype: What is computed in, and handed out.
-        backend: "onednn" on CPUs, "eager" for plain PyTorch in channels_last, "auto" for whichever fits the weights'
-            device.
+        backend: "onednn" on CPUs, "eager" for plain PyTorch in channels_last, "compile" for that through
+            ``torch.compile``, "auto" for the first of these that fits the weights' device.
         pack_bytes: Bytes that laid-out weights may take; 0 for none.
 
     Returns:
@@ -47,15 +47,16 @@ def optimize(
         ValueError: If an argument is unknown, ``net`` cannot be traced, or the backend does not run here.
     """
     check_choice("dtype", dtype, tuple(_DTYPES))
-    check_choice("backend", backend, ("auto", "onednn", "eager"))
+    check_choice("backend", backend, ("auto", "onednn", "compile", "eager"))
     check_int("pack_bytes", pack_bytes, low=0)
     copied = copy.deepcopy(net).eval().requires_grad_(False)
     on_cpu = all(tensor.device.type == "cpu" for tensor in copied.state_dict().values())
     if backend == "onednn" and not (on_cpu and _has_onednn()):
         raise ValueError("`backend`='onednn' needs weights on the CPU and a PyTorch built with oneDNN; use 'auto'")
-    if backend == "eager" or not on_cpu or not _has_onednn():
-        return _Plain(copied.to(_DTYPES[dtype], memory_format=torch.channels_last), _DTYPES[dtype])  # type: ignore[call-overload]
-    return _Fused(copied, _DTYPES[dtype], pack_bytes)
+    if on_cpu and _has_onednn() and backend in ("auto", "onednn"):
+        return _Fused(copied, _DTYPES[dtype], pack_bytes)
+    plain = copied.to(_DTYPES[dtype], memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return _Plain(plain, _DTYPES[dtype], compiled=backend == "compile")
 
 
 class _Optimized(nn.Module):
@@ -93,9 +94,11 @@ class _Optimized(nn.Module):
 
 
 class _Plain(_Optimized):
-    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, net: nn.Module, dtype: torch.dtype, compiled: bool) -> None:
         super().__init__(net, dtype)
         self.net = net
+        if compiled:
+            self.net.compile()
 
     def _run(self, x: Tensor) -> Any:
         return self.net(x)
