@@ -22,6 +22,11 @@ _SELECTIVE = """
     layer{s}.{b}.conv{k}  layer{s}.{b}.conv{k}.conv
     layer{s}.{b}.bn{k}    layer{s}.{b}.conv{k}.bn
 """
+# Here alone group norms are called otherwise than batch norms.
+_GROUP_NORMS = """
+    gn1                 bn1
+    layer{s}.{b}.gn{k}  layer{s}.{b}.bn{k}
+"""
 _OLD = """
     conv1                               layer0.conv1
     bn1                                 layer0.bn1
@@ -34,6 +39,7 @@ TIMM = Layout(
     tables=(
         Table(_ATTENTION),
         Table(_ATTENTION + _DEEP_STEM),
+        Table(_ATTENTION + _GROUP_NORMS, only_with=".gn1."),
         Table(_SELECTIVE, only_with=".paths."),
         Table(_SELECTIVE + _DEEP_STEM, only_with=".paths."),
     ),
