@@ -36,6 +36,11 @@ class Preprocessing:
         check_choice("len(mean)", len(self.mean), (1, 3))
         check_sequence("std", self.std, length=len(self.mean), why="as many as `mean`")
 
+    def gray(self) -> Preprocessing:
+        """Return what one channel in place of three alike ones means: mean and deviation, averaged over them."""
+        mean, std = (sum(numbers) / len(numbers) for numbers in (self.mean, self.std))
+        return Preprocessing(mean=(mean,), std=(std,), size=self.size)
+
     def __call__(self, picture: Image.Image) -> Tensor:
         """Normalise a picture.
 
@@ -77,6 +82,4 @@ def preprocessing_for(*, in_channels: int, style: str) -> Preprocessing:
             "feed it from Python, with tensors of your own"
         )
     colour = CAFFE if style == "caffe" else TORCHVISION
-    if in_channels == 3:
-        return colour
-    return Preprocessing(mean=(sum(colour.mean) / 3,), std=(sum(colour.std) / 3,))
+    return colour if in_channels == 3 else colour.gray()

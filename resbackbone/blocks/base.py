@@ -230,11 +230,16 @@ class ResidualBlock(Module):
         x = self._norm(index)(x)
         return self.relu(x) if index < self.num_convs else x
 
+    def before_branch(self, x: Tensor) -> Tensor:
+        """Compute what the branch and a projecting shortcut get of the block's input: all of it, unless overridden."""
+        return x
+
     def _add_shortcut(self, x: Tensor) -> Tensor:
-        out = self.branch(x)
+        entering = self.before_branch(x)
+        out = self.branch(entering)
         if self.drop_path is not None:
             out = self.drop_path(out)
-        out += x if self.downsample is None else self.downsample(x)
+        out += x if self.downsample is None else self.downsample(entering)
         return out
 
     def forward(self, x: Tensor) -> Tensor:

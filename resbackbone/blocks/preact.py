@@ -35,13 +35,10 @@ class PreActivation(ResidualBlock):
         x = getattr(self, f"conv{index}")(x)
         return x if index == self.num_convs else self.relu(self._norm(index + 1)(x))
 
-    def _add_shortcut(self, x: Tensor) -> Tensor:
-        activated = self.relu(self.norm1(x))
-        out = self.branch(activated)
-        if self.drop_path is not None:
-            out = self.drop_path(out)
-        out += x if self.downsample is None else self.downsample(activated)
-        return out
+    def before_branch(self, x: Tensor) -> Tensor:
+        """Compute the first norm and its ReLU, which come before branch and projection alike."""
+        activated: Tensor = self.relu(self.norm1(x))
+        return activated
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)``."""

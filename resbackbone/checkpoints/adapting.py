@@ -56,13 +56,7 @@ def adapt(tensors: dict[str, Tensor], net: nn.Module, expected: Preprocessing, *
         return Adapted(tensors, expected, tuple(notes))
     tensors[first] = adapt_channels(tensors[first], wanted)
     notes.append(f"{first} takes {wanted} channels in place of {given}")
-    return Adapted(tensors, _gray(expected) if wanted == 1 else None, tuple(notes))
-
-
-def _gray(expected: Preprocessing) -> Preprocessing:
-    """What one channel in place of three alike ones means: their mean and deviation, averaged."""
-    mean, std = (sum(numbers) / len(numbers) for numbers in (expected.mean, expected.std))
-    return Preprocessing(mean=(mean,), std=(std,), size=expected.size)
+    return Adapted(tensors, expected.gray() if wanted == 1 else None, tuple(notes))
 
 
 def adapt_channels(weight: Tensor, in_channels: int) -> Tensor:

@@ -72,7 +72,7 @@ def load_checkpoint(
     check_choice("expects", expects, ("checkpoint", "torchvision"))
     tensors, known = read_tensors(source)
     if prefix is not None:
-        tensors = {key: tensor for key, tensor in tensors.items() if f".{key}".find(f".{prefix}") >= 0}
+        tensors = {key: tensor for key, tensor in tensors.items() if f".{prefix}" in f".{key}"}
     found = find_backbone(tensors, layout)
     expected = None if known is None else known.preprocessing
     expected = expected or _usual_preprocessing(found.layout.name, getattr(net, "style", "pytorch"))

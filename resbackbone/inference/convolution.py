@@ -33,7 +33,8 @@ class FusedConv2d(nn.Module):
         self.register_buffer("weight", weight.to(dtype).to(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(dtype))
         self.index = index
-        self.geometry = (list(_pair(conv.padding)), list(conv.stride), list(conv.dilation), conv.groups)
+        padding: Any = conv.padding  # no text, which `fuse` leaves alone
+        self.geometry = (list(padding), list(conv.stride), list(conv.dilation), conv.groups)
         self.relu = False
         self.overwrite = False
 
@@ -99,10 +100,3 @@ def fold(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
         if norm.bias is not None:
             bias = bias + norm.bias.detach().double()
     return weight.float(), bias.float()
-
-
-def _pair(padding: Any) -> tuple[int, int]:
-    if isinstance(padding, str):
-        raise ValueError(f"`padding` of a convolution must be in pixels to be fused, got {padding!r}")
-    vertical, horizontal = padding
-    return vertical, horizontal

@@ -77,12 +77,7 @@ class _Optimized(nn.Module):
         """Compute the feature maps of images ``(N, in_channels, H, W)``."""
         if self.in_channels is not None:
             check_images(x, self.name, self.in_channels)
-        outs = self._run(x.to(self.dtype, memory_format=torch.channels_last))
-        spoilt = x.flatten(1).amax(1).isnan()  # oneDNN's ReLU makes a zero of NaN, which would hide it
-        if spoilt.any():
-            for out in outs if isinstance(outs, (tuple, list)) else (outs,):
-                out[spoilt] = torch.nan
-        return outs
+        return self._run(x.to(self.dtype, memory_format=torch.channels_last))
 
     @property
     def packed_sizes(self) -> tuple[tuple[int, ...], ...]:
@@ -119,7 +114,12 @@ class _Fused(_Optimized):
         return self.packs.sizes
 
     def _run(self, x: Tensor) -> Any:
-        return self.graph(x, self.packs.packs_for(tuple(x.shape)))
+        outs = self.graph(x, self.packs.packs_for(tuple(x.shape)))
+        spoilt = x.flatten(1).amax(1).isnan()  # oneDNN's ReLU makes a zero of NaN, which would hide it
+        if spoilt.any():
+            for out in outs if isinstance(outs, (tuple, list)) else (outs,):
+                out[spoilt] = torch.nan
+        return outs
 
 
 def _has_onednn() -> bool:
