@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -67,6 +68,35 @@ def _search(folder: Path, leave_out: str | Path | None) -> list[Path]:
     ]
 
 
+class _Quiet:
+    """Ignores Pillow's warnings about metadata, which no pixel depends on, while any thread is inside.
+
+    ``warnings.catch_warnings`` alone changes and restores the filters of all threads, in whatever order they come.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
+
+
 def read_image(path: str | Path, *, channels: int = 3) -> Image.Image:
     """Decode a JPEG, PNG, WebP, BMP, TIFF or GIF, of an animation the first frame, upright as its EXIF data says.
 
@@ -83,11 +113,9 @@ def read_image(path: str | Path, *, channels: int = 3) -> Image.Image:
     """
     check_choice("channels", channels, (1, 3))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about metadata, which no pixel depends on
-            with Image.open(path, formats=FORMATS) as image:
-                image.load()
-                picture = _eight_bits(_upright(image), png=image.format == "PNG").convert("RGB")
+        with _quiet, Image.open(path, formats=FORMATS) as image:
+            image.load()
+            picture = _eight_bits(_upright(image), png=image.format == "PNG").convert("RGB")
     except Exception as error:  # decoders raise what they stumble over: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"cannot read picture {str(path)!r}: {_reason(path, error)}") from error
     return picture.convert("L") if channels == 1 else picture

@@ -4,6 +4,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -45,6 +46,16 @@ def _shake(net: nn.Module) -> nn.Module:
 def shake() -> Callable[[nn.Module], Any]:
     """Give every norm of a net random weights and statistics, so that no branch is zero and no two layers are alike."""
     return _shake
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a small backbone's config."""
+    from command_line import write_config
+
+    monkeypatch.chdir(tmp_path)
+    write_config("small.yaml")
+    return tmp_path
 
 
 @pytest.fixture

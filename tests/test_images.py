@@ -2,7 +2,10 @@
 
 import io
 import struct
+import threading
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -316,3 +319,34 @@ def test_nothing_there(tmp_path):
         find_images([tmp_path / "gone"])
     with pytest.raises(ValueError, match=r"no pictures in '.*'; looked for \.jpg"):
         find_images([tmp_path])
+
+
+def test_threads_that_overlap_leave_the_filters_of_warnings_as_they_were(colours, tmp_path, monkeypatch):
+    """The first to come is the first to leave, which is not how ``warnings.catch_warnings`` nests."""
+    path = save(colours, tmp_path / "a.png")
+    before = list(warnings.filters)
+    inside = {name: threading.Event() for name in ("first", "second")}
+    leave = {name: threading.Event() for name in ("first", "second")}
+
+    def wait(image):
+        name = threading.current_thread().name
+        inside[name].set()
+        assert leave[name].wait(10)
+        warnings.warn_explicit("about metadata", UserWarning, "", 1, module="PIL.Image")  # an error but for the filter
+        return image
+
+    monkeypatch.setattr("resbackbone.images._upright", wait)
+    with ThreadPoolExecutor() as pool:
+
+        def read(name):
+            threading.current_thread().name = name
+            return read_image(path)
+
+        reading = []
+        for name in ("first", "second"):
+            reading.append(pool.submit(read, name))
+            assert inside[name].wait(10)
+        for name, picture in zip(leave, reading, strict=True):
+            leave[name].set()
+            assert (pixels(picture.result()) == pixels(colours)).all()
+    assert warnings.filters == before

@@ -23,6 +23,7 @@ ROWS = [
     {"config"},
     {"complexity", "images"},
     {"integrations", "cli"},
+    {"__main__"},
 ]
 HEIGHT = {part: row for row, parts in enumerate(ROWS) for part in parts}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

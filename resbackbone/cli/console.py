@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -24,9 +24,20 @@ def say(text: str, *, style: str = "", console: Console = results) -> None:
     console.print(Text(text.encode("utf-8", "backslashreplace").decode("utf-8"), style=style), soft_wrap=True)
 
 
-def with_progress(items: Collection[Item], description: str) -> Iterable[Item]:
-    """Go through the items, with a bar where somebody watches."""
-    return track(items, description, console=messages, transient=True) if messages.is_terminal else items
+def with_progress(
+    items: Iterable[Item], description: str, *, total: int | None = None, shown: bool = True
+) -> Iterable[Item]:
+    """Go through the items, with a bar where somebody watches.
+
+    Args:
+        items: What is gone through.
+        description: What stands beside the bar.
+        total: How many there are, where they cannot say it themselves.
+        shown: False for no bar at all.
+    """
+    if not (shown and messages.is_terminal):
+        return items
+    return track(items, description, total=total, console=messages, transient=True)
 
 
 def one_line(error: BaseException) -> str:

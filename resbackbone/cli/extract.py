@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import closing
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resbackbone.cli.console import messages, one_line, say, user_errors, with_progress
+from resbackbone.cli.console import messages, say, user_errors, with_progress
 
 if TYPE_CHECKING:
-    from resbackbone.cli.features import Extractor, Features
-    from resbackbone.images import Size
+    from resbackbone.cli.pipeline import Job, Outcome
+    from resbackbone.cli.ranks import Ranks
 
 
 class Dtype(str, Enum):
@@ -25,6 +25,16 @@ class Dtype(str, Enum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT64 = "float64"
+
+
+class Backend(str, Enum):
+    """What computes: a backend of ``optimize``, or the net as it is."""
+
+    AUTO = "auto"
+    ONEDNN = "onednn"
+    COMPILE = "compile"
+    EAGER = "eager"
+    PLAIN = "plain"
 
 
 class Format(str, Enum):
@@ -46,6 +56,9 @@ def extract(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Number format; bfloat16 is float32 in .npy files.")] = Dtype.FLOAT32,
+    backend: Annotated[
+        Backend, typer.Option(help="How `optimize` makes it faster; plain for the net as it is, to the bit.")
+    ] = Backend.AUTO,
     size: Annotated[
         str | None, typer.Option(help="Resize first: shorter side in pixels, or HEIGHTxWIDTH.", show_default="as it is")
     ] = None,
@@ -53,83 +66,97 @@ def extract(
     file_format: Annotated[
         Format, typer.Option("--format", help="One .npy per level, or one features.safetensors.")
     ] = Format.NPY,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Consecutive pictures of one size at a time; of large ones fewer.")
+    ] = 8,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep results that are complete and made with the same settings.")
+    ] = False,
 ) -> None:
     """Write every feature map of each picture, (channels, height, width), and pyramid.png, an overview.
 
     Results of an earlier run are replaced. Without a checkpoint the weights are random, the same in every run. A
-    picture that cannot be read is reported and left out; the exit status is 1 then.
+    picture that cannot be read is reported and left out; the exit status is 1 then. Under torchrun each process takes
+    its share of the pictures.
     """
     from resbackbone.cli.features import Extractor
+    from resbackbone.cli.pipeline import Job, Pipeline
+    from resbackbone.cli.ranks import Ranks, own_device
+    from resbackbone.cli.result_files import ResultFiles
     from resbackbone.images import find_images, parse_size
 
     with user_errors():
+        ranks = Ranks.from_environment()
         pixels = None if size is None else parse_size(size)
         found = find_images(pictures, leave_out=out)
-        _make_folder(out, found)
-        extractor = Extractor(config, checkpoint=checkpoint, device=device, dtype=dtype.value, fpn=fpn)
-    for line in extractor.about_weights:
+        jobs = [Job(path, out / name) for path, name in ranks.share(found).items()]
+        _make_folder(out, jobs)
+        extractor = Extractor(
+            config,
+            checkpoint=checkpoint,
+            device=own_device(device),
+            dtype=dtype.value,
+            fpn=fpn,
+            backend=backend.value,
+        )
+    files = ResultFiles({**extractor.settings, "size": pixels}, extractor.levels, file_format.value)
+    pipeline = Pipeline(extractor, files, size=pixels, batch_size=batch_size, resume=resume, warn=_warn)
+    with user_errors(RuntimeError):
+        ranks.join()
+    for line in extractor.about if ranks.rank == 0 else ():
         say(line)
-    failures: dict[Path, str] = {}
-    done: list[Path] = []
-    for path, name in with_progress(found.items(), "extracting"):
-        try:
-            done.append(_extract_one(extractor, path, out / name, size=pixels, file_format=file_format))
-        except (ValueError, RuntimeError, MemoryError, OSError) as error:
-            # RuntimeError is how torch says that memory ran out, or that a picture is too small for a norm.
-            failures[path] = one_line(error)
-            reason = failures[path] if str(path) in failures[path] else f"{path}: {failures[path]}"
-            say(f"skipped: {reason}", style="red", console=messages)
-    _summarise(done, failures, out)
+    with closing(pipeline.run(jobs)) as outcomes:
+        done, counts = _report(with_progress(outcomes, "extracting", total=len(jobs), shown=ranks.rank == 0))
+    _summarise(ranks, out, done, counts)
 
 
-def _make_folder(out: Path, found: dict[Path, Path]) -> None:
-    for path, name in found.items():
-        if (out / name).is_file():
-            raise ValueError(f"the results of {path} need a folder {out / name}, which is a file; give another --out")
+def _make_folder(out: Path, jobs: Iterable[Job]) -> None:
+    for job in jobs:
+        if job.folder.is_file():
+            raise ValueError(
+                f"the results of {job.path} need a folder {job.folder}, which is a file; give another --out"
+            )
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _extract_one(extractor: Extractor, path: Path, folder: Path, *, size: Size | None, file_format: Format) -> Path:
-    """Write one picture's files into a folder, and return the path of the overview, which is written last."""
-    from resbackbone.images import read_image, resize
-
-    picture = read_image(path, channels=extractor.in_channels)
-    if size is not None:
-        picture = resize(picture, size=size)
-    features = extractor(picture)
-    if bad := features.not_finite():
-        say(f"{path}: infinite or NaN in {', '.join(bad)}; try another --dtype", style="yellow", console=messages)
-    overview = features.draw(picture, title=f"{path.name}   {extractor.title}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, write in _writers(features, file_format).items():
-        _write(folder / name, write)
-    _write(folder / "pyramid.png", lambda temporary: overview.save(temporary, format="PNG"))
-    return folder / "pyramid.png"
+def _warn(text: str) -> None:
+    say(text, style="yellow", console=messages)
 
 
-def _writers(features: Features, file_format: Format) -> dict[str, Callable[[Path], None]]:
-    """What writes each file."""
-    if file_format is Format.SAFETENSORS:
-        return {"features.safetensors": features.save_safetensors}
-    return {f"{name}.npy": partial(features.save_npy, name) for name in features.maps}
+def _report(outcomes: Iterable[Outcome]) -> tuple[Path | None, Counter[str]]:
+    """Say what went wrong as it comes; return a folder of results, and how many there are of each outcome."""
+    first = None
+    counts: Counter[str] = Counter()
+    for outcome in outcomes:
+        path = outcome.job.path
+        counts[outcome.status] += 1
+        if outcome.status == "failed":
+            reason = outcome.error if str(path) in outcome.error else f"{path}: {outcome.error}"
+            say(f"skipped: {reason}", style="red", console=messages)
+        else:
+            first = first or outcome.job.folder
+        if outcome.not_finite:
+            _warn(f"{path}: infinite or NaN in {', '.join(outcome.not_finite)}; try another --dtype")
+    return first, counts
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Let a file appear under its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _summarise(ranks: Ranks, out: Path, folder: Path | None, counts: Counter[str]) -> None:
+    """Say what came of it, the first rank for all, and end with status 1 where something failed."""
+    from resbackbone.cli.result_files import OVERVIEW
 
-
-def _summarise(done: list[Path], failures: dict[Path, str], out: Path) -> None:
-    """Say what came of it, and end with status 1 where something failed."""
-    total = len(done) + len(failures)
-    say(f"{len(done)} of {total} picture{'s' if total > 1 else ''} extracted to {out}", style="green" if done else "")
-    if done:
-        say(f"look at {done[0]}")
-    if failures:
-        say(f"{len(failures)} skipped", style="red", console=messages)
+    with user_errors(RuntimeError):
+        extracted, kept, failed = ranks.sum(*(counts[status] for status in ("extracted", "kept", "failed")))
+    if ranks.rank == 0 or not ranks.connected:
+        total = extracted + kept + failed
+        who = f"rank {ranks.rank} of {ranks.world_size}: " if ranks.world_size > 1 and not ranks.connected else ""
+        earlier = f", {kept} of them by an earlier run" if kept else ""
+        text = f"{who}{extracted + kept} of {total} picture{'' if total == 1 else 's'} extracted to {out}{earlier}"
+        say(text, style="green" if extracted + kept else "")
+        if folder is not None:
+            say(f"look at {folder / OVERVIEW}")
+        if failed:
+            say(f"{failed} skipped", style="red", console=messages)
+    with user_errors(RuntimeError):
+        ranks.leave()
+    if counts["failed"]:
         raise typer.Exit(1)

@@ -1,9 +1,10 @@
-"""From a picture to its feature maps, for ``resbackbone extract``."""
+"""From pictures to their feature maps, for ``resbackbone extract``."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from resbackbone import build_backbone
 from resbackbone.backbones import Backbone
 from resbackbone.checkpoints import load_checkpoint
 from resbackbone.cli.pyramid import Level, draw_pyramid
 from resbackbone.config import config_files, load_config
+from resbackbone.inference import optimize
 from resbackbone.necks import FPN
 from resbackbone.preprocessing import preprocessing_for
 
@@ -34,60 +37,84 @@ class Extractor:
         device: A device of :func:`available_devices`.
         dtype: Name of a torch dtype.
         fpn: Whether an FPN's outputs take the place of the backbone's.
+        backend: As for :func:`resbackbone.inference.optimize`, where "auto" falls back on "plain": the net as it is.
 
     Attributes:
-        about_weights: Lines that say where the weights are from.
-        title: The same in a few words, with the config's name.
+        about: Lines that say where the weights are from, and what the user may not expect.
+        title: The weights in a few words, with the config's name.
+        in_channels: Of the pictures: 3 for colour, 1 for grayscale.
+        levels: Name and stride of each output, finest first.
+        one_by_one: Whether a batch must be of one picture, because those of a batch would influence each other.
+        settings: What the features of a picture depend on, as JSON has it.
 
     Raises:
         KeyError, TypeError, ValueError, FileNotFoundError: If something does not fit; the message is for the user.
     """
 
-    def __init__(self, config: str, *, checkpoint: str | None, device: str, dtype: str, fpn: bool) -> None:
+    def __init__(
+        self, config: str, *, checkpoint: str | None, device: str, dtype: str, fpn: bool, backend: str = "auto"
+    ) -> None:
         if device not in (available := available_devices()) and f"{device}:0" not in available:
             raise ValueError(f"device {device!r} is not there; available: {', '.join(available)}")
         backbone_config = load_config(config).backbone
         torch.manual_seed(SEED)
-        self.net: Backbone = build_backbone(backbone_config)
-        self.in_channels = self.net.in_channels
+        net = build_backbone(backbone_config)
+        self.in_channels = net.in_channels
         name = config if config in config_files() else Path(config).stem
         weights = _configured_weights(backbone_config)
         self.title = f"{name}   {'random weights' if weights is None else Path(weights).name}"
         if checkpoint is not None:
-            weights = f"{checkpoint} ({load_checkpoint(self.net, checkpoint).summary()})"
+            weights = f"{checkpoint} ({load_checkpoint(net, checkpoint).summary()})"
             self.title = f"{name}   {Path(checkpoint).name}"
-        style = getattr(self.net, "style", "pytorch")
-        usual = preprocessing_for(in_channels=self.in_channels, style=style)
-        self.preprocessing = self.net.preprocessing or usual
-        self.about_weights = [f"weights: {weights or 'random (no checkpoint given)'}"]
-        self.levels = {info.name: info.stride for info in self.net.feature_info}
-        self.fpn: FPN | None = None
-        if fpn:
-            self._add_fpn()
+        usual = preprocessing_for(in_channels=net.in_channels, style=getattr(net, "style", "pytorch"))
+        self.preprocessing = net.preprocessing or usual
+        self.about = [f"weights: {weights or 'random (no checkpoint given)'}"]
+        self.levels = {info.name: info.stride for info in net.feature_info}
+        model = self._with_fpn(net) if fpn else net
+        self.one_by_one = _mixes_pictures(model)
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
-        for module in (self.net, self.fpn):
-            if module is not None:
-                module.to(self.device, self.dtype).eval()
+        self.settings = {
+            "config": backbone_config,
+            "weights": _digest(model),
+            "preprocessing": asdict(self.preprocessing),
+            "fpn": fpn,
+            "dtype": dtype,
+        }
+        self.model = self._prepare(model.to(self.device).eval(), dtype, backend)
 
-    def _add_fpn(self) -> None:
+    def _with_fpn(self, net: Backbone) -> nn.Module:
         torch.manual_seed(SEED)
-        self.fpn = FPN(in_channels=self.net.out_channels, out_channels=FPN_CHANNELS, num_outs=FPN_LEVELS)
-        self.fpn.init_weights()
-        self.about_weights.append("weights of the FPN: random")
+        fpn = FPN(in_channels=net.out_channels, out_channels=FPN_CHANNELS, num_outs=FPN_LEVELS)
+        fpn.init_weights()
+        self.about.append("weights of the FPN: random")
         self.title += "   FPN, random"
-        infos = self.net.feature_info
+        infos = net.feature_info
         self.levels = {f"p{info.stage + 2}": info.stride for info in infos}
         for extra in range(1, FPN_LEVELS - len(infos) + 1):
             self.levels[f"p{infos[-1].stage + 2 + extra}"] = infos[-1].stride * 2**extra
+        return nn.Sequential(net, fpn)
+
+    def _prepare(self, model: nn.Module, dtype: Any, backend: Any) -> nn.Module:
+        """Return what computes: the model optimised, or as it is in the dtype."""
+        self.settings["backend"] = backend
+        if backend != "plain":
+            try:
+                return optimize(model, dtype, backend)
+            except ValueError as error:
+                if backend != "auto":
+                    raise
+                self.about.append(f"computed by the plain net: {error}")
+        self.settings["backend"] = "plain"
+        return model.to(self.dtype)
 
     @torch.inference_mode()
-    def __call__(self, picture: Image.Image) -> Features:
-        """Compute the feature maps of a picture of mode "RGB", or "L" for a backbone of one channel."""
-        outputs = self.net(self.preprocessing(picture).to(self.device, self.dtype))
-        if self.fpn is not None:
-            outputs = self.fpn(outputs)
-        maps = {name: output[0].cpu().contiguous() for name, output in zip(self.levels, outputs, strict=True)}
-        return Features(maps, self.levels)
+    def __call__(self, images: Tensor) -> list[Features]:
+        """Compute the feature maps of pictures, normalised, ``(N, in_channels, H, W)``; one entry for each."""
+        outputs = [output.cpu() for output in self.model(images.to(self.device, self.dtype))]
+        return [
+            Features({name: output[index] for name, output in zip(self.levels, outputs, strict=True)}, self.levels)
+            for index in range(len(images))
+        ]
 
 
 @dataclass(frozen=True)
@@ -102,19 +129,24 @@ class Features:
     maps: Mapping[str, Tensor]
     strides: Mapping[str, int]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the maps take."""
+        return sum(tensor.nbytes for tensor in self.maps.values())
+
     def not_finite(self) -> list[str]:
         """Return the levels that hold an infinity or NaN, which is how half precision overflows."""
         return [name for name, tensor in self.maps.items() if not tensor.isfinite().all()]
 
-    def save_npy(self, level: str, path: Path) -> None:
+    def save_npy(self, path: Path, *, level: str) -> None:
         """Write one level; as float32 if it is bfloat16, which NumPy has not."""
         tensor = self.maps[level]
         with path.open("wb") as file:
-            np.save(file, (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy())
+            np.save(file, (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).contiguous().numpy())
 
     def save_safetensors(self, path: Path) -> None:
         """Write all levels into one file, in the dtype that they have."""
-        save_file(dict(self.maps), path)
+        save_file({name: tensor.contiguous() for name, tensor in self.maps.items()}, path)
 
     def draw(self, picture: Image.Image, *, title: str) -> Image.Image:
         """Draw the overview of the input and every level."""
@@ -123,6 +155,20 @@ class Features:
             for name, tensor in self.maps.items()
         ]
         return draw_pyramid(picture, levels=levels, title=title)
+
+
+def _mixes_pictures(model: nn.Module) -> bool:
+    """Whether a norm takes its statistics from the batch in evaluation, too."""
+    return any(isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules())
+
+
+def _digest(model: nn.Module) -> str:
+    """A number that tells these weights from all others."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def available_devices() -> list[str]:
