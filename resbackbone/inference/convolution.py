@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resbackbone.inference.packs import Packs
+Convolution = Callable[..., Tensor]  # of one tensor, or of one and what is added
+_PLAIN: tuple[Any, ...] = ("none", [], "")  # neither sum nor ReLU
 
 
 class FusedConv2d(nn.Module):
@@ -17,7 +20,6 @@ class FusedConv2d(nn.Module):
         conv: The convolution; copied.
         norm: The batch norm behind it, in evaluation; None for none.
         dtype: What to compute in.
-        index: Its place in the net, by which its packed weights are stored.
 
     Attributes:
         relu: Whether ReLU comes last.
@@ -27,42 +29,54 @@ class FusedConv2d(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype, index: int) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype) -> None:
         super().__init__()
         weight, bias = fold(conv, norm)
         self.register_buffer("weight", weight.to(dtype).to(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(dtype))
-        self.index = index
         padding: Any = conv.padding  # no text, which `fuse` leaves alone
         self.geometry = (list(padding), list(conv.stride), list(conv.dilation), conv.groups)
         self.relu = False
         self.overwrite = False
 
-    def forward(self, x: Tensor, other: Tensor | None, packs: Packs | None) -> Tensor:
-        """Convolve.
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Convolve ``(N, in_channels, H, W)``, and add ``(N, out_channels, H', W')`` or what spreads to that."""
+        return self._convolve(self.weight, x, other)
 
-        Args:
-            x: ``(N, in_channels, H, W)``.
-            other: What is added, ``(N, out_channels, H', W')``; None for nothing.
-            packs: Where weights packed for this size are; None to use them as they are.
-        """
-        x = x.contiguous(memory_format=torch.channels_last)  # no copy, but behind layers that work in another format
-        weight = self.weight if packs is None else packs.get(self.index, lambda: self._pack(x))
-        relu = "relu" if self.relu else "none"
+    def specialize(self, x: Tensor, other: Tensor | None) -> Convolution:
+        """Return what does the same to tensors of these shapes and layouts, with weights laid out for them."""
+        shape = list(x.shape)
+        weight: Tensor = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, shape)
+        if not all(map(_is_channels_last, (x, other))) or not (other is None or other.shape == self._shape_of(x)):
+            return partial(self._convolve, weight)
+        operator, overwrite = self._operator(other), self.overwrite
+        fixed = (weight, self.bias, *self.geometry, *self._attributes(other))
         if other is None:
-            out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.geometry, relu, [], "")
-            return out
-        if other.shape != self._shape_of(x):  # the operator does not broadcast
-            out = torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.geometry, "none", [], "")
+            return lambda x, other=None: operator(x, *fixed)
+        return lambda x, other=None: operator(*((other, x) if overwrite else (x, other)), *fixed)
+
+    def _convolve(self, weight: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # no copy, but behind layers that work in another format
+        if other is not None and other.shape != self._shape_of(x):  # the operator does not broadcast
+            out = self._operator(None)(x, weight, self.bias, *self.geometry, *_PLAIN)
             return torch.relu(out + other) if self.relu else out + other
-        other = other.contiguous(memory_format=torch.channels_last)  # the operator fuses with no other format
-        operator: Any = torch.ops.mkldnn
-        operator = operator._convolution_pointwise_ if self.overwrite else operator._convolution_pointwise
-        operands = (other, x) if self.overwrite else (x, other)
-        summed: Tensor = operator.binary(
-            *operands, weight, self.bias, *self.geometry, "add", 1.0, "relu" if self.relu else None, [], None
-        )
+        if other is not None:
+            other = other.contiguous(memory_format=torch.channels_last)  # the operator fuses with no other format
+        operands = (x,) if other is None else (other, x) if self.overwrite else (x, other)
+        summed: Tensor = self._operator(other)(*operands, weight, self.bias, *self.geometry, *self._attributes(other))
         return summed
+
+    def _operator(self, other: Tensor | None) -> Any:
+        operators: Any = torch.ops.mkldnn
+        if other is None:
+            return operators._convolution_pointwise.default
+        return operators._convolution_pointwise_.binary if self.overwrite else operators._convolution_pointwise.binary
+
+    def _attributes(self, other: Tensor | None) -> tuple[Any, ...]:
+        """What tells the operator to add and to rectify."""
+        if other is None:
+            return ("relu", [], "") if self.relu else _PLAIN
+        return ("add", 1.0, "relu" if self.relu else None, [], None)
 
     def _shape_of(self, x: Tensor) -> tuple[int, ...]:
         padding, stride, dilation, _ = self.geometry
@@ -73,13 +87,13 @@ class FusedConv2d(nn.Module):
         ]
         return (x.shape[0], self.weight.shape[0], *sides)
 
-    def _pack(self, x: Tensor) -> Tensor:
-        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, list(x.shape))
-        return packed
-
     def extra_repr(self) -> str:
         """Show the sizes in ``repr``."""
         return f"{tuple(self.weight.shape)}, relu={self.relu}, overwrite={self.overwrite}"
+
+
+def _is_channels_last(x: Tensor | None) -> bool:
+    return x is None or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def fold(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
@@ -40,55 +41,55 @@ def trace(net: nn.Module) -> fx.GraphModule:
 
 
 def fuse(traced: fx.GraphModule, dtype: torch.dtype) -> list[FusedConv2d]:
-    """Replace, in place, each convolution and what follows it (norm, sum, ReLU) by one operator.
+    """Replace, in place, each convolution and what follows it (norm, sum, ReLU) by the call of one operator.
 
     Args:
         traced: A net that :func:`trace` recorded, in evaluation.
         dtype: What the operators compute in.
 
     Returns:
-        The operators. Each takes the tensor, what to add or None, and the packs, a new input of the graph.
+        The operators. The graph gets another input: what it calls in place of each, in this order.
     """
     graph = traced.graph
+    _drop_idle(traced)
     first = next(node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_after(first):
-        packs = graph.placeholder("packs")
-    _drop_idle(traced)
+        calls = graph.placeholder("calls")
     order = {node: position for position, node in enumerate(graph.nodes)}
+    new = {node for node in graph.nodes if isinstance(_module(traced, node), nn.MaxPool2d)}  # tensors of their own
     fused: list[FusedConv2d] = []
     for node in list(graph.nodes):
         conv = _module(traced, node)
         if not _is_fusible(conv):
             continue
-        last = node
-        norm = None
-        follower = _only_user(last)
-        if follower is not None and _is_foldable(candidate := _module(traced, follower)):
-            norm, last = candidate, follower
-        module = FusedConv2d(conv, norm, dtype, len(fused))
-        other = None
-        follower = _only_user(last)
-        if follower is not None and follower.op == "call_function" and follower.target in _ADD:
-            other = _other_operand(follower, last)
-            if other is not None and order[other] < order[node]:
-                module.overwrite = _is_new(_module(traced, other)) and _is_last_look(other, follower, order)
-                last = follower
-            else:
-                other = None
-        follower = _only_user(last)
-        if follower is not None and isinstance(_module(traced, follower), nn.ReLU):
-            module.relu, last = True, follower
-        name = f"fused_{len(fused)}"
-        traced.add_submodule(name, module)
+        last = _behind(node, lambda user: _is_foldable(_module(traced, user)))
+        module = FusedConv2d(conv, None if last is node else _module(traced, last), dtype)
+        addition = _behind(last, lambda user: user.op == "call_function" and user.target in _ADD)
+        other = None if addition is last else _other_operand(addition, last)
+        if other is not None and order[other] < order[node]:
+            module.overwrite = other in new and _is_last_look(other, addition, order)
+            last = addition
+        else:
+            other = None
+        rectified = _behind(last, lambda user: isinstance(_module(traced, user), nn.ReLU))
+        module.relu, last = rectified is not last, rectified
         with graph.inserting_before(last):
-            replacement = graph.call_module(name, (node.args[0], other, packs))
+            call = graph.call_function(operator.getitem, (calls, len(fused)))
+            replacement = graph.call_method("__call__", (call, node.args[0], *([] if other is None else [other])))
         order[replacement] = order[last]
-        last.replace_all_uses_with(replacement)
+        new.add(replacement)
         fused.append(module)
+        last.replace_all_uses_with(replacement)
         _erase(graph, last, stop={node.args[0], other})
     traced.delete_all_unused_submodules()
     traced.recompile()
     return fused
+
+
+def _behind(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> fx.Node:
+    """Return the only user of a node, if it is what is wanted; otherwise the node itself."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and wanted(users[0]) else node
 
 
 def _erase(graph: fx.Graph, node: fx.Node, stop: set[fx.Node | None]) -> None:
@@ -102,10 +103,6 @@ def _erase(graph: fx.Graph, node: fx.Node, stop: set[fx.Node | None]) -> None:
 
 def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _is_fusible(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
@@ -129,11 +126,6 @@ def _drop_idle(traced: fx.GraphModule) -> None:
         if isinstance(_module(traced, node), (nn.Identity, nn.Dropout, DropPath)):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
-
-
-def _is_new(module: nn.Module | None) -> bool:
-    """Whether what a module hands out is a tensor of its own, and no view of another."""
-    return isinstance(module, (FusedConv2d, nn.MaxPool2d))
 
 
 def _is_last_look(other: fx.Node, addition: fx.Node, order: dict[fx.Node, int]) -> bool:

@@ -104,9 +104,9 @@ class _Fused(_Optimized):
         super().__init__(net, dtype)
         self.graph = trace(net)
         convolutions = fuse(self.graph, dtype)
+        self.convolutions = nn.ModuleList(convolutions)
         self.graph.to(dtype)
-        weights = sum(conv.weight.numel() * conv.weight.element_size() for conv in convolutions)
-        self.packs = PackStore(pack_bytes, weights)
+        self.packs = PackStore(convolutions, pack_bytes)
 
     @property
     def packed_sizes(self) -> tuple[tuple[int, ...], ...]:
@@ -114,8 +114,8 @@ class _Fused(_Optimized):
         return self.packs.sizes
 
     def _run(self, x: Tensor) -> Any:
-        outs = self.graph(x, self.packs.packs_for(tuple(x.shape)))
-        spoilt = x.flatten(1).amax(1).isnan()  # oneDNN's ReLU makes a zero of NaN, which would hide it
+        outs = self.graph(x, self.packs.calls_for(tuple(x.shape)))
+        spoilt = x.amax((1, 2, 3)).isnan()  # oneDNN's ReLU makes a zero of NaN, which would hide it
         if spoilt.any():
             for out in outs if isinstance(outs, (tuple, list)) else (outs,):
                 out[spoilt] = torch.nan

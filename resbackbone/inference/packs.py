@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
+
+from resbackbone.inference.convolution import Convolution, FusedConv2d
 
 Size = tuple[int, ...]
 
 
 class Packs:
-    """The packed weights of one input size, by the convolution's index."""
+    """A net's convolutions for one input size, each packed when it is first called."""
 
-    def __init__(self) -> None:
-        self._packs: dict[int, Tensor] = {}
+    def __init__(self, convolutions: Sequence[FusedConv2d]) -> None:
+        self.calls: list[Convolution] = [partial(self._pack, index) for index in range(len(convolutions))]
+        self._convolutions = convolutions
 
-    def get(self, index: int, pack: Callable[[], Tensor]) -> Tensor:
-        """Return a convolution's packed weight, packing it if that has not been done."""
-        found = self._packs.get(index)
-        if found is None:
-            found = self._packs[index] = pack()  # two threads may do it at once, to the same end
-        return found
+    def _pack(self, index: int, x: Tensor, other: Tensor | None = None) -> Tensor:
+        packed = self._convolutions[index].specialize(x, other)
+        self.calls[index] = packed  # two threads may do it at once, to the same end
+        return packed(x, other)
 
 
 class PackStore:
@@ -32,27 +34,30 @@ class PackStore:
     and those used least recently make room.
 
     Args:
+        convolutions: What is packed.
         limit: Bytes that all packs may take together; 0 for none.
-        bytes_each: Bytes that the packs of one size take.
     """
 
-    def __init__(self, limit: int, bytes_each: int) -> None:
-        self.capacity = limit // max(bytes_each, 1)
+    def __init__(self, convolutions: Sequence[FusedConv2d], limit: int) -> None:
+        self._convolutions = convolutions
+        self._limit = limit
+        self._plain: list[Convolution] = [convolution.forward for convolution in convolutions]
+        self._capacity = limit // max(sum(conv.weight.nbytes for conv in convolutions), 1)  # sizes
         self._seen: OrderedDict[Size, Packs | None] = OrderedDict()
         self._lock = threading.Lock()
 
-    def packs_for(self, size: Size) -> Packs | None:
-        """Return the packs of a size, empty ones when it comes back for the first time, and None before."""
-        if self.capacity == 0:
-            return None
+    def calls_for(self, size: Size) -> Sequence[Convolution]:
+        """Return the convolutions for images of a size: packed if it came before, as they are if not."""
+        if self._capacity == 0:
+            return self._plain
         with self._lock:
             known = size in self._seen
             packs = self._seen.pop(size, None)
             if known and packs is None:
-                packs = Packs()
+                packs = Packs(self._convolutions)
             self._seen[size] = packs
             self._make_room()
-        return packs
+        return self._plain if packs is None else packs.calls
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -62,13 +67,10 @@ class PackStore:
 
     def _make_room(self) -> None:
         packed = [size for size, packs in self._seen.items() if packs is not None]
-        for size in packed[: len(packed) - self.capacity]:
+        for size in packed[: len(packed) - self._capacity]:
             del self._seen[size]
-        while len(self._seen) > 16 * self.capacity:  # sizes that never came back
+        while len(self._seen) > 16 * self._capacity:  # sizes that never came back
             self._seen.popitem(last=False)
 
-    def __getstate__(self) -> dict[str, int]:
-        return {"capacity": self.capacity}  # packs belong to the process, and have no storage to pickle
-
-    def __setstate__(self, state: dict[str, int]) -> None:
-        self.__init__(state["capacity"], 1)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[PackStore], tuple[Sequence[FusedConv2d], int]]:
+        return PackStore, (self._convolutions, self._limit)  # packs belong to the process; they cannot be pickled
