@@ -174,6 +174,41 @@ def test_multi_grid_dilates_the_blocks_of_the_last_stage(images, case):
         make(case, multi_grid=(*multi_grid, 1))
 
 
+def trains(net):
+    """Which parameters have gradients, and which layers are in training mode."""
+    return (
+        {name for name, parameter in net.named_parameters() if parameter.requires_grad},
+        {name for name, module in net.named_modules() if module.training},
+    )
+
+
+@every_class
+def test_freezing_later_is_freezing_at_once(case):
+    norm_cfg = {"type": "BN", "requires_grad": False}  # what is still for another reason stays so
+    net = make(case, frozen_stages=1, norm_cfg=norm_cfg)
+    for frozen_stages in (2, -1, 0):
+        net.freeze(frozen_stages)
+        once = make(case, frozen_stages=frozen_stages, norm_cfg=norm_cfg)
+        assert trains(net) == trains(once)
+        assert trains(net.train()) == trains(once.train())
+    net.eval().freeze(1)
+    assert not any(module.training for module in net.modules())
+    twin = copy.deepcopy(net)
+    twin.freeze(-1)
+    assert trains(twin.train()) == trains(make(case, norm_cfg=norm_cfg).train()) != trains(net.train())
+
+
+@every_class
+def test_freezing_more_stages_than_there_are_is_refused(case):
+    net = make(case, frozen_stages=1)
+    most = 2 if case == "TridentResNet" else STAGES[case]
+    net.freeze(most)
+    for frozen_stages in (most + 1, -2):
+        with pytest.raises(ValueError, match=rf"`frozen_stages`.* got {frozen_stages}"):
+            net.freeze(frozen_stages)
+    assert net.frozen_stages == most
+
+
 def count(net, kind):
     return sum(isinstance(module, kind) for module in net.modules())
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resbackbone.backbones.initialisation import PretrainedModule
+from resbackbone.checks import check_int
 from resbackbone.features import FeatureInfo
 from resbackbone.layers.module import InitConfig
 from resbackbone.layers.tracing import is_tracing
@@ -35,6 +36,7 @@ class Backbone(PretrainedModule):
         super().__init__(init_cfg)
         self.res_layers: list[str] = []
         self._stages: list[FeatureInfo] = []
+        self._held_still: set[str] = set()  # parameters that would train, were it not for `frozen_stages`
         self.register_forward_pre_hook(_check_input)
 
     def add_stage(self, stage: nn.Module, *, channels: int, stride: int) -> None:
@@ -70,11 +72,34 @@ class Backbone(PretrainedModule):
         """Yield the modules that ``frozen_stages`` holds still."""
         raise NotImplementedError(f"{type(self).__name__} must say what it freezes in `frozen_modules`")
 
+    def freeze(self, frozen_stages: int) -> None:
+        """Change what ``frozen_stages`` holds still; whatever that lets go trains again, as it did without it.
+
+        An optimizer must have the parameters that begin to train, and ``DistributedDataParallel`` be made anew.
+
+        Args:
+            frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
+
+        Raises:
+            TypeError, ValueError: If it is no integer from -1 to the number of stages.
+        """
+        check_int("frozen_stages", frozen_stages, low=-1, high=len(self.res_layers))
+        for name, parameter in self.named_parameters():
+            if name in self._held_still:
+                parameter.requires_grad = True
+        self._held_still.clear()
+        self.frozen_stages = frozen_stages
+        self.train(self.training)
+
     def _freeze_stages(self) -> None:
+        frozen: set[int] = set()
         for module in self.frozen_modules():
             module.eval()
-            for parameter in module.parameters():
+            frozen.update(map(id, module.parameters()))
+        for name, parameter in self.named_parameters():
+            if id(parameter) in frozen and parameter.requires_grad:
                 parameter.requires_grad = False
+                self._held_still.add(name)
 
     def train(self, mode: bool = True) -> Any:
         """Switch to training (or eval) mode; what is frozen stays in eval, and every batch norm under ``norm_eval``.

@@ -107,6 +107,11 @@ class TridentResNet(ResNet):
             depth, num_stages=num_stages, strides=strides, dilations=dilations, out_indices=out_indices, **kwargs
         )
 
+    def freeze(self, frozen_stages: int) -> None:
+        """Change what ``frozen_stages``, at most 2, holds still."""
+        _check_frozen_stages(frozen_stages)
+        super().freeze(frozen_stages)
+
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """Make one stage, the last with branches."""
         if len(self.res_layers) < self.num_stages - 1:
@@ -118,11 +123,7 @@ class TridentResNet(ResNet):
 
 def _check_last_stage(others: dict[str, Any]) -> None:
     """Raise if an argument of ResNet asks of the last stage what branches cannot do."""
-    if others.get("frozen_stages") == 3:
-        raise ValueError(
-            "`frozen_stages` of TridentResNet must be at most 2, got 3: a frozen stage is in eval mode, in which the "
-            "last one has not all of its branches; freeze the parameters alone with `requires_grad_(False)`"
-        )
+    _check_frozen_stages(others.get("frozen_stages"))
     flags = others.get("stage_with_dcn", ())
     if others.get("dcn") is not None and isinstance(flags, (list, tuple)) and len(flags) == 3 and flags[2]:
         raise ValueError(
@@ -133,4 +134,12 @@ def _check_last_stage(others: dict[str, Any]) -> None:
         raise ValueError(
             f"`multi_grid` must be None in TridentResNet, got {others['multi_grid']!r}: `trident_dilations` are the "
             "dilations of its last stage"
+        )
+
+
+def _check_frozen_stages(frozen_stages: Any) -> None:
+    if frozen_stages == 3:
+        raise ValueError(
+            "`frozen_stages` of TridentResNet must be at most 2, got 3: a frozen stage is in eval mode, in which the "
+            "last one has not all of its branches; freeze the parameters alone with `requires_grad_(False)`"
         )

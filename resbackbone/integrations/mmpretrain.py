@@ -7,15 +7,13 @@ of mmdet's and mmseg's ResNets. They serve a subclass that was written for mmpre
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 from torch import nn
 
 from resbackbone import backbones
+from resbackbone.backbones.layer_depth import layer_depth
 from resbackbone.checkpoints.layouts.mmpretrain import MMPRETRAIN
 from resbackbone.checks import check_int
 from resbackbone.integrations._hosts import replace_in_registry
@@ -38,30 +36,17 @@ class MmpretrainDefaults(backbones.ResNet):
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
         """Say how deep a parameter lies, for mmpretrain's layer-wise learning rates.
 
-        The stem has depth 0, the first stage 1; in the second and third stage two and three blocks (in the longest
-        nets up to six) share a depth; the last stage has one, and behind it comes the head.
-
         Args:
             param_name: The parameter's name in the model.
             prefix: What stands before the backbone's own names there, such as "backbone."; a parameter without it
                 belongs to the head.
 
         Returns:
-            The parameter's depth and the number of depths.
-
-        Source: mmpretrain 1.2.0 ``models/backbones/resnet.py``, which knows five of the nets.
+            The parameter's depth, as :func:`~resbackbone.backbones.layer_depth.layer_depth` has it, and the number of
+            depths.
         """
-        first, second, third, last = (*self.stage_blocks, 1, 1, 1)[:4]
-        sharing = (first, {8: 4, 24: 4, 30: 5}.get(second, 2), {36: 4, 48: 6}.get(third, 3), last)
-        depths = [math.ceil(blocks / share) for blocks, share in zip(self.stage_blocks, sharing, strict=False)]
-        *begins, head = accumulate((1, *depths))
-        if not param_name.startswith(prefix):
-            return head, head + 1
-        found = re.match(r"layer(\d)\.(\d+)\.", param_name[len(prefix) :])
-        if found is None:
-            return 0, head + 1
-        stage, block = int(found[1]) - 1, int(found[2])
-        return begins[stage] + block // sharing[stage], head + 1
+        depth, head = layer_depth(self, param_name[len(prefix) :])
+        return (depth if param_name.startswith(prefix) else head), head + 1
 
 
 class DepthDefaults(MmpretrainDefaults):

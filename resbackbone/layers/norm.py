@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -113,6 +114,12 @@ def build_norm_layer(cfg: Config, num_features: int, postfix: int | str = "") ->
     for parameter in norm.parameters():
         parameter.requires_grad = requires_grad
     return _abbreviation(norm_class) + str(postfix), norm
+
+
+def is_norm(layer: nn.Module) -> bool:
+    """Return whether a layer is a norm, by its class: one of torch's, derived from one, or called one."""
+    bases = tuple(base for base, _ in _ABBREVIATIONS)
+    return isinstance(layer, bases) or re.search(r"norm(\dd)?$", type(layer).__name__, re.IGNORECASE) is not None
 
 
 def _abbreviation(norm_class: type) -> str:
