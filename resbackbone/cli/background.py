@@ -66,20 +66,16 @@ def read_ahead(
             running += 1
             begun.append(pool.submit(work, item))
 
-    with _pool(threads) as pool:
-        try:
+    with _pool(threads) as pool:  # which, when the consumer leaves, shuts down and takes nothing more from `begin`
+        with lock:
+            begin()
+        while begun:
+            result = begun[0].result()
             with lock:
+                begun.popleft()
+                held -= weigh(result)
                 begin()
-            while begun:
-                result = begun[0].result()
-                with lock:
-                    begun.popleft()
-                    held -= weigh(result)
-                    begin()
-                yield result
-        finally:
-            with lock:
-                remaining = iter(())  # or the threads would go on where the consumer has stopped
+            yield result
 
 
 def write_behind(
