@@ -1,5 +1,6 @@
 """Backbones that compute the same, faster."""
 
 from resbackbone.inference.optimizing import optimize
+from resbackbone.inference.quantization import quantize
 
-__all__ = ["optimize"]
+__all__ = ["optimize", "quantize"]

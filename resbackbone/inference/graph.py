@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resbackbone.inference.convolution import FusedConv2d
@@ -74,8 +75,7 @@ def fuse(traced: fx.GraphModule, dtype: torch.dtype) -> list[FusedConv2d]:
         rectified = _behind(last, lambda user: isinstance(_module(traced, user), nn.ReLU))
         module.relu, last = rectified is not last, rectified
         with graph.inserting_before(last):
-            call = graph.call_function(operator.getitem, (calls, len(fused)))
-            replacement = graph.call_method("__call__", (call, node.args[0], *([] if other is None else [other])))
+            replacement = fused_call(graph, calls, len(fused), [node.args[0], *([] if other is None else [other])])
         order[replacement] = order[last]
         new.add(replacement)
         fused.append(module)
@@ -84,6 +84,22 @@ def fuse(traced: fx.GraphModule, dtype: torch.dtype) -> list[FusedConv2d]:
     traced.delete_all_unused_submodules()
     traced.recompile()
     return fused
+
+
+def fused_call(graph: fx.Graph, calls: fx.Node, index: int, tensors: Sequence[Argument]) -> fx.Node:
+    """Add the call of one of the operators to a graph."""
+    return graph.call_method("__call__", (graph.call_function(operator.getitem, (calls, index)), *tensors))
+
+
+def fused_index(node: fx.Node) -> int | None:
+    """Return which operator a step calls; None if it is another step."""
+    is_call = node.op == "call_method" and node.target == "__call__"
+    return node.args[0].args[1] if is_call else None  # type: ignore[union-attr,return-value]
+
+
+def operands(call: fx.Node) -> list[fx.Node]:
+    """Return what such a call convolves, and what it adds, if anything."""
+    return call.all_input_nodes[1:]
 
 
 def _behind(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> fx.Node:

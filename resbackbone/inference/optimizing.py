@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from resbackbone.backbones.base import check_images
 from resbackbone.checks import check_choice, check_int
-from resbackbone.features import FeatureInfo
+from resbackbone.inference.engines import Fused, Plain
 from resbackbone.inference.graph import fuse, trace
-from resbackbone.inference.packs import PackStore
 
 Backend = Literal["auto", "onednn", "compile", "eager"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,78 +48,25 @@ def optimize(
     check_choice("backend", backend, ("auto", "onednn", "compile", "eager"))
     check_int("pack_bytes", pack_bytes, low=0)
     copied = copy.deepcopy(net).eval().requires_grad_(False)
-    on_cpu = all(tensor.device.type == "cpu" for tensor in copied.state_dict().values())
-    if backend == "onednn" and not (on_cpu and _has_onednn()):
-        raise ValueError("`backend`='onednn' needs weights on the CPU and a PyTorch built with oneDNN; use 'auto'")
-    if on_cpu and _has_onednn() and backend in ("auto", "onednn"):
-        return _Fused(copied, _DTYPES[dtype], pack_bytes)
+    if backend == "onednn" or (backend == "auto" and _runs_onednn(copied)):
+        require_onednn(copied)
+        graph = trace(copied)
+        convolutions = fuse(graph, _DTYPES[dtype])
+        return Fused(copied, graph.to(_DTYPES[dtype]), convolutions, _DTYPES[dtype], pack_bytes)
     plain = copied.to(_DTYPES[dtype], memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return _Plain(plain, _DTYPES[dtype], compiled=backend == "compile")
+    return Plain(plain, _DTYPES[dtype], compiled=backend == "compile")
 
 
-class _Optimized(nn.Module):
-    """What both have: the promises of the backbone, and the conversion of the input."""
-
-    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.name = type(net).__name__
-        self.in_channels: int | None = getattr(net, "in_channels", None)  # None if it is not a backbone alone
-        self.feature_info: tuple[FeatureInfo, ...] = getattr(net, "feature_info", ())
-        self.out_channels = getattr(net, "out_channels", None)
-        self.out_strides = getattr(net, "out_strides", None)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Any:
-        """Compute the feature maps of images ``(N, in_channels, H, W)``."""
-        if self.in_channels is not None:
-            check_images(x, self.name, self.in_channels)
-        return self._run(x.to(self.dtype, memory_format=torch.channels_last))
-
-    @property
-    def packed_sizes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of images for which weights are laid out, that of longest ago first."""
-        return ()
-
-    def _run(self, x: Tensor) -> Any:
-        raise NotImplementedError
+def require_onednn(net: nn.Module) -> None:
+    """Refuse a net that the operators of oneDNN cannot compute."""
+    if not _runs_onednn(net):
+        raise ValueError(
+            f"oneDNN needs weights on the CPU and a PyTorch built with it; {type(net).__name__} has others, or "
+            "this PyTorch is without; use optimize(net, backend='eager')"
+        )
 
 
-class _Plain(_Optimized):
-    def __init__(self, net: nn.Module, dtype: torch.dtype, compiled: bool) -> None:
-        super().__init__(net, dtype)
-        self.net = net
-        if compiled:
-            self.net.compile()
-
-    def _run(self, x: Tensor) -> Any:
-        return self.net(x)
-
-
-class _Fused(_Optimized):
-    def __init__(self, net: nn.Module, dtype: torch.dtype, pack_bytes: int) -> None:
-        super().__init__(net, dtype)
-        self.graph = trace(net)
-        convolutions = fuse(self.graph, dtype)
-        self.convolutions = nn.ModuleList(convolutions)
-        self.graph.to(dtype)
-        self.packs = PackStore(convolutions, pack_bytes)
-
-    @property
-    def packed_sizes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of images for which weights are laid out, that of longest ago first."""
-        return self.packs.sizes
-
-    def _run(self, x: Tensor) -> Any:
-        outs = self.graph(x, self.packs.calls_for(tuple(x.shape)))
-        spoilt = x.amax((1, 2, 3)).isnan()  # oneDNN's ReLU makes a zero of NaN, which would hide it
-        if spoilt.any():
-            for out in outs if isinstance(outs, (tuple, list)) else (outs,):
-                out[spoilt] = torch.nan
-        return outs
-
-
-def _has_onednn() -> bool:
+def _runs_onednn(net: nn.Module) -> bool:
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    on_cpu = all(tensor.device.type == "cpu" for tensor in net.state_dict().values())
+    return available and on_cpu and hasattr(torch.ops.mkldnn, "_convolution_pointwise")

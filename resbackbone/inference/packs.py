@@ -6,18 +6,31 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
-from resbackbone.inference.convolution import Convolution, FusedConv2d
+from resbackbone.inference.convolution import Convolution
 
 Size = tuple[int, ...]
+
+
+class Packable(Protocol):
+    """A convolution whose weights can be laid out for one input size."""
+
+    weight: Tensor
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Convolve a tensor, and add another, of any size."""
+
+    def specialize(self, x: Tensor, other: Tensor | None) -> Convolution:
+        """Return what does the same to tensors of these shapes and layouts, with weights laid out for them."""
 
 
 class Packs:
     """A net's convolutions for one input size, each packed when it is first called."""
 
-    def __init__(self, convolutions: Sequence[FusedConv2d]) -> None:
+    def __init__(self, convolutions: Sequence[Packable]) -> None:
         self.calls: list[Convolution] = [partial(self._pack, index) for index in range(len(convolutions))]
         self._convolutions = convolutions
 
@@ -38,7 +51,7 @@ class PackStore:
         limit: Bytes that all packs may take together; 0 for none.
     """
 
-    def __init__(self, convolutions: Sequence[FusedConv2d], limit: int) -> None:
+    def __init__(self, convolutions: Sequence[Packable], limit: int) -> None:
         self._convolutions = convolutions
         self._limit = limit
         self._plain: list[Convolution] = [convolution.forward for convolution in convolutions]
@@ -72,5 +85,5 @@ class PackStore:
         while len(self._seen) > 16 * self._capacity:  # sizes that never came back
             self._seen.popitem(last=False)
 
-    def __reduce__(self) -> tuple[type[PackStore], tuple[Sequence[FusedConv2d], int]]:
+    def __reduce__(self) -> tuple[type[PackStore], tuple[Sequence[Packable], int]]:
         return PackStore, (self._convolutions, self._limit)  # packs belong to the process; they cannot be pickled

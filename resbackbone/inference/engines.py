@@ -1,0 +1,99 @@
+"""Modules that stand in for a backbone: the same images in, the same feature maps out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from resbackbone.backbones.base import check_images
+from resbackbone.features import FeatureInfo
+from resbackbone.inference.packs import Packable, PackStore
+
+
+class Optimized(nn.Module):
+    """What they all have: the promises of the backbone, and the conversion of the input."""
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.name = type(net).__name__
+        self.in_channels: int | None = getattr(net, "in_channels", None)  # None if it is not a backbone alone
+        self.feature_info: tuple[FeatureInfo, ...] = getattr(net, "feature_info", ())
+        self.out_channels = getattr(net, "out_channels", None)
+        self.out_strides = getattr(net, "out_strides", None)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Any:
+        """Compute the feature maps of images ``(N, in_channels, H, W)``."""
+        if self.in_channels is not None:
+            check_images(x, self.name, self.in_channels)
+        return self._run(x.to(self.dtype, memory_format=torch.channels_last))
+
+    @property
+    def packed_sizes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of images for which weights are laid out, that of longest ago first."""
+        return ()
+
+    def _run(self, x: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class Plain(Optimized):
+    """PyTorch's own operators, one by one or compiled.
+
+    Args:
+        net: What computes, in its final dtype and layout.
+        dtype: What is handed in and out.
+        compiled: Whether ``torch.compile`` makes the operators.
+    """
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype, compiled: bool) -> None:
+        super().__init__(net, dtype)
+        self.net = net
+        if compiled:
+            self.net.compile()
+
+    def _run(self, x: Tensor) -> Any:
+        return self.net(x)
+
+
+class Fused(Optimized):
+    """A graph that calls convolutions with what follows them.
+
+    Args:
+        net: What it is made of.
+        graph: What computes, of images and of what it calls in place of each convolution.
+        convolutions: These.
+        dtype: What is handed in and out.
+        pack_bytes: Bytes that laid-out weights may take; 0 for none.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        graph: fx.GraphModule,
+        convolutions: Sequence[Packable],
+        dtype: torch.dtype,
+        pack_bytes: int,
+    ) -> None:
+        super().__init__(net, dtype)
+        self.graph = graph
+        self.convolutions = nn.ModuleList(convolutions)  # type: ignore[arg-type]
+        self.packs = PackStore(convolutions, pack_bytes)
+
+    @property
+    def packed_sizes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of images for which weights are laid out, that of longest ago first."""
+        return self.packs.sizes
+
+    def _run(self, x: Tensor) -> Any:
+        outs = self.graph(x, self.packs.calls_for(tuple(x.shape)))
+        spoilt = x.amax((1, 2, 3)).isnan()  # oneDNN's ReLU makes a zero of NaN, which would hide it
+        if spoilt.any():
+            for out in outs if isinstance(outs, (tuple, list)) else (outs,):
+                out[spoilt] = torch.nan
+        return outs

@@ -1,0 +1,263 @@
+"""Post-training static quantisation: convolutions of bytes instead of floating-point numbers.
+
+Activations are on one grid per tensor, weights on one per output channel. Source: Jacob et al., "Quantization and
+Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from resbackbone.images import find_images, read_image
+from resbackbone.inference.convolution import Convolution, FusedConv2d
+from resbackbone.inference.engines import Fused
+from resbackbone.inference.graph import fuse, fused_call, fused_index, operands, trace
+from resbackbone.inference.optimizing import PACK_BYTES, require_onednn
+from resbackbone.preprocessing import preprocessing_for
+
+
+class Grid(NamedTuple):
+    """The numbers that a byte can stand for: ``(byte - zero) * scale``."""
+
+    scale: float
+    zero: int
+
+    @classmethod
+    def over(cls, low: float, high: float) -> Grid:
+        """Return the grid that spans a range, and has zero in it."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = (high - low) / 255 or 1.0
+        return cls(scale, round(-low / scale))
+
+
+def quantize(net: nn.Module, pictures: str | Path | Iterable[Tensor], *, pack_bytes: int = PACK_BYTES) -> nn.Module:
+    """Return a net for inference on CPUs whose convolutions compute with bytes.
+
+    Norms, sums and ReLUs are part of the convolutions as in :func:`~resbackbone.inference.optimize`. What is no
+    convolution computes in float32. Each tensor's range is that which it had for the pictures.
+
+    Args:
+        net: As for :func:`~resbackbone.inference.optimize`; it stays as it is.
+        pictures: What to measure ranges on: a folder of pictures, normalised as ``net.preprocessing`` says, or images
+            as the net takes them, ``(N, in_channels, H, W)``. A hundred like those to come are plenty.
+        pack_bytes: Bytes that laid-out weights may take; 0 for none.
+
+    Returns:
+        A module: images ``(N, in_channels, H, W)`` to the same feature maps in float32, each near to the net's own.
+
+    Raises:
+        ValueError: If there is no picture, ranges are not finite, ``net`` cannot be traced, or its weights are not on
+            a CPU for which PyTorch has oneDNN.
+        FileNotFoundError: If there is no such folder.
+    """
+    require_onednn(net)
+    copied = copy.deepcopy(net).float().eval().requires_grad_(False)
+    traced = trace(copied)
+    fused = fuse(traced, torch.float32)
+    images = _read(net, pictures) if isinstance(pictures, (str, Path)) else pictures
+    calibration = _Calibration(traced, [conv.forward for conv in fused])
+    if not calibration.watch(images):
+        raise ValueError("`pictures` is empty; ranges need at least one image to be measured on")
+    graph, convolutions = _lower(traced, fused, calibration)
+    return Fused(copied, graph, convolutions, torch.float32, pack_bytes)
+
+
+def _read(net: nn.Module, folder: str | Path) -> Iterable[Tensor]:
+    channels = getattr(net, "in_channels", 3)
+    preprocessing = getattr(net, "preprocessing", None) or preprocessing_for(in_channels=channels, style="pytorch")
+    for path in find_images([folder]):
+        yield preprocessing(read_image(path, channels=channels))
+
+
+class QuantizedConv2d(nn.Module):
+    """A fused convolution of bytes.
+
+    Args:
+        conv: What it does.
+        takes: The grid of what is convolved.
+        adds: The grid of what is added.
+        gives: The grid of the result; None for float32.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: FusedConv2d, takes: Grid, adds: Grid | None, gives: Grid | None) -> None:
+        super().__init__()
+        largest = conv.weight.abs().amax((1, 2, 3)).clamp_min(torch.finfo(torch.float32).tiny)
+        scale = largest / 127
+        self.register_buffer("weight", (conv.weight / scale[:, None, None, None]).round().to(torch.int8).contiguous())
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero", torch.zeros(len(scale), dtype=torch.int32))
+        self.register_buffer("bias", conv.bias.clone())
+        padding, stride, dilation, groups = conv.geometry
+        self.geometry = (stride, padding, dilation, groups)  # in the operators' order
+        self.takes, self.adds, self.gives = takes, adds, gives
+        self.relu, self.overwrite = conv.relu, conv.overwrite
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Convolve bytes ``(N, in_channels, H, W)``, and add bytes ``(N, out_channels, H', W')``."""
+        return self.specialize(None, other)(x, other)
+
+    def specialize(self, x: Tensor | None, other: Tensor | None) -> Convolution:
+        """Return what does the same, with weights laid out for a tensor of this shape."""
+        operators: Any = torch.ops.onednn
+        shape = None if x is None else list(x.shape)
+        weight = operators.qconv_prepack(self.weight, self.weight_scale, *self.takes, *self.geometry, shape)
+        given, dtype = (Grid(1.0, 0), torch.float32) if self.gives is None else (self.gives, torch.uint8)
+        weights = (weight, self.weight_scale, self.weight_zero)
+        rest = (self.bias, *self.geometry, *given, dtype)
+        relu = "relu" if self.relu else "none"
+        takes, adds, overwrite = self.takes, self.adds, self.overwrite
+
+        def convolve(x: Tensor, other: Tensor | None = None) -> Tensor:
+            x = x.contiguous(memory_format=torch.channels_last)
+            out: Tensor
+            if other is None or adds is None:
+                out = operators.qconv_pointwise(x, *takes, *weights, *rest, relu, [None], "")
+            else:  # the operator always adds in place
+                total = other if overwrite else other.clone()
+                total = total.contiguous(memory_format=torch.channels_last)
+                out = operators.qconv2d_pointwise.binary(
+                    x, *takes, *weights, total, *rest, *adds, "sum", 1.0, relu, [None], ""
+                )
+            return out
+
+        return convolve
+
+    def extra_repr(self) -> str:
+        """Show the sizes in ``repr``."""
+        return f"{tuple(self.weight.shape)}, relu={self.relu}, overwrite={self.overwrite}"
+
+
+class _Calibration(fx.Interpreter):
+    """Measures the range of every tensor in a net, and which sums are of two tensors of one shape."""
+
+    def __init__(self, traced: fx.GraphModule, calls: Sequence[Convolution]) -> None:
+        super().__init__(traced)
+        self._calls = calls
+        self.ranges: dict[fx.Node, tuple[float, float]] = {}
+        self.spreading: set[fx.Node] = set()  # sums of a tensor with a smaller one
+
+    @torch.no_grad()
+    def watch(self, images: Iterable[Tensor]) -> int:
+        """Run the net on images, and return on how many."""
+        count = 0
+        for image in images:
+            self.run(image.float().contiguous(memory_format=torch.channels_last), self._calls)
+            count += len(image)
+        return count
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Compute a step, and look at what it gives."""
+        out = super().run_node(n)
+        if isinstance(out, Tensor) and out.is_floating_point() and out.numel():
+            low, high = (value.item() for value in out.aminmax())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(f"a picture gives NaN or infinity at {n.name}; no grid of bytes can span that")
+            known = self.ranges.get(n, (low, high))
+            self.ranges[n] = (min(low, known[0]), max(high, known[1]))
+            if fused_index(n) is not None and len(operands(n)) > 1 and self.env[operands(n)[1]].shape != out.shape:
+                self.spreading.add(n)
+        return out
+
+
+def _lower(
+    traced: fx.GraphModule, fused: Sequence[FusedConv2d], calibration: _Calibration
+) -> tuple[fx.GraphModule, list[FusedConv2d | QuantizedConv2d]]:
+    """Build the graph whose convolutions compute with bytes, and the convolutions."""
+    lowering = _Lowering(traced, fused, calibration)
+    for node in traced.graph.nodes:
+        lowering.add(node)
+    lowering.graph.lint()
+    return fx.GraphModule(traced, lowering.graph), lowering.convolutions
+
+
+class _Lowering:
+    """Copies a graph step by step, with each tensor as bytes or in float32, and the conversions between."""
+
+    def __init__(self, traced: fx.GraphModule, fused: Sequence[FusedConv2d], calibration: _Calibration) -> None:
+        self.graph = fx.Graph()
+        self.convolutions: list[FusedConv2d | QuantizedConv2d] = []
+        self._traced, self._fused = traced, fused
+        self._ranges: Mapping[fx.Node, tuple[float, float]] = calibration.ranges
+        self._floating = calibration.spreading  # which no operator of bytes does
+        self._old_calls = next(node for node in traced.graph.nodes if node.target == "calls")
+        self._bytes: dict[fx.Node, fx.Node] = {}
+        self._floats: dict[fx.Node, fx.Node] = {}
+
+    def add(self, node: fx.Node) -> None:
+        """Copy a step."""
+        index = fused_index(node)
+        pool = self._max_pool(node)
+        if index is not None and node not in self._floating:
+            self._convolve(node, self._fused[index])
+        elif index is not None:
+            inputs = [self._as_floats(source) for source in operands(node)]
+            self._floats[node] = self._call(self._fused[index], inputs)
+        elif pool is not None and (source := node.all_input_nodes[0]) in self._bytes:
+            arguments = [_pair(size) for size in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
+            self._bytes[node] = self.graph.call_function(
+                torch.ops.quantized.max_pool2d.default, (self._bytes[source], *arguments, pool.ceil_mode)
+            )
+        elif node.target is not operator.getitem or node.args[0] is not self._old_calls:
+            self._floats[node] = self.graph.node_copy(node, self._as_floats)
+
+    def _convolve(self, node: fx.Node, conv: FusedConv2d) -> None:
+        source, *others = operands(node)
+        native = all(other in self._bytes for other in others)
+        inputs = [self._as_bytes(operand) for operand in (source, *others)]
+        grids = [self._grid(operand) for operand in (source, *others)]
+        gives = self._grid(node) if others or any(map(self._takes_bytes, node.users)) else None
+        module = QuantizedConv2d(conv, grids[0], grids[1] if others else None, gives)
+        module.overwrite &= native
+        (self._floats if gives is None else self._bytes)[node] = self._call(module, inputs)
+
+    def _call(self, module: FusedConv2d | QuantizedConv2d, inputs: list[fx.Node]) -> fx.Node:
+        self.convolutions.append(module)
+        return fused_call(self.graph, self._floats[self._old_calls], len(self.convolutions) - 1, inputs)
+
+    def _takes_bytes(self, user: fx.Node) -> bool:
+        return (fused_index(user) is not None and user not in self._floating) or self._max_pool(user) is not None
+
+    def _as_bytes(self, node: fx.Node) -> fx.Node:
+        if node not in self._bytes:
+            self._bytes[node] = self.graph.call_function(_to_bytes, (self._floats[node], *self._grid(node)))
+        return self._bytes[node]
+
+    def _as_floats(self, node: fx.Node) -> fx.Node:
+        if node not in self._floats:
+            self._floats[node] = self.graph.call_function(_to_floats, (self._bytes[node], *self._grid(node)))
+        return self._floats[node]
+
+    def _grid(self, node: fx.Node) -> Grid:
+        if self._max_pool(node) is not None:  # which changes no number
+            return self._grid(node.all_input_nodes[0])
+        return Grid.over(*self._ranges[node])
+
+    def _max_pool(self, node: fx.Node) -> nn.MaxPool2d | None:
+        module = self._traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return module if isinstance(module, nn.MaxPool2d) else None
+
+
+def _pair(size: int | tuple[int, int]) -> list[int]:
+    return [size, size] if isinstance(size, int) else list(size)
+
+
+def _to_bytes(x: Tensor, scale: float, zero: int) -> Tensor:
+    return torch.add(torch.tensor(zero + 0.5), x, alpha=1 / scale).clamp_(0, 255).to(torch.uint8)
+
+
+def _to_floats(x: Tensor, scale: float, zero: int) -> Tensor:
+    floats = x.to(torch.float32)
+    return (floats.sub_(zero) if zero else floats).mul_(scale)

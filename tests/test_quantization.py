@@ -1,0 +1,103 @@
+"""A net of bytes hands out nearly what the net does."""
+
+import math
+import pickle
+
+import matplotlib
+import pytest
+import torch
+from cases import every_case, make
+from PIL import Image
+from torch import nn
+from torch.nn.functional import cosine_similarity
+
+from resbackbone import ResNet
+from resbackbone.inference import quantize
+from resbackbone.inference.quantization import QuantizedConv2d
+from resbackbone.necks import FPN
+from resbackbone.preprocessing import TORCHVISION
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    with Image.open(f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg") as picture:
+        return TORCHVISION(picture.convert("RGB").resize((96, 112)))
+
+
+@pytest.fixture
+def net():
+    return ResNet(50, base_channels=8).eval()
+
+
+def similarities(outs, expected):
+    assert len(outs) == len(expected)
+    return [cosine_similarity(*map(torch.flatten, pair), 0).item() for pair in zip(outs, expected, strict=True)]
+
+
+@every_case
+def test_every_backbone_computes_nearly_the_same(case, photograph):
+    net = make(case).eval()
+    fast = quantize(net, [photograph.flip(3)])
+    with torch.no_grad():
+        expected = net(photograph)
+    for _ in range(3):  # packed for any size, packing, packed
+        outs = fast(photograph)
+        assert {out.dtype for out in outs} == {torch.float32}
+        # A trunk without ReLU and with standardised filters spends its grid on large numbers of both signs.
+        assert min(similarities(outs, expected)) > (0.97 if case == "ResNetV2-BiT" else 0.99)
+    assert fast.feature_info == net.feature_info
+
+
+def test_all_convolutions_of_a_resnet_take_bytes(net, images):
+    fast = quantize(net, [images])
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    assert sum(isinstance(module, QuantizedConv2d) for module in fast.modules()) == len(convolutions)
+    assert not any(isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)) for module in fast.modules())
+
+
+def test_a_pyramid_behind_it(net, photograph):
+    model = nn.Sequential(net, FPN(net.out_channels, 16, num_outs=5)).eval()
+    with torch.no_grad():
+        assert min(similarities(quantize(model, [photograph])(photograph), model(photograph))) > 0.99
+
+
+def test_ranges_come_from_a_folder_of_pictures(net, photograph, tmp_path):
+    with Image.open(f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg") as picture:
+        picture.convert("RGB").resize((96, 112)).save(tmp_path / "grace.png")
+    outs = quantize(net, tmp_path)(photograph)
+    assert all(torch.equal(*pair) for pair in zip(outs, quantize(net, [photograph])(photograph), strict=True))
+
+
+def test_what_lies_outside_the_ranges_is_clipped(net, photograph):
+    fast = quantize(net, [photograph])
+    assert all(out.isfinite().all() for out in fast(1e6 * photograph))
+
+
+def test_the_caller_may_keep_and_change_what_it_gets(net, photograph):
+    fast = quantize(net, [photograph])
+    kept = [out.clone() for out in fast(photograph)]
+    for out in fast(photograph):
+        out.zero_()
+    assert all(torch.equal(*pair) for pair in zip(fast(photograph), kept, strict=True))
+
+
+def test_nan_in_nan_out(net, images):
+    fast = quantize(net, [images])
+    images[0, 0, 0, 0] = math.nan
+    outs = fast(images)
+    assert all(out[0].isnan().any() and not out[1].isnan().any() for out in outs)
+
+
+def test_it_can_be_pickled(net, photograph):
+    fast = quantize(net, [photograph])
+    copied = pickle.loads(pickle.dumps(fast))
+    assert all(torch.equal(*pair) for pair in zip(copied(photograph), fast(photograph), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("pictures", "text"),
+    [([], "`pictures` is empty"), ([torch.full((1, 3, 64, 64), math.nan)], "gives NaN or infinity at")],
+)
+def test_refuses(net, pictures, text):
+    with pytest.raises(ValueError, match=text):
+        quantize(net, pictures)
