@@ -1,4 +1,4 @@
-"""The registry: ``MODELS``, a child of mmengine's root registry, and how a type name becomes a class.
+"""The registries: ``MODELS`` and its like, children of mmengine's, and how a type name becomes a class.
 
 mmengine finds this module by its path (``<scope>.registry``), which is how ``type="resbackbone.ResNet"`` works in any
 OpenMMLab config without an import.
@@ -12,6 +12,7 @@ from typing import Any
 from resbackbone.checks import check_mapping, nearest
 
 try:
+    from mmengine import registry as roots
     from mmengine.registry import MODELS as ROOT_MODELS
     from mmengine.registry import Registry, build_model_from_cfg
 except ImportError as error:
@@ -37,6 +38,29 @@ MODELS = Registry(
     locations=["resbackbone.layers", "resbackbone.backbones", "resbackbone.necks"],
     build_func=_build,
 )
+
+# One child for every registry of mmengine, as mmengine looks for one in each once a config says
+# `default_scope = "resbackbone"`. What trains lies in them, and is imported when it is first asked for.
+_CHILDREN = {
+    name: Registry(
+        root.name,
+        parent=root,
+        scope="resbackbone",
+        locations=["resbackbone.training", "resbackbone.training.running", "resbackbone.training.classification"],
+    )
+    for name, root in vars(roots).items()
+    if isinstance(root, Registry) and root is not ROOT_MODELS
+}
+DATASETS = _CHILDREN["DATASETS"]
+DATA_SAMPLERS = _CHILDREN["DATA_SAMPLERS"]
+HOOKS = _CHILDREN["HOOKS"]
+LOOPS = _CHILDREN["LOOPS"]
+METRICS = _CHILDREN["METRICS"]
+MODEL_WRAPPERS = _CHILDREN["MODEL_WRAPPERS"]
+OPTIMIZERS = _CHILDREN["OPTIMIZERS"]
+OPTIM_WRAPPER_CONSTRUCTORS = _CHILDREN["OPTIM_WRAPPER_CONSTRUCTORS"]
+RUNNERS = _CHILDREN["RUNNERS"]
+TRANSFORMS = _CHILDREN["TRANSFORMS"]
 
 
 def find_type(type_or_name: Any, what: str = "model") -> Any:

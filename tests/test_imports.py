@@ -19,9 +19,10 @@ ROWS = [
     {"blocks"},
     {"backbones"},
     {"necks"},
-    {"checkpoints", "inference", "training"},
+    {"checkpoints", "inference"},
     {"config"},
     {"complexity", "images"},
+    {"training"},
     {"integrations", "cli"},
     {"__main__"},
 ]

@@ -52,6 +52,8 @@ def adapt(tensors: dict[str, Tensor], net: nn.Module, expected: Preprocessing, *
         tensors[first], expected = absorb_normalisation(tensors[first], expected)
         notes.append(f"{first} takes RGB and torchvision's deviations in place of {what}")
     given, wanted = tensors[first].shape[1], own[first].shape[1] if first in own else 0
+    if given == wanted == 1:
+        return Adapted(tensors, expected.gray(), tuple(notes))
     if not wanted or given == wanted:
         return Adapted(tensors, expected, tuple(notes))
     tensors[first] = adapt_channels(tensors[first], wanted)

@@ -120,8 +120,10 @@ def find_backbone(tensors: Mapping[str, Tensor], layout: str | None = None) -> B
     _, (best, prefix) = max(found, key=lambda item: item[0])  # of equals the first
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     native = best.to_native(inside)
-    outside = best.native_names(name for name in tensors if not name.startswith(prefix))
-    # A classifier stands beside a backbone that has a prefix.
+    # A classifier stands beside a backbone that has a prefix, and in the same wrappings.
+    wrappings = prefix.removesuffix(".").rpartition(".")
+    beside = {name.removeprefix("".join(wrappings[:2])): name for name in tensors if not name.startswith(prefix)}
+    outside = {beside[name]: ours for name, ours in best.native_names(beside).items()}
     native |= {ours: tensors[name] for name, ours in outside.items() if ours.startswith("fc.")}
     others = tuple(name for name, ours in outside.items() if not ours.startswith("fc."))
     return Backbone(best, prefix, native, others, tuple(sorted({other for _, (_, other) in found} - {prefix})))

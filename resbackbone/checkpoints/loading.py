@@ -74,7 +74,7 @@ def load_checkpoint(
     if prefix is not None:
         tensors = {key: tensor for key, tensor in tensors.items() if f".{prefix}" in f".{key}"}
     found = find_backbone(tensors, layout)
-    expected = None if known is None else known.preprocessing
+    expected = _trained_with(tensors) if known is None else known.preprocessing
     expected = expected or _usual_preprocessing(found.layout.name, getattr(net, "style", "pytorch"))
     adapted = adapt(found.native, net, expected, absorb=expects == "torchvision")
     notes = [f"the backbone below {found.prefix!r}"] if found.prefix else []
@@ -92,6 +92,16 @@ def load_checkpoint(
     _fill(net, weights)
     net.preprocessing = adapted.expected  # type: ignore[assignment]
     return report
+
+
+def _trained_with(tensors: Tensors) -> Preprocessing | None:
+    """What a checkpoint of our own training says that its weights expect."""
+    for name, channels in tensors.items():
+        stem = name.removesuffix("channels")
+        if name.endswith("data_preprocessor.channels") and {f"{stem}mean", f"{stem}std"} <= tensors.keys():
+            mean, std = (tuple(tensors[f"{stem}{key}"].flatten().tolist()) for key in ("mean", "std"))
+            return Preprocessing(mean, std, "RGB" if channels.tolist() == sorted(channels.tolist()) else "BGR")
+    return None
 
 
 def _usual_preprocessing(layout: str, style: str) -> Preprocessing:

@@ -11,6 +11,8 @@ from resbackbone.cli.extract import extract
 from resbackbone.cli.info import info
 from resbackbone.cli.list import list_backbones
 from resbackbone.cli.load_report import load_report
+from resbackbone.cli.test import measure
+from resbackbone.cli.train import train
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
 app.command("list")(list_backbones)
@@ -18,6 +20,8 @@ app.command("info")(info)
 app.command("extract")(extract)
 app.command("convert")(convert)
 app.command("load-report")(load_report)
+app.command("train")(train)
+app.command("test")(measure)
 
 
 def main() -> None:
@@ -40,4 +44,4 @@ def _resbackbone(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """One ResNet backbone family: look at the architectures, extract features from pictures."""
+    """One ResNet backbone family: look at the architectures, extract features from pictures, train."""

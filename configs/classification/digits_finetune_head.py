@@ -1,0 +1,25 @@
+"""Fine-tuning, first part: a pretrained backbone stays as it is, and a new `fc` learns classes that it has not seen.
+
+The pretrained one has learnt the digits from 0 to 4:
+
+    resbackbone train configs/classification/digits_resnet18.py --work-dir work_dirs/digits_0to4 --cfg-options \
+        model.num_classes=5 train_dataloader.dataset.classes=[0,1,2,3,4] val_dataloader.dataset.classes=[0,1,2,3,4]
+"""
+
+_base_ = ["digits_resnet18.py"]
+
+classes = ["5", "6", "7", "8", "9"]
+
+model = dict(
+    backbone=dict(
+        frozen_stages=4,  # all of them, and their norms' statistics
+        init_cfg=dict(type="Pretrained", checkpoint="work_dirs/digits_0to4/epoch_12.pth"),
+    ),
+    num_classes=5,
+)
+train_dataloader = dict(dataset=dict(classes=classes))
+val_dataloader = dict(dataset=dict(classes=classes))
+test_dataloader = val_dataloader
+
+param_scheduler = [dict(type="CosineAnnealingLR", begin=0, end=5, convert_to_iter_based=True)]
+train_cfg = dict(max_epochs=5)

@@ -1,0 +1,42 @@
+"""``resbackbone test``: how good weights are, by a config's test set."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from resbackbone.cli.console import say, user_errors
+from resbackbone.cli.train import ConfigFile, Launcher, MoreOverrides, Overrides, Started, WorkFolder
+
+
+def measure(
+    config: ConfigFile,
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A file, a name of `resbackbone list --weights`, or a URL.")
+    ],
+    more_options: MoreOverrides = None,
+    *,
+    work_dir: WorkFolder = None,
+    launcher: Started = Launcher.NONE,
+    cfg_options: Overrides = None,
+) -> None:
+    """Measure a classifier's accuracy: one of `resbackbone train`, or anybody's with its fc."""
+    from mmengine.dist import is_main_process
+
+    from resbackbone.training.running import build_runner, leave_processes
+
+    with user_errors():
+        runner = build_runner(
+            config,
+            work_dir=work_dir,
+            launcher=launcher.value,
+            overrides=[*(cfg_options or ()), *(more_options or ())],
+            training=False,
+        )
+        load = getattr(runner.bare_model, "load_weights", runner.load_checkpoint)
+        load(checkpoint)
+        metrics = runner.test()
+    if is_main_process():
+        say(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()), style="green")
+    leave_processes()

@@ -1,0 +1,84 @@
+"""``resbackbone train``: a training from a config."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resbackbone.cli.console import messages, one_line, say, user_errors
+
+
+class Launcher(str, Enum):
+    """Who started the processes."""
+
+    NONE = "none"
+    PYTORCH = "pytorch"
+    SLURM = "slurm"
+    MPI = "mpi"
+
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A .py file in OpenMMLab's format.")]
+MoreOverrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Further --cfg-options.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--cfg-options", metavar="KEY=VALUE...", help="Changes of the config: train_cfg.max_epochs=5"),
+]
+Started = Annotated[Launcher, typer.Option(help="Who started the processes; pytorch is torchrun.")]
+WorkFolder = Annotated[
+    Path | None, typer.Option(help="Folder for checkpoints, logs, curves.", show_default="work_dirs/ and CONFIG's name")
+]
+
+
+def train(
+    config: ConfigFile,
+    more_options: MoreOverrides = None,
+    *,
+    work_dir: WorkFolder = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
+    launcher: Started = Launcher.NONE,
+    cfg_options: Overrides = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of all random numbers.", show_default="the config's, else 0")
+    ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Only operators that give the same result in every run.")
+    ] = False,
+) -> None:
+    """Train by a config, which is Python and runs: use only one that you trust.
+
+    Several processes: torchrun --nproc-per-node 2 -m resbackbone train CONFIG --launcher pytorch
+    """
+    from mmengine.dist import is_main_process
+
+    from resbackbone.training.classification import ClassesDoNotFit, UnreadablePicture
+    from resbackbone.training.running import NonFiniteLoss, build_runner, leave_processes
+
+    with user_errors():
+        runner = build_runner(
+            config,
+            work_dir=work_dir,
+            resume=resume,
+            launcher=launcher.value,
+            overrides=[*(cfg_options or ()), *(more_options or ())],
+            seed=seed,
+            deterministic=deterministic,
+        )
+        runner.prepare()
+    try:
+        with user_errors(OSError, NonFiniteLoss, ClassesDoNotFit):
+            runner.train()
+    except UnreadablePicture as error:
+        # A worker's exception has its whole traceback in its message.
+        say(f"error: {one_line(ValueError(str(error).strip().splitlines()[-1]))}", style="red", console=messages)
+        raise typer.Exit(2) from error
+    if is_main_process():
+        say(f"trained: {runner.message_hub.get_info('last_ckpt')}", style="green")
+        if (best := runner.message_hub.get_info("best_score")) is not None:
+            say(f"best: {best:.2f} of {runner.message_hub.get_info('best_ckpt')}")
+        say(f"curves: {Path(runner.work_dir) / 'curves.png'}")
+    leave_processes()

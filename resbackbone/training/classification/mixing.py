@@ -1,0 +1,69 @@
+"""Mixing the pictures of a batch: mixup and CutMix."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Mixing:
+    """Mixes each picture with the one before it in the batch, and their targets in the same proportion.
+
+    Where both kinds are asked for, a coin decides for each batch. Random numbers are PyTorch's global ones.
+
+    Args:
+        mixup: Both parameters of the beta distribution that the proportion of mixup comes from; 0 for none. Source:
+            Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018.
+        cutmix: The same for the area of CutMix. Source: Yun et al., CutMix, ICCV 2019.
+
+    Raises:
+        ValueError: If one is negative or both are 0.
+    """
+
+    def __init__(self, *, mixup: float = 0.0, cutmix: float = 0.0) -> None:
+        if min(mixup, cutmix) < 0 or mixup == cutmix == 0:
+            raise ValueError(f"`mixup` and `cutmix` must not be negative nor both 0, got {mixup} and {cutmix}")
+        self.mixup = mixup
+        self.cutmix = cutmix
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix a batch.
+
+        Args:
+            images: ``(N, C, H, W)``.
+            targets: ``(N, K)``.
+
+        Returns:
+            Both mixed; the given ones stay as they are.
+        """
+        coin = torch.rand(()).item()
+        if self.cutmix and (not self.mixup or coin < 0.5):
+            images, share = _cutmix(images, _beta(self.cutmix))
+        else:
+            share = _beta(self.mixup)
+            images = images.lerp(images.roll(1, 0), share)
+        return images, targets.lerp(targets.roll(1, 0), share)
+
+
+def _beta(alpha: float) -> float:
+    parameter = torch.tensor(alpha, dtype=torch.float64)
+    return float(torch.distributions.Beta(parameter, parameter).sample())
+
+
+def _cutmix(images: Tensor, share: float) -> tuple[Tensor, float]:
+    """Put a rectangle of the other picture, with that share of the area, where its centre falls; cut at the border."""
+    height, width = images.shape[2:]
+    side = math.sqrt(share)
+    top, bottom = _span(height, side)
+    left, right = _span(width, side)
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images.roll(1, 0)[:, :, top:bottom, left:right]
+    return mixed, (bottom - top) * (right - left) / (height * width)
+
+
+def _span(length: int, share: float) -> tuple[int, int]:
+    centre = int(torch.randint(length, ()))
+    half = round(length * share) // 2
+    return max(centre - half, 0), min(centre + half, length)

@@ -1,0 +1,183 @@
+"""Checkpoints on the disk: whole or not there, of plain values and tensors only, found again after a crash."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook
+from mmengine.logging import HistoryBuffer
+from mmengine.utils import apply_to
+
+from resbackbone.registry import HOOKS
+
+_LAST = "last_checkpoint"  # the file's name is mmengine's
+
+
+class CheckpointNotSaved(OSError):
+    """A checkpoint could not be written; those that were there before are as they were."""
+
+
+def save_checkpoint(content: Any, path: Path) -> None:
+    """Write a checkpoint, which appears under its name only when it is on the disk as a whole.
+
+    Args:
+        content: What ``torch.save`` takes.
+        path: The file.
+
+    Raises:
+        CheckpointNotSaved: If the disk is full or cannot be written to.
+    """
+    buffer = io.BytesIO()  # written to a file that breaks off, torch.save would raise whatever it stumbles over
+    torch.save(content, buffer)
+    try:
+        _replace(path, buffer.getbuffer())
+    except OSError as error:
+        raise CheckpointNotSaved(
+            f"cannot save {path}: {error.strerror}; checkpoints that were saved before are whole: make room and go on "
+            "with --resume"
+        ) from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint that :class:`~resbackbone.training.running.ResumableRunner` wrote; nothing in it runs.
+
+    Args:
+        path: The file.
+
+    Returns:
+        ``meta``, ``state_dict``, ``message_hub``, ``optimizer``, ``param_schedulers`` and what hooks added; tensors on
+        the CPU.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, holds anything but tensors and plain values, or is no checkpoint of a run.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever PyTorch's reader stumbles over
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{str(path)!r} is damaged, or holds more than tensors and plain values, which nothing here runs: {reason}"
+        ) from error
+    if not isinstance(content, Mapping) or not {"meta", "state_dict", "message_hub"} <= content.keys():
+        raise ValueError(
+            f"{str(path)!r} is no checkpoint of a run, which has meta, state_dict and message_hub; weights of other "
+            "origin go into init_cfg=dict(type='Pretrained', checkpoint=...)"
+        )
+    return {**content, "message_hub": _with_histories(content["message_hub"])}
+
+
+def find_last_checkpoint(folder: str | Path) -> Path | None:
+    """Return the checkpoint that was saved last in a work folder, also after the folder was moved; None without one."""
+    note = Path(folder) / _LAST
+    if not note.is_file():
+        return None
+    path = Path(note.read_text(encoding="utf-8").strip())
+    return path if path.is_file() else note.with_name(path.name)
+
+
+def plain_state(message_hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the state of mmengine's message hub into what safe loading knows: no ``HistoryBuffer``, no NumPy."""
+    scalars = {
+        name: {
+            "values": torch.as_tensor(history.data[0]),
+            "counts": torch.as_tensor(history.data[1]),
+            "max_length": history.max_length,
+        }
+        for name, history in message_hub["log_scalars"].items()
+    }
+    info = apply_to(
+        message_hub["runtime_info"], lambda value: isinstance(value, np.generic), lambda value: value.item()
+    )
+    return {**message_hub, "log_scalars": scalars, "runtime_info": info}
+
+
+def _with_histories(message_hub: Mapping[str, Any]) -> dict[str, Any]:
+    scalars = {
+        name: HistoryBuffer(log["values"].numpy(), log["counts"].numpy(), log["max_length"])
+        for name, log in message_hub["log_scalars"].items()
+    }
+    return {**message_hub, "log_scalars": scalars}
+
+
+@HOOKS.register_module()
+class ResumableCheckpointHook(CheckpointHook):
+    """Saves checkpoints in turn: the new one, then the note of which is the last, then old ones are deleted.
+
+    mmengine's hook deletes first, and writes the note such that a crash can leave it empty. The rest is as there:
+    ``interval`` epochs, or iterations with ``by_epoch=False``; ``max_keep_ckpts``, ``save_best``, ...
+
+    Raises:
+        TypeError: If ``save_best`` is a list; one metric decides.
+    """
+
+    best_ckpt_path: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.save_best is not None and len(self.save_best) > 1:
+            raise TypeError(f"`save_best` must be the name of one metric, got {self.save_best}")
+
+    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
+        folder, name = Path(self.out_dir), self.filename_tmpl.format(step)
+        expired = []
+        if self.max_keep_ckpts > 0:
+            kept = [*(earlier for earlier in self.keep_ckpt_ids if earlier != step), step]
+            expired = kept[: -self.max_keep_ckpts]
+            self.keep_ckpt_ids.clear()
+            self.keep_ckpt_ids.extend(kept)  # a deque, which drops the expired ones
+            runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+        self.last_ckpt = str(folder / name)
+        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
+        runner.save_checkpoint(
+            str(folder),
+            name,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+        )
+        if is_main_process():
+            _replace(Path(runner.work_dir) / _LAST, self.last_ckpt.encode())
+            for earlier in expired:
+                (folder / self.filename_tmpl.format(earlier)).unlink(missing_ok=True)
+
+    def _save_best_checkpoint(self, runner: Any, metrics: dict[str, Any]) -> None:
+        if not self.save_best:
+            return
+        previous = self.best_ckpt_path
+        self.best_ckpt_path = None  # or mmengine would delete it before it saves the next
+        super()._save_best_checkpoint(runner, metrics)
+        if self.best_ckpt_path is None:
+            self.best_ckpt_path = previous
+        elif previous not in (None, self.best_ckpt_path) and is_main_process():
+            Path(previous).unlink(missing_ok=True)
+
+
+def _replace(path: Path, content: bytes | memoryview) -> None:
+    """Put a file in another's place in one step, once its bytes are on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the name, too; elsewhere folders cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,135 @@
+"""From a config file and what the command line adds to it to a runner."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.dist import is_distributed
+from torch import distributed
+
+from resbackbone.checks import check_choice, nearest
+from resbackbone.training.running.runner import ResumableRunner
+
+Launcher = Literal["none", "pytorch", "slurm", "mpi"]
+# What a config may have beside what stands in it, so that an override with a typo is told from one that adds.
+_OPTIONAL = {
+    "auto_scale_lr",
+    "custom_hooks",
+    "custom_imports",
+    "env_cfg",
+    "find_unused_parameters",
+    "launcher",
+    "load_from",
+    "log_level",
+    "log_processor",
+    "model_wrapper_cfg",
+    "param_scheduler",
+    "randomness",
+    "resume",
+    "sync_bn",
+    "visualizer",
+    "work_dir",
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Load a config in OpenMMLab's format; like every Python file, only one that you trust.
+
+    Args:
+        path: The file.
+        overrides: As ``key=value``, with dots between the keys of dicts within dicts and indices of lists, such as
+            ``train_cfg.max_epochs=5`` or ``train_dataloader.dataset.classes=[cat,dog]``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        KeyError: If an override begins with a name that no config has.
+        ValueError: If the file does not run, or an override is none.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no config file at {str(path)!r}")
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:  # whatever running somebody's Python raises
+        raise ValueError(f"{str(path)!r} does not run: {type(error).__name__}: {error}") from error
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"an override is KEY=VALUE, such as train_cfg.max_epochs=5; got {override!r}")
+        known = {*config, *_OPTIONAL}
+        if (name := key.partition(".")[0]) not in known:
+            raise KeyError(f"the config has no {name!r}{nearest(name, known)}")
+        config.merge_from_dict({key: DictAction._parse_iterable(value)})
+    return config
+
+
+def build_runner(
+    config: str | Path | Config,
+    *,
+    work_dir: str | Path | None = None,
+    resume: bool = False,
+    launcher: Launcher = "none",
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    deterministic: bool = False,
+    training: bool = True,
+) -> ResumableRunner:
+    """Build the runner of a config; ``.train()`` and ``.test()`` are what it does.
+
+    Args:
+        config: The file, or what :func:`load_recipe` made of it.
+        work_dir: Where checkpoints, logs and curves go; None for what the config says, else ``work_dirs/`` and its
+            name.
+        resume: Whether to go on from the last checkpoint there, if there is one.
+        launcher: Who started the processes: nobody, torchrun, Slurm or MPI.
+        overrides: As for :func:`load_recipe`.
+        seed: Of all random numbers; None for what the config says.
+        deterministic: Whether PyTorch may use only operators that give the same result in every run.
+        training: False for a runner that only tests: without a checkpoint to begin with, and no sharded model.
+
+    Raises:
+        FileNotFoundError, KeyError, TypeError, ValueError: If the config or the launcher is not as it should be.
+    """
+    loaded = config if isinstance(config, Config) else load_recipe(config, overrides)
+    if work_dir is not None or "work_dir" not in loaded:
+        loaded.work_dir = str(work_dir or Path("work_dirs") / Path(loaded.filename or "run").stem)
+    loaded.resume = resume or loaded.get("resume", False)
+    loaded.launcher = launcher
+    randomness = dict(loaded.get("randomness") or {})
+    if seed is not None:
+        randomness["seed"] = seed
+    if deterministic:
+        randomness["deterministic"] = True
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which PyTorch demands of cuBLAS then
+    loaded.randomness = {"seed": 0, **randomness}
+    if not training:
+        loaded.update(load_from=None, resume=False, model_wrapper_cfg=None)
+    _join(launcher)
+    runner: ResumableRunner = ResumableRunner.from_cfg(loaded)
+    return runner
+
+
+def _join(launcher: str) -> None:
+    """Check that the processes were started as the launcher says; without GPUs, meet them."""
+    check_choice("launcher", launcher, ("none", "pytorch", "slurm", "mpi"))
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if launcher == "none" and started > 1:
+        raise ValueError(f"this is one of {started} processes, as the environment says; add --launcher pytorch")
+    if launcher == "pytorch" and "RANK" not in os.environ:
+        raise ValueError(
+            "--launcher pytorch is for processes that torchrun started: "
+            "torchrun --nproc-per-node 2 -m resbackbone train CONFIG --launcher pytorch"
+        )
+    # mmengine's own way begins with choosing a GPU.
+    if launcher == "pytorch" and not torch.cuda.is_available() and not is_distributed():
+        distributed.init_process_group("gloo")
+
+
+def leave_processes() -> None:
+    """Leave the other processes, if there are any."""
+    if is_distributed():
+        distributed.destroy_process_group()

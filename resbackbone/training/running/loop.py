@@ -1,0 +1,95 @@
+"""The training loop: mmengine's, by epochs, that goes on in the middle of one as if nothing had happened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.dist import broadcast, get_rank
+from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner.utils import set_random_seed
+from torch import nn
+
+from resbackbone.registry import LOOPS
+from resbackbone.training.running.sampling import EpochSampler, derive_seed
+
+
+@LOOPS.register_module()
+class ResumableTrainLoop(EpochBasedTrainLoop):
+    """Trains by epochs; resumed from any checkpoint it takes the same steps as a run that was not broken off.
+
+    What mmengine's loop lacks for that: it begins a resumed epoch from its first batch, draws on random states that no
+    checkpoint has, and leaves out a validation that was due when the run ended. Here every iteration seeds PyTorch,
+    NumPy and Python from seed, iteration and rank.
+
+    Args:
+        runner: The runner.
+        dataloader: Its ``sampler`` must be an :class:`EpochSampler`.
+        **kwargs: As for mmengine's ``EpochBasedTrainLoop``: ``max_epochs``, ``val_begin``, ``val_interval``, ...
+
+    Raises:
+        TypeError: If the sampler is another one.
+    """
+
+    def __init__(self, runner: Any, dataloader: Any, **kwargs: Any) -> None:
+        super().__init__(runner, dataloader, **kwargs)
+        self.sampler = self.dataloader.sampler
+        if not isinstance(self.sampler, EpochSampler):
+            raise TypeError(
+                "ResumableTrainLoop needs train_dataloader=dict(sampler=dict(type='EpochSampler')), "
+                f"got a sampler of type {type(self.sampler).__name__}"
+            )
+
+    def run(self) -> nn.Module:
+        """Train, and validate after every ``val_interval`` epochs.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: If it was resumed from a run with epochs of another length.
+        """
+        self.runner.call_hook("before_train")
+        self.sampler.seed = self.runner.seed  # a resumed run's is in its checkpoint
+        if self._iter > 0 and self._done_in_epoch() == 0:
+            self._validate_if_due()  # the earlier run ended before or during it
+        while self._epoch < self._max_epochs and not self.stop_training:
+            self.run_epoch()
+            self._validate_if_due()
+        self.runner.call_hook("after_train")
+        model: nn.Module = self.runner.model
+        return model
+
+    def run_epoch(self) -> None:
+        """Train for what is left of the epoch."""
+        self.runner.call_hook("before_train_epoch")
+        self.runner.model.train()
+        done = self._done_in_epoch()
+        self.sampler.skip(done * self.dataloader.batch_size)
+        for index, batch in enumerate(self.dataloader, start=done):
+            self.run_iter(index, batch)
+        for buffer in self.runner.model.buffers():
+            broadcast(buffer)  # norms' statistics, of which each process has its own
+        self.runner.call_hook("after_train_epoch")
+        self._epoch += 1
+
+    def run_iter(self, idx: int, data_batch: Any) -> None:
+        """Take one step."""
+        set_random_seed(derive_seed(self.runner.seed, self._iter, get_rank()))
+        super().run_iter(idx, data_batch)
+
+    def _done_in_epoch(self) -> int:
+        """Batches of the epoch that an earlier run has seen."""
+        done = self._iter - self._epoch * len(self.dataloader)
+        if not 0 <= done <= len(self.dataloader):
+            raise ValueError(
+                f"the checkpoint is of epoch {self._epoch} and iteration {self._iter}, but an epoch has "
+                f"{len(self.dataloader)} iterations now; resume with the batch size, the number of processes and the "
+                "pictures that it was trained with, or begin anew with `load_from`"
+            )
+        return int(done)
+
+    def _validate_if_due(self) -> None:
+        self._decide_current_val_interval()
+        due = self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs
+        if self.runner.val_loop is not None and self._epoch >= self.val_begin and due:
+            self.runner.val_loop.run()

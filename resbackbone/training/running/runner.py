@@ -1,0 +1,174 @@
+"""mmengine's runner with checkpoints that are whole, safe to read, and enough to go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mmengine
+import torch
+from mmengine.dist import is_main_process
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from mmengine.utils import apply_to
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from resbackbone.registry import MODEL_WRAPPERS, RUNNERS
+from resbackbone.training.running.checkpointing import (
+    find_last_checkpoint,
+    plain_state,
+    read_checkpoint,
+    save_checkpoint,
+)
+
+
+@RUNNERS.register_module()
+class ResumableRunner(Runner):
+    """Trains and tests from a config, as mmengine's ``Runner`` does.
+
+    Differences: checkpoints are written by :func:`save_checkpoint` and read by :func:`read_checkpoint`; loading one is
+    strict; ``resume`` finds the last one wherever its folder is now, and draws no initial weights before; several
+    processes train on CPUs, too.
+    """
+
+    _load_from: str | None
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without what makes it one of many processes'."""
+        model: nn.Module = self.model.module if is_model_wrapper(self.model) else self.model
+        return model
+
+    def save_checkpoint(
+        self,
+        out_dir: str,
+        filename: str,
+        file_client_args: None = None,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        meta: dict[str, Any] | None = None,
+        by_epoch: bool = True,
+        backend_args: None = None,
+    ) -> None:
+        """Save a checkpoint, in the main process.
+
+        Args:
+            out_dir: A folder of this machine.
+            filename: Its name there.
+            file_client_args: Not used; mmengine's hooks pass it.
+            save_optimizer: Whether the optimizer's state goes with it.
+            save_param_scheduler: Whether the schedules' state does.
+            meta: Goes with it; of its entries ``epoch`` and ``iter`` are what a resumed run begins with.
+            by_epoch: Whether it is the end of an epoch, where ``meta`` does not say.
+            backend_args: Not used, either.
+
+        Raises:
+            CheckpointNotSaved: If the disk is full or cannot be written to.
+        """
+        if not is_main_process():
+            return
+        counts = {"epoch": self.epoch + by_epoch, "iter": self.iter + (not by_epoch)}
+        checkpoint: dict[str, Any] = {
+            "meta": {**counts, **(meta or {}), **self._about()},
+            "state_dict": _on_cpu(self.bare_model.state_dict()),
+            "message_hub": plain_state(self.message_hub.state_dict()),
+        }
+        if save_optimizer:
+            checkpoint["optimizer"] = _on_cpu(self.optim_wrapper.state_dict())
+        if save_param_scheduler and self.param_schedulers is not None:
+            checkpoint["param_schedulers"] = _states(self.param_schedulers)
+        self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
+        save_checkpoint(checkpoint, Path(out_dir) / filename)
+
+    def _about(self) -> dict[str, Any]:
+        about = {
+            "cfg": self.cfg.pretty_text,
+            "seed": self.seed,
+            "experiment_name": self.experiment_name,
+            "time": time.strftime("%Y%m%d_%H%M%S"),
+        }
+        metainfo = getattr(self.train_dataloader.dataset, "metainfo", None)
+        return about if metainfo is None else {**about, "dataset_meta": metainfo}
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        map_location: str | Callable[..., Any] = "cpu",
+        strict: bool = True,
+        revise_keys: list[tuple[str, str]] | None = None,
+    ) -> dict[str, Any]:
+        """Load the weights of a checkpoint that this class has saved.
+
+        Args:
+            filename: The file.
+            map_location: Not used; tensors are read to the CPU and copied from there.
+            strict: Whether every tensor of the model must be there, and no other.
+            revise_keys: Not used, either.
+
+        Returns:
+            What the file holds.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is no such checkpoint, or does not fit the model.
+        """
+        checkpoint = read_checkpoint(filename)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        try:
+            self.bare_model.load_state_dict(checkpoint["state_dict"], strict=strict)
+        except RuntimeError as error:
+            raise ValueError(f"{filename!r} does not fit the config's model: {error}") from error
+        self._has_loaded = True
+        self.logger.info(f"loaded {filename}")
+        return checkpoint
+
+    def load_or_resume(self) -> None:
+        """Load what the config says; ``resume`` without ``load_from`` means the last checkpoint of the work folder."""
+        if self._resume and self._load_from is None:
+            last = find_last_checkpoint(self.work_dir)
+            self._load_from = None if last is None else str(last)
+        super().load_or_resume()
+
+    def prepare(self) -> None:
+        """Find the data and initialise the weights: where most mistakes of a config show, before training begins."""
+        _ = self.train_loop, self.val_loop
+        self._init_model_weights()
+
+    def _init_model_weights(self) -> None:
+        if getattr(self.bare_model, "is_init", False):
+            return
+        if self._resume and (self._load_from or find_last_checkpoint(self.work_dir)):
+            return  # every weight comes from the checkpoint
+        if self._resume:
+            self.logger.info(f"no checkpoint in {self.work_dir} yet: training begins from the start")
+        super()._init_model_weights()
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        """Wrap the model for several processes, if there are several; on CPUs, too, for which mmengine names a GPU."""
+        if self.distributed and not torch.cuda.is_available():
+            wrapper = {"type": "MMDistributedDataParallel", **(model_wrapper_cfg or {})}
+            if issubclass(MODEL_WRAPPERS.get(wrapper["type"]), DistributedDataParallel):
+                model_wrapper_cfg = {"broadcast_buffers": False, **wrapper, "device_ids": None}
+        wrapped: nn.Module = super().wrap_model(model_wrapper_cfg, model)
+        return wrapped
+
+    def _log_env(self, env_cfg: dict[str, Any]) -> None:
+        # In place of mmengine's list, which takes seconds and imports torchvision, whether that works or not.
+        where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        self.logger.info(
+            f"PyTorch {torch.__version__}, mmengine {mmengine.__version__}, {where}, "
+            f"processes: {self.world_size}, seed: {self.seed}, config and results: {self.work_dir}"
+        )
+
+
+def _on_cpu(state: Any) -> Any:
+    return apply_to(state, lambda value: isinstance(value, Tensor), lambda tensor: tensor.cpu())
+
+
+def _states(schedulers: Any) -> Any:
+    if isinstance(schedulers, Mapping):
+        return {name: _states(several) for name, several in schedulers.items()}
+    return [scheduler.state_dict() for scheduler in schedulers]

@@ -1,0 +1,467 @@
+"""The classification task: classifier, pictures and their changes, losses, accuracy, recipes, and the two commands."""
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from command_line import run
+from PIL import Image
+from torch import nn
+
+from resbackbone import build_backbone
+from resbackbone.checkpoints import convert_state_dict, load_checkpoint
+from resbackbone.preprocessing import CAFFE, TORCHVISION, Preprocessing
+from resbackbone.training.classification import (
+    Accuracy,
+    BinaryCrossEntropy,
+    CenterCrop,
+    CrossEntropy,
+    ImageClassifier,
+    ImageFolder,
+    Mixing,
+    RandAugment,
+    RandomCrop,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    Resize,
+    UnreadablePicture,
+)
+from resbackbone.training.classification.metrics import places
+from resbackbone.training.classification.rand_augment import OPERATIONS
+from resbackbone.training.running import LAMB, Draw, EpochSampler
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "classification"
+SMALL = {"type": "ResNet", "depth": 18, "base_channels": 8, "stem_channels": 8}
+
+
+@pytest.fixture
+def photograph():
+    """A picture in which no two places look alike."""
+    y, x = np.mgrid[:60, :80]
+    return Image.fromarray(np.stack([x * 3, y * 4, (x * y) % 256], 2).astype(np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures each of two classes, one of them a folder deeper."""
+    for name in ("cat/0.png", "cat/1.png", "cat/more/2.png", "dog/0.png", "dog/1.png", "dog/2.png"):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 10), (200, int(path.stem) * 10, 0)).save(path)
+    return tmp_path / "pictures"
+
+
+# --- the classifier ---------------------------------------------------------------------------------------------------
+
+
+def test_it_is_torchvisions_resnet(torchvision, images):
+    theirs = torchvision.models.resnet18(num_classes=7).eval()
+    ours = ImageClassifier("resnet18", num_classes=7).eval()
+    converted = convert_state_dict(ours.state_dict(), target="torchvision")
+    theirs.load_state_dict(converted)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
+
+
+def test_the_last_output_is_pooled(images):
+    model = ImageClassifier({**SMALL, "out_indices": (0, 2)}, num_classes=3).eval()
+    features = model.backbone(images)[-1]
+    assert features.shape[1] == model.fc.in_features == 32
+    torch.testing.assert_close(model(images), features.mean((2, 3)) @ model.fc.weight.T + model.fc.bias)
+
+
+def test_what_the_modes_return(images):
+    model = ImageClassifier(SMALL, num_classes=3).eval()
+    labels = torch.tensor([2, 0])
+    logits = model(images)
+    assert logits.shape == (2, 3)
+    torch.testing.assert_close(model(images, labels, mode="loss"), {"loss": F.cross_entropy(logits, labels)})
+    predicted = model(images, labels, mode="predict")
+    torch.testing.assert_close(torch.stack([sample["scores"] for sample in predicted]), logits)
+    with pytest.raises(TypeError, match="a loss needs `labels`, got None"):
+        model(images, mode="loss")
+    with pytest.raises(ValueError, match=r"`mode` must be one of 'tensor', 'loss', 'predict'; got 'train'"):
+        model(images, mode="train")
+
+
+def test_batch_norms_learn_unless_they_are_told_not_to():
+    assert not ImageClassifier("resnet18", num_classes=2).backbone.norm_eval
+    assert ImageClassifier({**SMALL, "norm_eval": True}, num_classes=2).backbone.norm_eval
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "expected"),
+    [
+        (SMALL, {}, TORCHVISION),
+        ({**SMALL, "depth": 50, "style": "caffe"}, {}, CAFFE),
+        ({**SMALL, "in_channels": 1}, {}, TORCHVISION.gray()),
+        (SMALL, {"preprocessing": {"mean": (1.0, 2.0, 3.0), "std": (4.0, 5.0, 6.0), "order": "BGR"}}, None),
+    ],
+)
+def test_pictures_are_normalized_as_the_weights_expect(backbone, options, expected, photograph):
+    expected = expected or Preprocessing(**options["preprocessing"])
+    model = ImageClassifier(backbone, num_classes=2, **options)
+    picture = photograph if len(expected.mean) == 3 else photograph.convert("L")
+    pixels = torch.from_numpy(np.array(picture)).reshape(60, 80, -1).permute(2, 0, 1)[None]
+    batch = model.data_preprocessor({"inputs": pixels, "labels": torch.tensor([1])})
+    torch.testing.assert_close(batch["inputs"], expected(picture))
+    assert batch["labels"].tolist() == [1]
+
+
+def test_pretrained_weights_bring_their_preprocessing(tmp_path):
+    torch.save(convert_state_dict(build_backbone("resnet50").state_dict(), target="detectron2"), tmp_path / "net.pth")
+    backbone = {"type": "ResNet", "depth": 50, "init_cfg": {"type": "Pretrained", "checkpoint": tmp_path / "net.pth"}}
+    model = ImageClassifier(backbone, num_classes=2)
+    model.init_weights()
+    assert model.data_preprocessor.mean.flatten().tolist() == pytest.approx(CAFFE.mean)
+    assert model.data_preprocessor.channels.tolist() == [2, 1, 0]
+    fixed = ImageClassifier(backbone, num_classes=2, preprocessing={"order": "RGB"})
+    fixed.init_weights()
+    assert fixed.data_preprocessor.channels.tolist() == [0, 1, 2]
+
+
+def test_weights_of_a_run_come_back_with_all_that_belongs_to_them(tmp_path, images, shake):
+    odd = {"mean": (1.0, 2.0, 3.0), "std": (4.0, 5.0, 6.0), "order": "BGR"}
+    trained = shake(ImageClassifier(SMALL, num_classes=3, preprocessing=odd)).eval()
+    other = {f"module.{key}": value + 1 for key, value in trained.state_dict().items()}
+    torch.save({"meta": {}, "state_dict": trained.state_dict(), "ema_state_dict": other}, tmp_path / "run.pth")
+
+    model = ImageClassifier(SMALL, num_classes=3).eval()
+    model.load_weights(tmp_path / "run.pth")
+    torch.testing.assert_close(dict(model.state_dict()), dict(trained.state_dict()), rtol=0, atol=0)
+
+    net = build_backbone(SMALL)
+    load_checkpoint(net, tmp_path / "run.pth")
+    assert net.preprocessing == Preprocessing(**odd)
+
+    run("convert", tmp_path / "run.pth", tmp_path / "their.pth", "--to", "torchvision")
+    converted = torch.load(tmp_path / "their.pth")
+    torch.testing.assert_close(converted["fc.weight"], trained.fc.weight.detach(), rtol=0, atol=0)
+    assert not [key for key in converted if "." not in key or key.startswith(("backbone", "data"))]
+
+
+def test_anybodys_classifier_is_loaded(torchvision, tmp_path, images):
+    theirs = torchvision.models.resnet18(num_classes=4).eval()
+    torch.save(theirs.state_dict(), tmp_path / "their.pth")
+    model = ImageClassifier("resnet18", num_classes=4).eval()
+    model.load_weights(tmp_path / "their.pth")
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), theirs(images), rtol=1e-5, atol=1e-5)
+    model = ImageClassifier("resnet18", num_classes=5)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"nothing was changed: fc.weight is \(4, 512\) for \(5, 512\), 1 more"):
+        model.load_weights(tmp_path / "their.pth")
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_folders_are_classes(folder):
+    data = ImageFolder(folder)
+    assert data.metainfo == {"classes": ("cat", "dog")}
+    assert [label for _, label in data.items] == [0, 0, 0, 1, 1, 1]
+    sample = data[2]
+    assert sample["labels"] == 0
+    assert sample["inputs"].shape == (3, 10, 12)
+    assert sample["inputs"].dtype is torch.uint8
+    assert sample["inputs"][:, 0, 0].tolist() == [200, 20, 0]
+    assert ImageFolder(folder, channels=1)[0]["inputs"].shape == (1, 10, 12)
+
+
+def test_classes_can_be_chosen(folder):
+    data = ImageFolder(folder, classes=["dog"])
+    assert len(data) == 3
+    assert {label for _, label in data.items} == {0}
+    with pytest.raises(KeyError, match=r"has no class 'dgo'; did you mean 'dog'\? Known: cat, dog"):
+        ImageFolder(folder, classes=["dgo"])
+
+
+def test_folders_that_are_none(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere.*one subfolder of pictures for each class"):
+        ImageFolder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="has no subfolders"):
+        ImageFolder(folder / "dog")
+    (folder / "mouse").mkdir()
+    with pytest.raises(ValueError, match=r"no pictures in .*mouse"):
+        ImageFolder(folder)
+
+
+def test_a_picture_that_cannot_be_read_is_named(folder, caplog):
+    (folder / "cat" / "1.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(UnreadablePicture, match=r"cannot read picture .*cat/1.png"):
+        ImageFolder(folder)[1]
+    replaced = ImageFolder(folder, unreadable="replace")
+    torch.testing.assert_close(replaced[1], replaced[2])
+    for path, _ in replaced.items:
+        Path(path).write_bytes(b"")
+    with pytest.raises(UnreadablePicture, match=r"no picture in .* can be read"):
+        replaced[0]
+
+
+def test_a_draws_seed_decides_its_changes(folder):
+    def change(picture, rng):
+        return Image.new("L", (1, 1), rng.randrange(256))
+
+    data = ImageFolder(folder, transforms=[change])
+    values = [int(data[Draw(0, seed)]["inputs"]) for seed in range(20)]
+    assert len(set(values)) > 10
+    assert values == [int(data[Draw(0, seed)]["inputs"]) for seed in range(20)]
+    assert int(data[0]["inputs"]) == values[0]
+
+
+def test_the_same_transforms_as_torchvision(torchvision, photograph):
+    transforms = torchvision.transforms
+    for size in (40, (30, 50)):
+        for name in ("bilinear", "bicubic"):
+            theirs = transforms.Resize(size, transforms.InterpolationMode(name))(photograph)
+            assert np.array_equal(Resize(size, name)(photograph, random.Random()), theirs), (size, name)
+    for size in (40, (21, 50), 70, (70, 31)):
+        theirs = transforms.CenterCrop(size)(photograph)
+        assert np.array_equal(CenterCrop(size)(photograph, random.Random()), theirs), size
+
+
+def test_random_resized_crops_have_the_areas_and_ratios_that_were_asked_for():
+    size, rng = 1000, random.Random(0)
+    crop = RandomResizedCrop(8, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    boxes = [crop._box(Image.new("L", (size, size)), rng) for _ in range(2000)]
+    for left, top, width, height in boxes:
+        assert 0 <= left <= size - width
+        assert 0 <= top <= size - height
+    inside = [(w * h / size**2, w / h) for _, _, w, h in boxes if w * h < 0.7 * size**2]  # no second attempts there
+    areas, ratios = zip(*inside, strict=True)
+    assert min(areas) > 0.079
+    assert np.mean(areas) == pytest.approx((0.08 + 0.7) / 2, abs=0.02)
+    assert np.mean(np.log(ratios)) == pytest.approx(0, abs=0.02)  # as often wide as high
+    assert np.std(np.log(ratios)) == pytest.approx(
+        math.log(16 / 9) / math.sqrt(12), rel=0.05
+    )  # a uniform distribution's
+    assert 0.74 < min(ratios) < 0.76
+    assert 1.32 < max(ratios) < 1.34
+
+
+def test_a_crop_that_does_not_fit_is_the_largest_in_the_middle():
+    crop = RandomResizedCrop(8, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    assert crop._box(Image.new("L", (100, 40)), random.Random(0)) == (30, 0, 40, 40)
+    assert crop(Image.new("L", (100, 40)), random.Random(0)).size == (8, 8)
+
+
+def test_random_crops_reach_every_place():
+    picture = Image.fromarray(np.arange(1, 10, dtype=np.uint8).reshape(3, 3))
+    corners = {np.array(RandomCrop(3, padding=1)(picture, random.Random(seed)))[0, 0] for seed in range(100)}
+    assert corners == {0, 1, 2, 4, 5}
+    assert RandomCrop(5)(picture, random.Random(0)).size == (5, 5)
+
+
+def test_flips(photograph):
+    mirrored = np.array(photograph)[:, ::-1]
+    assert np.array_equal(RandomHorizontalFlip(1.0)(photograph, random.Random(0)), mirrored)
+    assert RandomHorizontalFlip(0.0)(photograph, random.Random(0)) is photograph
+    flipped = [RandomHorizontalFlip()(photograph, random.Random(seed)) is not photograph for seed in range(400)]
+    assert 0.4 < np.mean(flipped) < 0.6
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_of_rand_augment(name, mode, photograph):
+    picture = photograph.convert(mode)
+    for strength in (-1.0, 0.0, 0.3, 1.0):
+        changed = OPERATIONS[name](picture, strength, Image.Resampling.BICUBIC)
+        assert changed.size == picture.size
+        assert changed.mode == mode
+    gradual = {"rotate", "add to dark", "color", "contrast", "brightness", "sharpness", "solarize"}
+    if name in gradual or name.startswith(("shear", "shift")):
+        assert np.array_equal(OPERATIONS[name](picture, 0.0, Image.Resampling.BICUBIC), picture)
+    if (name, mode) not in {("color", "L"), ("autocontrast", "L")}:
+        assert not np.array_equal(OPERATIONS[name](picture, 1.0, Image.Resampling.BICUBIC), picture)
+
+
+def test_rand_augment_applies_as_many_as_it_should(photograph, monkeypatch):
+    seen = []
+    for name in OPERATIONS:
+        monkeypatch.setitem(OPERATIONS, name, lambda picture, strength, _, name=name: seen.append(strength) or picture)
+    augment = RandAugment(operations=2, magnitude=7, deviation=0.5, probability=0.5)
+    for seed in range(1000):
+        augment(photograph, random.Random(seed))
+    assert len(seen) == pytest.approx(1000, rel=0.1)  # two of probability 1/2
+    assert np.mean(np.abs(seen)) == pytest.approx(0.7, abs=0.01)
+    assert np.std(np.abs(seen)) == pytest.approx(0.05, rel=0.1)
+    assert np.mean(np.sign(seen)) == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: Resize(0), "`height` must be at least 1, got 0"),
+        (lambda: Resize(5, "best"), "`interpolation` must be one of 'nearest', .*; got 'best'"),
+        (lambda: RandomResizedCrop(5, scale=(0.5, 2)), "`scale` must rise from above 0 to at most 1.0, got"),
+        (lambda: RandomHorizontalFlip(2), "`probability` must be from 0 to 1, got 2"),
+        (lambda: RandAugment(magnitude=11), "`magnitude` must be from 0 to 10"),
+        (lambda: Mixing(), "`mixup` and `cutmix` must not be negative nor both 0"),
+        (lambda: CrossEntropy(label_smoothing=1), "`label_smoothing` must be in"),
+        (lambda: LAMB([nn.Parameter(torch.ones(1))], lr=-1), "`lr`, `eps` and `weight_decay` must not be negative"),
+    ],
+)
+def test_arguments_are_checked(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_shows_everything_once_in_another_order_than_the_next():
+    sampler = EpochSampler(range(100), seed=3)
+    first = list(sampler)
+    assert sorted(draw.item for draw in first) == list(range(100))
+    assert first == list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert [draw.item for draw in second] != [draw.item for draw in first]
+    assert not {draw.seed for draw in first} & {draw.seed for draw in second}
+    assert list(EpochSampler(range(100), seed=4)) != first
+
+
+def test_an_epoch_begins_where_it_was_broken_off():
+    sampler = EpochSampler(range(10), seed=0)
+    whole = list(sampler)
+    sampler.skip(4)
+    assert list(sampler) == whole[4:]
+    assert list(sampler) == whole
+
+
+def test_processes_take_turns(monkeypatch):
+    whole = list(EpochSampler(range(10), seed=0))
+    ranks = []
+    for rank in range(3):
+        monkeypatch.setattr("resbackbone.training.running.sampling.get_dist_info", lambda rank=rank: (rank, 3))
+        ranks.append(EpochSampler(range(10), seed=0))
+    parts = [list(sampler) for sampler in ranks]
+    assert [len(part) for part in parts] == [len(sampler) for sampler in ranks] == [4, 4, 4]
+    together = [draw for turn in zip(*parts, strict=True) for draw in turn]
+    assert [draw.item for draw in together] == [draw.item for draw in whole + whole[:2]]
+    assert len({draw.seed for draw in together}) == 12
+    ranks[1].skip(3)
+    assert list(ranks[1]) == parts[1][3:]
+
+
+def test_repeats_come_in_a_row_and_are_changed_differently():
+    draws = list(EpochSampler(range(10), seed=0, repeats=3))
+    assert len(draws) == 10
+    items = [draw.item for draw in draws]
+    assert len(set(items)) == 4
+    assert items[0] == items[1] == items[2] != items[3]
+    assert len({draw.seed for draw in draws}) == 10
+
+
+# --- losses, mixing, accuracy -----------------------------------------------------------------------------------------
+
+
+def test_losses_against_their_definitions():
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 1])
+    targets = F.one_hot(labels, 4).float()
+    torch.testing.assert_close(CrossEntropy(0.1)(logits, targets), F.cross_entropy(logits, labels, label_smoothing=0.1))
+    mixed = 0.7 * targets + 0.3 * targets.roll(1, 0)
+    by_hand = -(mixed * logits.sigmoid().log() + (1 - mixed) * (1 - logits.sigmoid()).log()).mean()
+    torch.testing.assert_close(BinaryCrossEntropy()(logits, mixed), by_hand)
+    both = ((targets + targets.roll(1, 0)) > 0).float()
+    torch.testing.assert_close(
+        BinaryCrossEntropy(threshold=0.2)(logits, mixed), F.binary_cross_entropy_with_logits(logits, both)
+    )
+    smooth = BinaryCrossEntropy(label_smoothing=0.1)(logits, targets)
+    torch.testing.assert_close(smooth, F.binary_cross_entropy_with_logits(logits, targets * 0.9 + 0.025))
+
+
+@pytest.mark.parametrize("kinds", [{"mixup": 0.2}, {"cutmix": 1.0}, {"mixup": 0.1, "cutmix": 1.0}])
+def test_targets_say_how_much_of_a_picture_is_whose(kinds):
+    mixing = Mixing(**kinds)
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 32, 24)  # picture i is i everywhere
+    targets = torch.eye(4)
+    seen = set()
+    for _ in range(50):
+        mixed, shares = mixing(images, targets)
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), shares @ torch.arange(4.0))
+        torch.testing.assert_close(shares.sum(1), torch.ones(4))
+        flat = all(len(picture.unique()) == 1 for picture in mixed)
+        seen.add("mixup" if flat else "cutmix")
+    assert "mixup" in seen if "mixup" in kinds else "cutmix" in seen
+    assert ("cutmix" in seen) == ("cutmix" in kinds)
+    assert images[1].eq(1).all()
+    torch.manual_seed(7)
+    once = mixing(images, targets)
+    torch.manual_seed(7)
+    torch.testing.assert_close(mixing(images, targets), once, rtol=0, atol=0)
+
+
+def test_mixing_is_for_training_alone(images):
+    model = ImageClassifier(SMALL, num_classes=3, mixing={"mixup": 5.0}).eval()
+    labels = torch.tensor([0, 1])
+    plain = F.cross_entropy(model(images), labels)
+    assert not torch.isclose(model(images, labels, mode="loss")["loss"], plain)
+    torch.testing.assert_close(model(images, labels, mode="predict")[0]["scores"], model(images)[0])
+
+
+def test_accuracy_against_torchs_topk():
+    scores, labels = torch.randn(200, 10).round(decimals=1), torch.randint(10, (200,))
+    metric = Accuracy(topk=(1, 3))
+    for part in (slice(0, 120), slice(120, 200)):
+        metric.process({"labels": labels[part]}, [{"scores": row} for row in scores[part]])
+    found = metric.evaluate(200)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    for k in (1, 3):
+        assert found[f"accuracy/top{k}"] == pytest.approx(
+            100 * (order[:, :k] == labels[:, None]).any(1).float().mean().item()
+        )
+    assert found["accuracy/loss"] == pytest.approx(F.cross_entropy(scores, labels).item(), rel=1e-5)
+
+
+def test_a_score_that_is_nan_is_never_right():
+    nan = float("nan")
+    assert places(torch.tensor([[nan, nan], [1.0, nan], [nan, 1.0]]), torch.tensor([0, 0, 0])).tolist() == [2, 1, 2]
+
+
+# --- LAMB -------------------------------------------------------------------------------------------------------------
+
+
+def test_lamb_against_its_definition():
+    start, decayless = torch.randn(5, 3), torch.randn(4)
+    weight, bias = nn.Parameter(start.clone()), nn.Parameter(decayless.clone())
+    groups = [{"params": [weight]}, {"params": [bias], "weight_decay": 0.0}]
+    optimizer = LAMB(groups, lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.02)
+    expected = {weight: start.double(), bias: decayless.double()}
+    mean = {weight: 0.0, bias: 0.0}
+    square = {weight: 0.0, bias: 0.0}
+    for step in range(1, 4):
+        for parameter in (weight, bias):
+            parameter.grad = torch.randn_like(parameter)
+            grad = parameter.grad.double()
+            mean[parameter] = 0.8 * mean[parameter] + 0.2 * grad
+            square[parameter] = 0.9 * square[parameter] + 0.1 * grad**2
+            update = (mean[parameter] / (1 - 0.8**step)) / ((square[parameter] / (1 - 0.9**step)).sqrt() + 1e-6)
+            if parameter is weight:
+                update = update + 0.02 * expected[parameter]
+                update = update * (expected[parameter].norm() / update.norm())
+            expected[parameter] = expected[parameter] - 0.1 * update
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected[weight].float())
+    torch.testing.assert_close(bias.detach(), expected[bias].float())
+
+
+def test_lamb_steps_are_as_long_as_the_rate_times_the_tensor():
+    for scale in (1e-4, 1.0, 1e4):
+        weight = nn.Parameter(torch.randn(6) * scale)
+        before = weight.detach().clone()
+        weight.grad = torch.randn(6)
+        LAMB([weight], lr=0.01, weight_decay=1e-9).step()
+        torch.testing.assert_close(
+            (weight.detach() - before).norm() / before.norm(), torch.tensor(0.01), rtol=1e-3, atol=0
+        )
+    still = nn.Parameter(torch.zeros(3))
+    still.grad = torch.ones(3)
+    LAMB([still], lr=0.01, weight_decay=0.1).step()
+    assert still.isfinite().all()
+    assert still.ne(0).all()
