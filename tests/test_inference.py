@@ -186,7 +186,8 @@ def test_gradients_are_not_recorded(net, images):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"dtype": "int4"}, "`dtype` must be one of 'float32', 'bfloat16'; got 'int4'"),
+        ({"dtype": "int4"}, "`dtype` must be one of 'float32', 'bfloat16', 'float16'; got 'int4'"),
+        ({"dtype": "float16"}, "`dtype`='float16' is for nets on a CUDA device"),
         ({"backend": "tensorrt"}, "`backend` must be one of"),
         ({"pack_bytes": -1}, "`pack_bytes` must be at least 0, got -1"),
     ],

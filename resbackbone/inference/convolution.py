@@ -1,4 +1,4 @@
-"""A convolution with what follows it, as one operator of oneDNN, which PyTorch ships for CPUs."""
+"""A convolution with what follows it: norm, sum and ReLU."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Convolution = Callable[..., Tensor]  # of one tensor, or of one and what is added
 _PLAIN: tuple[Any, ...] = ("none", [], "")  # neither sum nor ReLU
 
 
-class FusedConv2d(nn.Module):
+class FoldedConv2d(nn.Module):
     """``conv(x)``, with a norm folded in, optionally plus another tensor, optionally through ReLU.
 
     Args:
@@ -38,6 +39,22 @@ class FusedConv2d(nn.Module):
         self.geometry = (list(padding), list(conv.stride), list(conv.dilation), conv.groups)
         self.relu = False
         self.overwrite = False
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Convolve ``(N, in_channels, H, W)``, and add ``(N, out_channels, H', W')`` or what spreads to that."""
+        padding, stride, dilation, groups = self.geometry
+        out = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
+        if other is not None:
+            out = out.add_(other) if out.shape == other.shape else out + other
+        return out.relu_() if self.relu else out
+
+    def extra_repr(self) -> str:
+        """Show the sizes in ``repr``."""
+        return f"{tuple(self.weight.shape)}, relu={self.relu}, overwrite={self.overwrite}"
+
+
+class FusedConv2d(FoldedConv2d):
+    """The same as one operator of oneDNN, which PyTorch ships for CPUs."""
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Convolve ``(N, in_channels, H, W)``, and add ``(N, out_channels, H', W')`` or what spreads to that."""
@@ -87,10 +104,6 @@ class FusedConv2d(nn.Module):
         ]
         return (x.shape[0], self.weight.shape[0], *sides)
 
-    def extra_repr(self) -> str:
-        """Show the sizes in ``repr``."""
-        return f"{tuple(self.weight.shape)}, relu={self.relu}, overwrite={self.overwrite}"
-
 
 def _is_channels_last(x: Tensor | None) -> bool:
     return x is None or x.is_contiguous(memory_format=torch.channels_last)
@@ -104,7 +117,7 @@ def fold(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
     """
     standardized = getattr(conv, "standardized_weight", None)  # which in evaluation stays the same
     weight = (conv.weight if standardized is None else standardized()).detach().double()
-    bias = torch.zeros(conv.out_channels).double() if conv.bias is None else conv.bias.detach().double()
+    bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().double()
     if norm is not None:
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         if norm.weight is not None:

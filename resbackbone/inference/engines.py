@@ -10,7 +10,11 @@ from torch import Tensor, fx, nn
 
 from resbackbone.backbones.base import check_images
 from resbackbone.features import FeatureInfo
-from resbackbone.inference.packs import Packable, PackStore
+from resbackbone.inference.cuda_graph import CudaGraph
+from resbackbone.inference.packs import Packable, Packs
+from resbackbone.inference.sizes import ReturningSizes
+
+CUDA_GRAPHS = 16  # sizes that are captured at once; each keeps the memory of its feature maps
 
 
 class Optimized(nn.Module):
@@ -42,27 +46,65 @@ class Optimized(nn.Module):
         raise NotImplementedError
 
 
-class Plain(Optimized):
-    """PyTorch's own operators, one by one or compiled.
+class Compiled(Optimized):
+    """What ``torch.compile`` makes of a net.
 
     Args:
-        net: What computes, in its final dtype and layout.
+        net: The net, in its final dtype and layout.
         dtype: What is handed in and out.
-        compiled: Whether ``torch.compile`` makes the operators.
     """
 
-    def __init__(self, net: nn.Module, dtype: torch.dtype, compiled: bool) -> None:
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
         super().__init__(net, dtype)
         self.net = net
-        if compiled:
-            self.net.compile()
+        self.net.compile()
 
     def _run(self, x: Tensor) -> Any:
         return self.net(x)
 
 
-class Fused(Optimized):
-    """A graph that calls convolutions with what follows them.
+class Folded(Optimized):
+    """A graph that calls convolutions with what follows them, on any device.
+
+    Args:
+        net: What it is made of.
+        graph: What computes, of images and of what it calls in place of each convolution.
+        convolutions: These.
+        dtype: What is handed in and out.
+    """
+
+    def __init__(
+        self, net: nn.Module, graph: fx.GraphModule, convolutions: Sequence[nn.Module], dtype: torch.dtype
+    ) -> None:
+        super().__init__(net, dtype)
+        self.graph = graph
+        self.convolutions = nn.ModuleList(convolutions)
+
+    def _run(self, x: Tensor) -> Any:
+        return self.graph(x, tuple(self.convolutions))
+
+
+class Captured(Folded):
+    """The same on a CUDA device, where a size that comes back is captured as a CUDA graph."""
+
+    def __init__(
+        self, net: nn.Module, graph: fx.GraphModule, convolutions: Sequence[nn.Module], dtype: torch.dtype
+    ) -> None:
+        super().__init__(net, graph, convolutions, dtype)
+        self._graphs: ReturningSizes[CudaGraph] = ReturningSizes(CUDA_GRAPHS)
+
+    @property
+    def packed_sizes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of images that are captured, that of longest ago first."""
+        return tuple(self._graphs)
+
+    def _run(self, x: Tensor) -> Any:
+        graph = self._graphs.get(tuple(x.shape), lambda: CudaGraph(super(Captured, self)._run, x))
+        return super()._run(x) if graph is None else graph(x)
+
+
+class Fused(Folded):
+    """A graph that calls operators of oneDNN.
 
     Args:
         net: What it is made of.
@@ -80,18 +122,20 @@ class Fused(Optimized):
         dtype: torch.dtype,
         pack_bytes: int,
     ) -> None:
-        super().__init__(net, dtype)
-        self.graph = graph
-        self.convolutions = nn.ModuleList(convolutions)  # type: ignore[arg-type]
-        self.packs = PackStore(convolutions, pack_bytes)
+        super().__init__(net, graph, convolutions, dtype)  # type: ignore[arg-type]
+        self._packs: ReturningSizes[Packs] = ReturningSizes(
+            pack_bytes // max(sum(conv.weight.nbytes for conv in convolutions), 1)
+        )
 
     @property
     def packed_sizes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of images for which weights are laid out, that of longest ago first."""
-        return self.packs.sizes
+        return tuple(self._packs)
 
     def _run(self, x: Tensor) -> Any:
-        outs = self.graph(x, self.packs.calls_for(tuple(x.shape)))
+        convolutions: Any = tuple(self.convolutions)
+        packs = self._packs.get(tuple(x.shape), lambda: Packs(convolutions))
+        outs = self.graph(x, convolutions if packs is None else packs.calls)
         spoilt = x.amax((1, 2, 3)).isnan()  # oneDNN's ReLU makes a zero of NaN, which would hide it
         if spoilt.any():
             for out in outs if isinstance(outs, (tuple, list)) else (outs,):

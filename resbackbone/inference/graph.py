@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.fx.node import Argument
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resbackbone.inference.convolution import FusedConv2d
+from resbackbone.inference.convolution import FoldedConv2d
 from resbackbone.layers import ConvAWS2d, ConvWS2d, DeformConv2d, DropPath, FrozenBatchNorm2d, SAConv2d, StdConv2d
 
+Conv = TypeVar("Conv", bound=FoldedConv2d)
 _ADD = {operator.add, operator.iadd, torch.add}
 _CONVOLUTIONS = (nn.Conv2d, ConvWS2d, StdConv2d, ConvAWS2d)  # these, but not what is derived from them
 _WHOLE = (*_CONVOLUTIONS, DeformConv2d, SAConv2d, FrozenBatchNorm2d)
@@ -41,11 +42,13 @@ def trace(net: nn.Module) -> fx.GraphModule:
     return fx.GraphModule(net, graph)
 
 
-def fuse(traced: fx.GraphModule, dtype: torch.dtype) -> list[FusedConv2d]:
+def fuse(traced: fx.GraphModule, kind: type[Conv], dtype: torch.dtype) -> list[Conv]:
     """Replace, in place, each convolution and what follows it (norm, sum, ReLU) by the call of one operator.
 
     Args:
         traced: A net that :func:`trace` recorded, in evaluation.
+        kind: What takes their place: :class:`~resbackbone.inference.convolution.FusedConv2d` on CPUs with oneDNN,
+            :class:`~resbackbone.inference.convolution.FoldedConv2d` anywhere.
         dtype: What the operators compute in.
 
     Returns:
@@ -58,13 +61,13 @@ def fuse(traced: fx.GraphModule, dtype: torch.dtype) -> list[FusedConv2d]:
         calls = graph.placeholder("calls")
     order = {node: position for position, node in enumerate(graph.nodes)}
     new = {node for node in graph.nodes if isinstance(_module(traced, node), nn.MaxPool2d)}  # tensors of their own
-    fused: list[FusedConv2d] = []
+    fused: list[Conv] = []
     for node in list(graph.nodes):
         conv = _module(traced, node)
         if not _is_fusible(conv):
             continue
         last = _behind(node, lambda user: _is_foldable(_module(traced, user)))
-        module = FusedConv2d(conv, None if last is node else _module(traced, last), dtype)
+        module = kind(conv, None if last is node else _module(traced, last), dtype)
         addition = _behind(last, lambda user: user.op == "call_function" and user.target in _ADD)
         other = None if addition is last else _other_operand(addition, last)
         if other is not None and order[other] < order[node]:

@@ -9,33 +9,34 @@ import torch
 from torch import nn
 
 from resbackbone.checks import check_choice, check_int
-from resbackbone.inference.engines import Fused, Plain
+from resbackbone.inference.convolution import FoldedConv2d, FusedConv2d
+from resbackbone.inference.engines import Captured, Compiled, Folded, Fused
 from resbackbone.inference.graph import fuse, trace
 
 Backend = Literal["auto", "onednn", "compile", "eager"]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACK_BYTES = 1 << 29  # what packed weights may take unless said otherwise
 
 
 def optimize(
     net: nn.Module,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     backend: Backend = "auto",
     *,
     pack_bytes: int = PACK_BYTES,
 ) -> nn.Module:
     """Return a net for inference that takes and hands out the same, and is faster.
 
-    Norms are folded into convolutions, sums and ReLUs run with them, and everything lies in channels_last. On CPUs the
-    operators are those of oneDNN, which PyTorch ships: nothing is compiled, and a new image size costs nothing. A size
-    that comes back gets weights laid out for it.
+    Norms are folded into convolutions, and everything lies in channels_last. On CPUs convolutions, sums and ReLUs are
+    operators of oneDNN, which PyTorch ships: nothing is compiled, and a new image size costs nothing. A size that comes
+    back gets weights laid out for it; on CUDA devices it is captured as a CUDA graph.
 
     Args:
         net: A backbone, or anything that calls one and can be traced, such as ``nn.Sequential(net, fpn)``. It stays as
             it is; later changes to it do not reach the result.
-        dtype: What is computed in, and handed out.
-        backend: "onednn" on CPUs, "eager" for plain PyTorch in channels_last, "compile" for that through
-            ``torch.compile``, "auto" for the first of these that fits the weights' device.
+        dtype: What is computed in, and handed out; "float16" on CUDA devices only.
+        backend: "onednn" on CPUs; "eager" for PyTorch's own operators; "compile" for the net through
+            ``torch.compile``; "auto" for the first on CPUs, and elsewhere for the second, on CUDA with graphs.
         pack_bytes: Bytes that laid-out weights may take; 0 for none.
 
     Returns:
@@ -48,13 +49,22 @@ def optimize(
     check_choice("backend", backend, ("auto", "onednn", "compile", "eager"))
     check_int("pack_bytes", pack_bytes, low=0)
     copied = copy.deepcopy(net).eval().requires_grad_(False)
-    if backend == "onednn" or (backend == "auto" and _runs_onednn(copied)):
+    on_cuda = any(tensor.is_cuda for tensor in copied.state_dict().values())
+    if dtype == "float16" and not on_cuda:
+        raise ValueError("`dtype`='float16' is for nets on a CUDA device, move it there; on a CPU use 'bfloat16'")
+    number = _DTYPES[dtype]
+    if backend == "compile":
+        return Compiled(copied.to(number, memory_format=torch.channels_last), number)  # type: ignore[call-overload]
+    with_onednn = backend == "onednn" or (backend == "auto" and _runs_onednn(copied))
+    if with_onednn:
         require_onednn(copied)
-        graph = trace(copied)
-        convolutions = fuse(graph, _DTYPES[dtype])
-        return Fused(copied, graph.to(_DTYPES[dtype]), convolutions, _DTYPES[dtype], pack_bytes)
-    plain = copied.to(_DTYPES[dtype], memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Plain(plain, _DTYPES[dtype], compiled=backend == "compile")
+    traced = trace(copied)
+    if with_onednn:
+        fused = fuse(traced, FusedConv2d, number)
+        return Fused(copied, traced.to(number), fused, number, pack_bytes)
+    folded = fuse(traced, FoldedConv2d, number)
+    engine = Captured if backend == "auto" and on_cuda else Folded
+    return engine(copied, traced.to(number), folded, number)
 
 
 def require_onednn(net: nn.Module) -> None:

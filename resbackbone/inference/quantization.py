@@ -61,7 +61,7 @@ def quantize(net: nn.Module, pictures: str | Path | Iterable[Tensor], *, pack_by
     require_onednn(net)
     copied = copy.deepcopy(net).float().eval().requires_grad_(False)
     traced = trace(copied)
-    fused = fuse(traced, torch.float32)
+    fused = fuse(traced, FusedConv2d, torch.float32)
     images = _read(net, pictures) if isinstance(pictures, (str, Path)) else pictures
     calibration = _Calibration(traced, [conv.forward for conv in fused])
     if not calibration.watch(images):
