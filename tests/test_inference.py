@@ -5,6 +5,7 @@ import math
 import pickle
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from resbackbone import ResNet, build_backbone
 from resbackbone.inference import optimize
 from resbackbone.necks import FPN
 
+STATM = Path("/proc/self/statm")
 SIZES = [(64, 64), (65, 97), (33, 47)]
 
 
@@ -202,3 +204,17 @@ def test_images_are_checked_in_the_same_words(net):
     for wrong in (torch.zeros(3, 64, 64), torch.zeros(1, 4, 64, 64)):
         with pytest.raises(ValueError, match=r"ResNet takes images of shape \(N, 3, H, W\)"):
             fast(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STATM.exists(), reason="reads the resident memory from Linux")
+def test_ten_thousand_calls_of_changing_sizes_leak_nothing():
+    net = ResNet(18, base_channels=8, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1)).eval()
+    weights = sum(p.nbytes for p in net.parameters() if p.dim() == 4)
+    fast = optimize(net, pack_bytes=4 * weights)  # sizes come and go, and their weights with them
+    resident = []
+    for call in range(10_000):
+        fast(torch.zeros(1, 3, 32 + 8 * (call // 3 % 7), 32 + 8 * (call // 21 % 5)))
+        if call % 1000 == 999:
+            resident.append(int(STATM.read_text().split()[1]) * 4096)
+    assert max(resident[3:]) - min(resident[1:4]) < 2**21
