@@ -74,14 +74,18 @@ class TestBackend:
         assert_alike("fast/a.png", "plain/a.png")
 
     @pytest.mark.parametrize("dtype", ["float16", "float64"])
-    def test_other_dtypes_are_computed_plainly_which_is_said(self, dtype):
-        said = run("extract", "small.yaml", "a.png", "--out", "out", "--dtype", dtype).stdout
-        assert "computed by the plain net: `dtype` must be one of 'float32', 'bfloat16'" in said
-        assert "error: `dtype` must be one of" in (
-            run(
-                "extract", "small.yaml", "a.png", "--out", "out", "--dtype", dtype, "--backend", "eager", status=2
-            ).stderr
-        )
+    def test_what_is_not_optimised_is_computed_plainly_which_is_said(self, dtype):
+        arguments = ("extract", "small.yaml", "a.png", "--dtype", dtype)
+        said = run(*arguments, "--out", "out").stdout
+        assert "computed by the plain net: `dtype`" in said
+        assert dtype in said
+        assert make_extractor(dtype=dtype).settings["backend"] == "plain"
+        run(*arguments, "--out", "plain", "--backend", "plain")
+        for name, values in maps("out/a.png").items():
+            assert np.array_equal(values, maps("plain/a.png")[name])
+        refused = fails(*arguments, "--out", "named", "--backend", "eager")
+        assert refused.startswith("`dtype`")
+        assert dtype in refused
 
     def test_a_net_that_cannot_be_traced_too(self, branching):
         said = run("extract", "branching.yaml", "a.png", "--out", "out").stdout
