@@ -85,3 +85,13 @@ def make(case, **options):
         if isinstance(layer, ConvAWS2d):
             layer.init_weights()  # or the activations would grow from layer to layer
     return net
+
+
+def one_block_per_stage(monkeypatch):
+    """Make every depth shallow, two blocks in the second stage, for what takes long per block and shows nothing new."""
+    for net_class in CLASSES.values():
+        settings = {}
+        for depth, value in net_class.arch_settings.items():
+            block, counts = value if isinstance(value, tuple) else (None, ())
+            settings[depth] = (block, (1, 2, 1, 1)[: len(counts)]) if block else value
+        monkeypatch.setattr(net_class, "arch_settings", settings)

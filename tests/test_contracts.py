@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, CLASSES, every_case, every_class, make, small
+from cases import CASES, CLASSES, every_case, every_class, make, one_block_per_stage, small
 from mmcv.cnn import fuse_conv_bn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,13 +31,7 @@ def build(shake):
 
 @pytest.fixture
 def _shallow(monkeypatch):
-    """One block per stage, two in the second, for what takes long per block and shows nothing new in the next."""
-    for net_class in CLASSES.values():
-        settings = {}
-        for depth, value in net_class.arch_settings.items():
-            block, counts = value if isinstance(value, tuple) else (None, ())
-            settings[depth] = (block, (1, 2, 1, 1)[: len(counts)]) if block else value
-        monkeypatch.setattr(net_class, "arch_settings", settings)
+    one_block_per_stage(monkeypatch)
 
 
 def assert_equal(outs, expected):

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from resbackbone.cli.convert import convert
+from resbackbone.cli.export import export
 from resbackbone.cli.extract import extract
 from resbackbone.cli.info import info
 from resbackbone.cli.list import list_backbones
@@ -19,6 +20,7 @@ app.command("list")(list_backbones)
 app.command("info")(info)
 app.command("extract")(extract)
 app.command("convert")(convert)
+app.command("export")(export)
 app.command("load-report")(load_report)
 app.command("train")(train)
 app.command("test")(measure)

@@ -1,0 +1,81 @@
+"""``resbackbone export``: a backbone as a file that runs without this library."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resbackbone.cli.console import say, user_errors
+
+
+class Target(str, Enum):
+    """Kinds of files."""
+
+    ONNX = "onnx"
+    TORCH_EXPORT = "torch-export"
+    AOTI = "aoti"
+
+
+class Dtype(str, Enum):
+    """Number format that the file computes in."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+def export(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A name that `resbackbone list` shows, or a .yaml or .py file.")
+    ],
+    *,
+    to: Annotated[
+        Target, typer.Option(help="ONNX, torch.export's archive, or compiled for this kind of machine.")
+    ] = Target.ONNX,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The file.", show_default="NAME.onnx or NAME.pt2")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Weights: a file, a name that `resbackbone list --weights` shows, or a URL.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Number format; ONNX takes no bfloat16.")] = Dtype.FLOAT32,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Take images of this size only: one side of a square, or HEIGHTxWIDTH.", show_default="any"),
+    ] = None,
+) -> None:
+    """Write a backbone to a file that takes batches and images of any size.
+
+    The file is run and compared with the backbone before it appears under its name. Without a checkpoint the weights
+    are those that the config starts from.
+    """
+    from resbackbone import __version__, build_backbone
+    from resbackbone.checkpoints import load_checkpoint
+    from resbackbone.config import config_files
+    from resbackbone.images import parse_size
+    from resbackbone.inference import export as export_net
+    from resbackbone.inference.export_formats import FORMATS
+
+    with user_errors():
+        pixels = None if size is None else parse_size(size)
+        net = build_backbone(config)
+        weights = "as the config initialises them (no checkpoint given)"
+        if checkpoint is not None:
+            weights = f"{checkpoint} ({load_checkpoint(net, checkpoint).summary()})"
+        name = config if config in config_files() else Path(config).stem
+        exported = export_net(
+            net,
+            out or Path(name + FORMATS[to.value].suffix),
+            to.value,
+            dtype=dtype.value,
+            size=(pixels, pixels) if isinstance(pixels, int) else pixels,
+            metadata={"config": name, "weights": weights, "resbackbone": __version__},
+        )
+    say(f"weights: {weights}")
+    for level in exported.levels:
+        off = exported.differences[level.name]
+        say(f"{level.name}: {level.channels} channels, stride {level.stride}, at most {off:.1e} from the backbone's")
+    say(f"{exported.path} computes what the backbone does", style="green")

@@ -1,0 +1,278 @@
+"""A net as a file that runs without this library, checked against the net before it is there."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resbackbone.backbones.base import Backbone
+from resbackbone.checks import check_choice, check_ints, check_type
+from resbackbone.features import FeatureInfo
+from resbackbone.inference.export_formats import FORMATS, Axes, ExportFormat
+from resbackbone.preprocessing import preprocessing_for
+
+if TYPE_CHECKING:  # takes a second to import
+    from torch.export import ExportedProgram
+
+AXES = {0: "batch", 2: "height", 3: "width"}
+# Batch, height and width that a net is recorded with. Halved and rounded up, the sides stay odd down to the last map:
+# of a pooling that nothing is left over of, Inductor believes that nothing ever will be.
+RECORDED = (2, 97, 65)
+CHECKED = ((1, 64, 96), (3, 101, 75))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What :func:`export` made.
+
+    Attributes:
+        path: The file.
+        levels: Its outputs, in order.
+        differences: By the level's name, the largest difference from the net in float32 that the check found, relative
+            to the level's largest number.
+    """
+
+    path: Path
+    levels: tuple[FeatureInfo, ...]
+    differences: Mapping[str, float]
+
+
+def export(
+    net: nn.Module,
+    path: str | Path,
+    to: Literal["onnx", "torch-export", "aoti"] = "onnx",
+    *,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    size: tuple[int, int] | None = None,
+    levels: Sequence[FeatureInfo] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Write a net, as it computes in evaluation on a CPU, to a file that takes batches and images of any size.
+
+    The file is first written under another name and run there, on batches and sizes that the net was not recorded
+    with. Only if every level is what the net computes does it appear under its own name, whole.
+
+    Args:
+        net: A backbone, or what holds one and hands out several maps, such as ``nn.Sequential(net, fpn)``. It stays as
+            it is.
+        path: The file: ``.onnx``, or ``.pt2`` for the others. An earlier one is replaced.
+        to: "onnx"; "torch-export", which ``torch.export.load`` reads; or "aoti", compiled for this machine's kind of
+            processor, which ``torch._inductor.aoti_load_package`` reads.
+        dtype: What the file takes, computes in and hands out.
+        size: Height and width in pixels, to fix them; the batch varies still.
+        levels: Name, channels and stride of each output; the backbone's ``feature_info`` unless given.
+        metadata: What the file shall say about itself beside dtype, levels and preprocessing, as JSON has it.
+
+    Returns:
+        Where the file is, and how far it is from the net.
+
+    Raises:
+        ImportError: If a package that the format needs is not installed.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument does not fit, the net cannot be exported so, or the file computes something else.
+        OSError: If the file cannot be written, FileNotFoundError if its folder does not exist.
+    """
+    check_choice("to", to, tuple(FORMATS))
+    form = FORMATS[to]
+    check_choice("dtype", dtype, form.dtypes)
+    path = Path(path)
+    _check_path(path, form)
+    _check_packages(form)
+    backbone = _backbone_of(net)
+    levels = _check_levels(backbone.feature_info if levels is None else levels)
+    facts = _facts(backbone, levels, dtype, metadata or {})
+    _check_bytes(net, getattr(torch, dtype), form)
+
+    exact = copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
+    model = copy.deepcopy(exact).to(getattr(torch, dtype))
+    recorded, *checked = _shapes(backbone.in_channels, size)
+    axes = AXES if size is None else {0: AXES[0]}
+    with torch.no_grad(), _whole_file(path) as temporary:
+        examples = [_compute(exact, model, shape, levels) for shape in checked]
+        cannot = f"{type(net).__name__} cannot be exported to {to}"
+        with _in_words(cannot):
+            program = _record(form.prepare(model), examples[0].images.new_zeros(recorded), axes)
+        with _in_words(cannot, form.hint):
+            form.write(program, temporary, [level.name for level in levels], axes, facts)
+        differences = _check(form, temporary, examples, levels)
+    return Exported(path, levels, differences)
+
+
+class _Example(NamedTuple):
+    """Images, what the net makes of them, and what it does in float32."""
+
+    images: Tensor
+    outs: tuple[Tensor, ...]
+    exact: tuple[Tensor, ...]
+
+
+def _check_path(path: Path, form: ExportFormat) -> None:
+    if path.suffix != form.suffix:
+        raise ValueError(f"`path` must end in {form.suffix!r} for this format, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {str(path.parent)!r} to write {path.name} into")
+
+
+def _check_packages(form: ExportFormat) -> None:
+    missing = [name for name in form.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"exporting to {form.suffix} files needs {', '.join(missing)}; pip install 'resbackbone[export]'"
+        )
+
+
+def _check_levels(levels: Sequence[FeatureInfo]) -> tuple[FeatureInfo, ...]:
+    for index, level in enumerate(levels):
+        check_type(f"levels[{index}]", level, FeatureInfo, "a FeatureInfo")
+    names = [level.name for level in levels]
+    if len(set(names)) < len(names):
+        raise ValueError(f"each of `levels` must have a name of its own, got {', '.join(names)}")
+    return tuple(levels)
+
+
+def _check_bytes(net: nn.Module, dtype: torch.dtype, form: ExportFormat) -> None:
+    needed = sum(tensor.numel() for tensor in net.state_dict().values()) * dtype.itemsize
+    if needed >= form.max_bytes:
+        raise ValueError(
+            f"{form.suffix} files hold at most {form.max_bytes / 2**30:.3g} GiB, the weights of {type(net).__name__} "
+            f"take {needed / 2**30:.3g} GiB; take a smaller `dtype` or another format"
+        )
+
+
+def _backbone_of(net: nn.Module) -> Backbone:
+    for module in net.modules():
+        if isinstance(module, Backbone):
+            return module
+    raise ValueError(
+        f"`net` must be a backbone or hold one, got {type(net).__name__}; of an optimised net export the original"
+    )
+
+
+def _shapes(channels: int, size: tuple[int, int] | None) -> list[tuple[int, ...]]:
+    """The shape of the images that the net is recorded with, and those of the ones that the file is checked on."""
+    if size is not None:
+        height, width = check_ints("size", size, low=1, length=2, why="height, width")
+        return [(batch, channels, height, width) for batch, *_ in (RECORDED, *CHECKED)]
+    return [(batch, channels, height, width) for batch, height, width in (RECORDED, *CHECKED)]
+
+
+def _facts(
+    backbone: Backbone, levels: Sequence[FeatureInfo], dtype: str, metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the file says about itself."""
+    preprocessing = backbone.preprocessing
+    if preprocessing is None and backbone.in_channels in (1, 3):
+        style = getattr(backbone, "style", "pytorch")
+        preprocessing = preprocessing_for(in_channels=backbone.in_channels, style=style)
+    facts = {
+        "type": type(backbone).__name__,
+        "dtype": dtype,
+        "levels": [{"name": level.name, "channels": level.channels, "stride": level.stride} for level in levels],
+        "preprocessing": None if preprocessing is None else asdict(preprocessing),
+        **metadata,
+    }
+    json.dumps(facts)  # raises here and not after minutes
+    return facts
+
+
+def _compute(exact: nn.Module, model: nn.Module, shape: Sequence[int], levels: Sequence[FeatureInfo]) -> _Example:
+    """Compute what the file must reproduce.
+
+    Raises:
+        ValueError: If the net does not hand out the levels, or numbers that nothing can be compared with.
+    """
+    images = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
+    wanted = exact(images)
+    if not isinstance(wanted, (tuple, list)) or len(wanted) != len(levels):
+        got = len(wanted) if isinstance(wanted, (tuple, list)) else type(wanted).__name__
+        raise ValueError(f"`levels` must be as many as the net's outputs, got {len(levels)} for {got}")
+    images = images.to(next(model.parameters()).dtype)
+    outs = model(images)
+    for level, out in zip(levels, outs, strict=True):
+        if not out.isfinite().all():
+            raise ValueError(f"in {out.dtype} {level.name} is infinite or NaN; take another `dtype`, or other weights")
+    return _Example(images, tuple(outs), tuple(wanted))
+
+
+def _record(model: nn.Module, images: Tensor, axes: Axes) -> ExportedProgram:
+    varying = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+    return torch.export.export(model, (images,), dynamic_shapes=(varying,))
+
+
+def _check(
+    form: ExportFormat, path: Path, examples: Sequence[_Example], levels: Sequence[FeatureInfo]
+) -> dict[str, float]:
+    """Return how far each level of the file is from the net.
+
+    Raises:
+        ValueError: If that is too far, or the file does not run.
+    """
+    worst = dict.fromkeys([level.name for level in levels], 0.0)
+    with _in_words("the exported file does not run, and was not kept"):
+        run = form.load(path)
+    for images, own, exact in examples:
+        with _in_words(f"the exported file does not run on images {tuple(images.shape)}, and was not kept"):
+            outs = run(images)
+        for name, out, other, wanted in zip(worst, outs, own, exact, strict=True):
+            if (out.shape, out.dtype) != (other.shape, other.dtype):
+                raise ValueError(
+                    f"the exported file was not kept: {name} of images {tuple(images.shape)} is {tuple(out.shape)} "
+                    f"{out.dtype} there, {tuple(other.shape)} {other.dtype} in the net"
+                )
+            # In half precision the net itself is as far from float32, and the file rounds elsewhere.
+            allowed = max(form.tolerance, 2 * _difference(other, wanted))
+            difference = _difference(out, wanted)
+            if not difference <= allowed:  # nor if it is NaN
+                raise ValueError(
+                    f"the exported file was not kept: {name} of images {tuple(images.shape)} is {difference:.1e} of "
+                    f"its largest number away from the net's, where {allowed:.1e} is allowed"
+                )
+            worst[name] = max(worst[name], difference)
+    return worst
+
+
+def _difference(out: Tensor, wanted: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    largest = wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny)
+    return ((out.float() - wanted).abs().max() / largest).item()
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """Hand out another path beside it; what is there at the end takes its name, unless the block raises."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _in_words(what: str, hint: str = "") -> Iterator[None]:
+    """Say in one line what another library raises, of whatever kind, and leave out its warnings, about itself.
+
+    Raises:
+        ValueError: In place of anything but an OSError.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{what}: {textwrap.shorten(reason, 300)}{hint}") from error
