@@ -47,7 +47,7 @@ def alternate(calls: Mapping[str, Call], *, runs: int, warmup: int = 3) -> dict[
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def matmul_rate(dtype: torch.dtype, *, device: str = "cpu", side: int = 4096) -> float:
+def matmul_rate(dtype: torch.dtype, *, device: str = "cpu", side: int = 2048) -> float:
     """Measure what the machine can do: floating-point operations per second of one large matrix product, at best."""
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
 

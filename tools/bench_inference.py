@@ -1,16 +1,22 @@
-"""Time backbones' inference: ours as it is and optimised, beside the same net of other libraries.
+"""Time backbones' inference: ours as it is and optimised, beside the same net of other libraries and other runtimes.
 
 All of them run in one process, in turn, on the same images; medians are compared, not single runs. Every feature map of
-four stages is computed. ``python tools/bench_inference.py --peers torchvision,timm``.
+four stages is computed. ``python tools/bench_inference.py --peers torchvision,timm --docs docs/benchmarks.md``; mmdet
+needs an environment of its own.
 """
 
 from __future__ import annotations
 
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,26 +24,44 @@ import torch
 import typer
 from peers import import_torchvision
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from resbackbone import build_backbone
-from resbackbone.inference import optimize
+from resbackbone.allocation import keep_freed_memory
+from resbackbone.benchmarking import about_machine, alternate, markdown_table, matmul_rate, seconds, write_section
+from resbackbone.complexity import build_on_meta, measure
+from resbackbone.inference import export, optimize, quantize
 
 Net = Callable[[Tensor], Any]
+PLAIN, OURS = "torch eager", "resbackbone"
 SHAPES = {"1x224x224": (1, 224, 224), "8x224x224": (8, 224, 224), "1x800x1216": (1, 800, 1216)}
-STREAM = [(320 + 48 * (index % 11), 384 + 64 * (index % 9)) for index in range(60)]  # 60 sizes, no two alike
+FAMILIES = (
+    "resnet18",
+    "resnet101",
+    "resnext101_32x4d",
+    "resnet50_v1d",
+    "regnetx_3_2gf",
+    "res2net50_26w_4s",
+    "resnest50",
+)
 
 
-def ours(config: str) -> dict[str, Net]:
-    """Our paths; the first is what the ratios are of."""
-    net = build_backbone(config).eval()
-    return {
-        "resbackbone": net,
-        "resbackbone channels_last": optimize(net, backend="eager"),
-        "optimize float32": optimize(net),
-        "optimize bfloat16": optimize(net, "bfloat16"),
-    }
+@dataclass(frozen=True)
+class Contestant:
+    """A way to compute the feature maps.
+
+    Attributes:
+        make: What builds it.
+        dtype: What it computes in.
+    """
+
+    make: Callable[[], Net]
+    dtype: str = "float32"
+
+
+def channels_last(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return images as a net in channels_last takes them."""
+    return x.to(dtype, memory_format=torch.channels_last)
 
 
 def torchvision_net() -> Net:
@@ -59,77 +83,309 @@ def timm_net() -> Net:
     return net
 
 
-def compiled_net() -> Net:
-    """Ours through torch.compile, in channels_last."""
-    net: Net = torch.compile(build_backbone("resnet50").eval().to(memory_format=torch.channels_last))
+def transformers_net() -> Net:
+    """The ResNet-50 of Hugging Face with four feature maps."""
+    from transformers import ResNetBackbone, ResNetConfig
+
+    config = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+    net: Net = ResNetBackbone(config).eval()
     return net
 
 
-PEERS: dict[str, Callable[[], Net]] = {
-    "torchvision": torchvision_net,
-    "timm": timm_net,
-    "torch.compile": compiled_net,
-}
+def mmdet_net() -> Net:
+    """The ResNet-50 of mmdet, where mmdet is installed."""
+    from mmdet.models.backbones import ResNet
+
+    net: Net = ResNet(50).eval()
+    return net
+
+
+def compiled_net(dtype: torch.dtype = torch.float32, *, freezing: bool = False) -> Net:
+    """Ours through torch.compile, in channels_last; with freezing, Inductor folds norms and packs weights."""
+    import torch._inductor.config
+
+    net = build_backbone("resnet50").eval().to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    compiled = torch.compile(net, dynamic=False if freezing else None)
+
+    def call(x: Tensor) -> Any:
+        with torch._inductor.config.patch(freezing=freezing):
+            return compiled(channels_last(x, dtype))
+
+    return call
+
+
+def onnx_file(folder: Path) -> Path:
+    """Export the net once."""
+    path = folder / "resnet50.onnx"
+    if not path.exists():
+        export(build_backbone("resnet50").eval(), path, "onnx")
+    return path
+
+
+def quantized_onnx_file(folder: Path) -> Path:
+    """Quantise the exported net as ONNX Runtime does: bytes, one scale per channel of the weights."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    path, prepared = folder / "resnet50_int8.onnx", folder / "resnet50_prepared.onnx"
+    if path.exists():
+        return path
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.images: Iterator[Any] = iter([{"images": torch.randn(1, 3, 224, 224).numpy()} for _ in range(4)])
+
+        def get_next(self) -> Any:
+            return next(self.images, None)
+
+    quant_pre_process(onnx_file(folder), prepared)
+    quantize_static(
+        prepared,
+        path,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    return path
+
+
+def onnxruntime_net(folder: Path, *, int8: bool = False) -> Net:
+    """The exported net in ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    file = quantized_onnx_file(folder) if int8 else onnx_file(folder)
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {"images": x.numpy()})
+
+
+def openvino_net(folder: Path, precision: str = "f32", *, int8: bool = False) -> Net:
+    """The exported net in OpenVINO."""
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    file = quantized_onnx_file(folder) if int8 else onnx_file(folder)
+    model = openvino.Core().compile_model(str(file), "CPU", settings)
+    request = model.create_infer_request()
+    return lambda x: request.infer([x.numpy()])
+
+
+def contestants(config: str, folder: Path) -> dict[str, Contestant]:
+    """Every way there is; the first is what ratios are of."""
+    net = build_backbone(config).eval()
+    bf16 = torch.bfloat16
+    return {
+        PLAIN: Contestant(lambda: net),
+        f"{OURS} eager": Contestant(partial(optimize, net, backend="eager")),
+        OURS: Contestant(partial(optimize, net)),
+        f"{OURS} bfloat16": Contestant(partial(optimize, net, "bfloat16"), "bfloat16"),
+        f"{OURS} int8": Contestant(lambda: quantize(net, [torch.randn(2, 3, 224, 224)]), "int8"),
+        "torchvision": Contestant(torchvision_net),
+        "timm": Contestant(timm_net),
+        "transformers": Contestant(transformers_net),
+        "mmdet": Contestant(mmdet_net),
+        "torch.compile": Contestant(compiled_net),
+        "Inductor freezing": Contestant(partial(compiled_net, freezing=True)),
+        "ONNX Runtime": Contestant(partial(onnxruntime_net, folder)),
+        "OpenVINO": Contestant(partial(openvino_net, folder)),
+        "Inductor freezing bfloat16": Contestant(partial(compiled_net, bf16, freezing=True), "bfloat16"),
+        "OpenVINO bfloat16": Contestant(partial(openvino_net, folder, "bf16"), "bfloat16"),
+        "ONNX Runtime int8": Contestant(partial(onnxruntime_net, folder, int8=True), "int8"),
+        "OpenVINO int8": Contestant(partial(openvino_net, folder, int8=True), "int8"),
+    }
+
+
+def varying_sizes(count: int = 60) -> list[tuple[int, int]]:
+    """Return sizes as detectors see them in COCO, no two alike: the shorter side 480 to 800, the longer up to 1333."""
+    draw = random.Random(0)
+    sizes: dict[tuple[int, int], None] = {}
+    while len(sizes) < count:
+        shorter = draw.randrange(480, 801, 16)
+        ratio = draw.choice([4 / 3] * 5 + [3 / 2] * 3 + [1.0, 16 / 9])  # most pictures of COCO are 640 x 480
+        sides = (shorter, min(round(shorter * ratio / 32) * 32, 1333 // 32 * 32))
+        sizes[sides if draw.random() < 0.75 else sides[::-1]] = None
+    return list(sizes)
 
 
 @torch.no_grad()
-def seconds(net: Net, x: Tensor) -> float:
-    """Time one pass."""
-    start = time.perf_counter()
-    net(x)
-    return time.perf_counter() - start
+def latency(nets: dict[str, Net], runs: int) -> dict[str, dict[str, float]]:
+    """Return seconds by shape and contestant."""
+    return {
+        shape: alternate({name: partial(net, torch.randn(batch, 3, *size)) for name, net in nets.items()}, runs=runs)
+        for shape, (batch, *size) in SHAPES.items()
+    }
 
 
-def alternate(nets: dict[str, Net], x: Tensor, runs: int) -> dict[str, float]:
-    """Return the median of each net over runs in turn, behind three to warm up."""
-    for net in nets.values():
-        for _ in range(3):
-            seconds(net, x)
-    times: dict[str, list[float]] = {name: [] for name in nets}
-    for _ in range(runs):
-        for name, net in nets.items():
-            times[name].append(seconds(net, x))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
+@torch.no_grad()
 def stream(nets: dict[str, Net]) -> dict[str, float]:
-    """Return how long each net takes for images of many sizes, each seen for the first time, in turn."""
+    """Return how long each takes for images of many sizes, each seen for the first time, in turn."""
     taken = dict.fromkeys(nets, 0.0)
-    for height, width in STREAM:
-        x = torch.randn(1, 3, height, width)
+    for size in varying_sizes():
+        x = torch.randn(1, 3, *size)
         for name, net in nets.items():
-            taken[name] += seconds(net, x)
+            taken[name] += seconds(partial(net, x))
     return taken
+
+
+@torch.no_grad()
+def scaling(nets: dict[str, Net], threads: int, runs: int) -> dict[str, dict[str, float]]:
+    """Return images per second at 224x224 by batch and threads."""
+    rates: dict[str, dict[str, float]] = {}
+    for count in sorted({1, threads}):
+        torch.set_num_threads(count)
+        for batch in (1, 2, 4, 8, 16):
+            x = torch.randn(batch, 3, 224, 224)
+            times = alternate({name: partial(net, x) for name, net in nets.items()}, runs=runs)
+            rates[f"{count} threads, batch {batch}"] = {name: batch / time for name, time in times.items()}
+    torch.set_num_threads(threads)
+    return rates
+
+
+@torch.no_grad()
+def families(runs: int) -> dict[str, dict[str, float]]:
+    """Return seconds of other architectures, eager and optimised, at 1x224x224 and 1x480x640."""
+    figures = {}
+    for config in FAMILIES:
+        net = build_backbone(config).eval()
+        nets = {PLAIN: net, OURS: optimize(net), f"{OURS} bfloat16": optimize(net, "bfloat16")}
+        for size in ((224, 224), (480, 640)):
+            x = torch.randn(1, 3, *size)
+            times = alternate({name: partial(net, x) for name, net in nets.items()}, runs=runs)
+            figures[f"{config} {size[0]}x{size[1]}"] = times
+    return figures
+
+
+def alone(config: str, name: str, threads: int, folder: Path) -> dict[str, float]:
+    """Measure start-up and memory of one contestant in a process of its own."""
+    options = ["--config", config, "--alone", name, "--threads", str(threads), "--folder", str(folder)]
+    run = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=True)
+    figures: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    return figures
+
+
+@torch.no_grad()
+def measure_alone(contestant: Contestant) -> dict[str, float]:
+    """Measure how long a contestant takes to its first result, and the memory that it needs for a detector's image."""
+    x = torch.randn(1, 3, 224, 224)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made: list[Net] = []
+    first = seconds(lambda: made.append(contestant.make())) + seconds(lambda: made[0](x))
+    for _ in range(3):
+        made[0](torch.randn(1, 3, 800, 1216))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"start-up, s": first, "memory, MiB": (after - before) / 1024}
+
+
+def table(config: str, figures: dict[str, Any], ways: dict[str, Contestant]) -> str:
+    """Write the figures of one run as Markdown."""
+    macs = measure(build_on_meta(config), size=(800, 1216)).macs
+    columns = dict(figures["seconds"])
+    if figures.get("stream"):
+        columns["60 sizes"] = figures["stream"]
+    header = ["path", *columns, "of matmul rate, 1x800x1216"]
+    if figures.get("alone"):
+        header += ["start-up, s", "memory, MiB"]
+    rows = []
+    for name in figures["seconds"]["1x224x224"]:
+        cells = [name]
+        for times in columns.values():
+            cells.append(f"{times[name] * 1e3:.1f}, {times[PLAIN] / times[name]:.2f}x" if name in times else "-")
+        rate = figures["matmul"].get(ways[name].dtype)
+        cells.append(f"{2 * macs / figures['seconds']['1x800x1216'][name] / rate:.2f}" if rate else "-")
+        if figures.get("alone"):
+            own = figures["alone"].get(name, {})
+            cells += [f"{own['start-up, s']:.2f}", f"{own['memory, MiB']:.0f}"] if own else ["-", "-"]
+        rows.append(cells)
+    about = ", ".join(f"{key} {value}" for key, value in figures["about"].items())
+    rates = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in figures["matmul"].items())
+    parts = [f"{config}; {about}. Matrix products: {rates}.", markdown_table(header, rows)]
+    for title in ("scaling", "families"):
+        if figures.get(title):
+            parts.append(other_table(title, figures[title]))
+    return "\n\n".join(parts)
+
+
+def other_table(title: str, figures: dict[str, dict[str, float]]) -> str:
+    """Write images per second, or other architectures' milliseconds, as Markdown."""
+    names = list(next(iter(figures.values())))
+    if title == "scaling":
+        rows = [[where, *(f"{rates[name]:.1f}" for name in names)] for where, rates in figures.items()]
+        return markdown_table(["images/s, 224x224", *names], rows)
+    rows = [
+        [where, *(f"{times[name] * 1e3:.1f}, {times[PLAIN] / times[name]:.2f}x" for name in names)]
+        for where, times in figures.items()
+    ]
+    return markdown_table(["architecture", *names], rows)
 
 
 def main(
     config: Annotated[str, typer.Option(help="Our architecture; peers are ResNet-50 whatever it is.")] = "resnet50",
-    peers: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(PEERS)}.")] = "torchvision,timm",
+    peers: Annotated[str, typer.Option(help="Comma-separated names of contestants beside ours, or 'all'.")] = "all",
     runs: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 9,
     threads: Annotated[int, typer.Option(min=1)] = 2,
+    parts: Annotated[
+        str, typer.Option(help="Besides latency: any of stream, alone, scaling, families.")
+    ] = "stream,alone,scaling,families",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    docs: Annotated[Path | None, typer.Option(help="A page whose section `inference` gets the table.")] = None,
+    alone_name: Annotated[str, typer.Option("--alone", hidden=True)] = "",
+    folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Compare the inference of a backbone with that of its peers."""
+    warnings.simplefilter("ignore")  # the peers', about themselves
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    names = [name for name in peers.split(",") if name]
-    if unknown := set(names) - set(PEERS):
-        raise typer.BadParameter(f"unknown peer {min(unknown)!r}; known: {', '.join(PEERS)}", param_hint="--peers")
-    nets = ours(config) | {name: PEERS[name]() for name in names}
-    figures = {
-        shape: alternate(nets, torch.randn(batch, 3, height, width), runs)
-        for shape, (batch, height, width) in SHAPES.items()
-    }
-    first, *_ = nets
-    figures["60 sizes"] = stream(ours(config) | {name: PEERS[name]() for name in names})
-    table = Table("path", *figures, title=f"{config}: ms, and times as fast as `{first}`")
-    for name in nets:
-        row = [f"{times[name] * 1e3:.1f}  {times[first] / times[name]:.2f}x" for times in figures.values()]
-        table.add_row(name, *row)
-    Console(width=120).print(table)
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as temporary:
+        ways = contestants(config, folder or Path(temporary))
+        if alone_name:
+            print(json.dumps(measure_alone(ways[alone_name])))
+            return
+        figures = run_all(config, _chosen(ways, peers), parts.split(","), runs, threads, Path(temporary))
+    text = table(config, figures, ways)
+    Console(width=200).print(text, markup=False)
     if out is not None:
-        about = {"torch": torch.__version__, "threads": threads, "machine": platform.machine(), "runs": runs}
-        out.write_text(json.dumps({"about": about, "config": config, "seconds": figures}, indent=1))
+        out.write_text(json.dumps({"config": config, **figures}, indent=1))
+    if docs is not None:
+        write_section(docs, "inference", text)
+
+
+def run_all(
+    config: str, ways: dict[str, Contestant], parts: list[str], runs: int, threads: int, folder: Path
+) -> dict[str, Any]:
+    """Measure everything that is asked for."""
+    nets = {name: way.make() for name, way in ways.items()}
+    figures: dict[str, Any] = {
+        "about": about_machine(),
+        "matmul": {"float32": matmul_rate(torch.float32), "bfloat16": matmul_rate(torch.bfloat16)},
+        "seconds": latency(nets, runs),
+    }
+    few = [name for name in (PLAIN, OURS, f"{OURS} bfloat16", "torch.compile") if name in ways]
+    if "stream" in parts:
+        figures["stream"] = stream({name: ways[name].make() for name in few})
+    if "scaling" in parts:
+        figures["scaling"] = scaling({name: nets[name] for name in few[:3]}, threads, runs)
+    if "families" in parts:
+        figures["families"] = families(runs)
+    if "alone" in parts:
+        figures["alone"] = {name: alone(config, name, threads, folder) for name in ways}
+    return figures
+
+
+def _chosen(ways: dict[str, Contestant], peers: str) -> dict[str, Contestant]:
+    names = [name for name in peers.split(",") if name]
+    if peers == "all":
+        names = [name for name in ways if name != "mmdet"]
+    if unknown := set(names) - set(ways):
+        raise typer.BadParameter(f"unknown peer {min(unknown)!r}; known: {', '.join(ways)}", param_hint="--peers")
+    return {name: way for name, way in ways.items() if name in names or name.startswith((PLAIN, OURS))}
 
 
 if __name__ == "__main__":

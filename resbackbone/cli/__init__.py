@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from resbackbone.cli.bench import bench
 from resbackbone.cli.convert import convert
 from resbackbone.cli.export import export
 from resbackbone.cli.extract import extract
@@ -19,6 +20,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.command("list")(list_backbones)
 app.command("info")(info)
 app.command("extract")(extract)
+app.command("bench")(bench)
 app.command("convert")(convert)
 app.command("export")(export)
 app.command("load-report")(load_report)

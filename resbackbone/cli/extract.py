@@ -79,12 +79,14 @@ def extract(
     picture that cannot be read is reported and left out; the exit status is 1 then. Under torchrun each process takes
     its share of the pictures.
     """
+    from resbackbone.allocation import keep_freed_memory
     from resbackbone.cli.features import Extractor
     from resbackbone.cli.pipeline import Job, Pipeline
     from resbackbone.cli.ranks import Ranks, own_device
     from resbackbone.cli.result_files import ResultFiles
     from resbackbone.images import find_images, parse_size
 
+    keep_freed_memory()
     with user_errors():
         ranks = Ranks.from_environment()
         pixels = None if size is None else parse_size(size)

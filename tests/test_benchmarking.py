@@ -1,0 +1,51 @@
+"""Contestants run in turn, and figures get to where they are read."""
+
+import json
+
+import pytest
+import torch
+from command_line import fails, run
+
+from resbackbone.benchmarking import about_machine, alternate, markdown_table, matmul_rate, write_section
+
+
+def test_contestants_run_in_turn():
+    order = []
+    medians = alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, runs=3, warmup=1)
+    assert order == ["a", "b", *["a", "b"] * 3]
+    assert set(medians) == {"a", "b"}
+    assert min(medians.values()) > 0
+
+
+def test_the_machine_is_described():
+    facts = about_machine()
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == str(torch.get_num_threads())
+    assert matmul_rate(torch.float32, side=64) > 0
+
+
+def test_a_table_replaces_a_section_of_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n<!-- speed -->\nold\n<!-- end of speed -->\n\nThe end.\n")
+    table = markdown_table(["path", "ms"], [["ours", "1.0"]])
+    assert table == "| path | ms |\n| --- | --- |\n| ours | 1.0 |"
+    for _ in range(2):
+        write_section(page, "speed", table)
+        assert page.read_text() == (f"# Title\n\n<!-- speed -->\n\n{table}\n\n<!-- end of speed -->\n\nThe end.\n")
+    with pytest.raises(ValueError, match="has no section <!-- memory -->"):
+        write_section(page, "memory", table)
+
+
+def test_the_command_times_every_way_and_writes_json(tmp_path):
+    out = tmp_path / "speed.json"
+    run("bench", "resnet18", "--size", "32x48", "--batch", 2, "--runs", 1, "--out", out)
+    figures = json.loads(out.read_text())
+    assert figures["shape"] == [2, 3, 32, 48]
+    assert list(figures["ways"]) == ["as it is", "optimize, float32", "optimize, bfloat16", "quantize, int8"]
+    for way in figures["ways"].values():
+        assert way["images per second"] == pytest.approx(2 / way["seconds"])
+    assert figures["ways"]["as it is"]["times as fast"] == 1
+
+
+def test_the_command_refuses_in_one_line():
+    assert "resnet1" in fails("bench", "resnet1")
