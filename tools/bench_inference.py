@@ -85,6 +85,7 @@ def timm_net() -> Net:
 
 def transformers_net() -> Net:
     """The ResNet-50 of Hugging Face with four feature maps."""
+    import_torchvision()  # which transformers imports, too
     from transformers import ResNetBackbone, ResNetConfig
 
     config = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
@@ -336,7 +337,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     docs: Annotated[Path | None, typer.Option(help="A page whose section `inference` gets the table.")] = None,
     alone_name: Annotated[str, typer.Option("--alone", hidden=True)] = "",
-    folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where exported files are, or come to be kept.")] = None,
 ) -> None:
     """Compare the inference of a backbone with that of its peers."""
     warnings.simplefilter("ignore")  # the peers', about themselves
@@ -344,11 +345,12 @@ def main(
     torch.manual_seed(0)
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as temporary:
-        ways = contestants(config, folder or Path(temporary))
+        folder = folder or Path(temporary)
+        ways = contestants(config, folder)
         if alone_name:
             print(json.dumps(measure_alone(ways[alone_name])))
             return
-        figures = run_all(config, _chosen(ways, peers), parts.split(","), runs, threads, Path(temporary))
+        figures = run_all(config, _chosen(ways, peers), parts.split(","), runs, threads, folder)
     text = table(config, figures, ways)
     Console(width=200).print(text, markup=False)
     if out is not None:
@@ -375,7 +377,8 @@ def run_all(
     if "families" in parts:
         figures["families"] = families(runs)
     if "alone" in parts:
-        figures["alone"] = {name: alone(config, name, threads, folder) for name in ways}
+        same = ("torchvision", "timm", "transformers")  # as the first
+        figures["alone"] = {name: alone(config, name, threads, folder) for name in ways if name not in same}
     return figures
 
 
