@@ -100,7 +100,7 @@ CONFIGS = [
     ("multi_grid_short", {"multi_grid": (1, 2)}, ValueError, "`multi_grid` must have 3 entries (one per block"),
     ("multi_grid_number", {"multi_grid": 2}, TypeError, "`multi_grid` must be a list or tuple, got 2"),
     # Flags and numbers
-    ("with_cp_1", {"with_cp": 1}, TypeError, "`with_cp` must be True or False, got 1 of type int"),
+    ("with_cp_1", {"with_cp": 1}, TypeError, "`with_cp` must be True, False or 'norms', got 1 of type int"),
     ("norm_eval_text", {"norm_eval": "no"}, TypeError, "`norm_eval` must be True or False, got 'no' of type str"),
     ("deep_stem_none", {"deep_stem": None}, TypeError, "`deep_stem` must be True or False, got None"),
     ("zero_init_0", {"zero_init_residual": 0}, TypeError, "`zero_init_residual` must be True or False, got 0"),

@@ -117,8 +117,9 @@ def test_freezing_survives_train(build, images, case, frozen_stages):
 
 
 @every_case
-def test_checkpointing_equals_none(build, images, case):
-    nets = [build(case, with_cp=with_cp, drop_path_rate=0.2).train() for with_cp in (False, True)]
+@pytest.mark.parametrize("with_cp", [True, "norms"])
+def test_checkpointing_equals_none(build, images, case, with_cp):
+    nets = [build(case, with_cp=flag, drop_path_rate=0.2).train() for flag in (False, with_cp)]
     nets[1].load_state_dict(nets[0].state_dict())
     runs, outs = [], []
     for net in nets:
@@ -177,7 +178,7 @@ def test_compiled_without_graph_breaks_equals_eager(build, images, case):
 
 
 @pytest.mark.usefixtures("_shallow")
-@pytest.mark.parametrize("with_cp", [False, True])
+@pytest.mark.parametrize("with_cp", [False, True, "norms"])
 def test_a_compiled_training_step_equals_eager(build, images, with_cp):
     eager, compiled = build("ResNetV1d", with_cp=with_cp), build("ResNetV1d", with_cp=with_cp)
     compiled.load_state_dict(eager.state_dict())

@@ -214,7 +214,7 @@ def test_feedback_of_a_pyramid_with_further_levels(shake):
     assert_same(net.rfp_forward(x, [*feedback(net, x), torch.randn(1, 6, 1, 1)]), net(x))
 
 
-@pytest.mark.parametrize("with_cp", [False, True])
+@pytest.mark.parametrize("with_cp", [False, True, "norms"])
 def test_feedback_trains_both_ways(shake, with_cp):
     """Into the feedback's convolutions and into what is fed back; with checkpointing the same, statistics included."""
     nets = [shake(build(**RFP, norm_eval=False, with_cp=flag)).train() for flag in (False, with_cp)]

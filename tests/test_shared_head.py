@@ -73,8 +73,9 @@ def test_norms_train_on_request(regions):
     assert {int(m.num_batches_tracked) for m in shared.modules() if isinstance(m, _BatchNorm)} == {1}
 
 
-def test_checkpointing_equals_none(shake, regions):
-    heads = [shake(head(norm_eval=False, with_cp=with_cp)).train() for with_cp in (False, True)]
+@pytest.mark.parametrize("with_cp", [True, "norms"])
+def test_checkpointing_equals_none(shake, regions, with_cp):
+    heads = [shake(head(norm_eval=False, with_cp=flag)).train() for flag in (False, with_cp)]
     heads[1].load_state_dict(heads[0].state_dict())
     for shared in heads:
         shared(regions).square().mean().backward()
@@ -131,7 +132,7 @@ def test_it_loads_a_resnets_checkpoint(shake, tmp_path, spelling):
         ({"norm_cfg": {"type": "BNN"}}, KeyError, "unknown norm type 'BNN'"),
         ({"norm_cfg": None}, TypeError, "`norm_cfg` must be a dict"),
         ({"norm_eval": 1}, TypeError, "`norm_eval` must be True or False"),
-        ({"with_cp": "yes"}, TypeError, "`with_cp` must be True or False"),
+        ({"with_cp": "yes"}, TypeError, "`with_cp` must be True, False or 'norms'"),
         ({"dcn": "DCN"}, TypeError, "`dcn` must be a dict"),
         ({"dcn": {"type": "DCNv9"}}, KeyError, "unknown convolution type 'DCNv9'"),
         ({"pretrained": 0}, TypeError, "`pretrained` must be a path, a URL or None"),

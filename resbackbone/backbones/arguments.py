@@ -17,6 +17,7 @@ from resbackbone.checks import (
     check_type,
 )
 from resbackbone.layers import build_norm_layer
+from resbackbone.layers.recomputing import check_with_cp
 from resbackbone.registry import find_type, split_type
 
 
@@ -33,8 +34,9 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
         TypeError, ValueError: If another argument does not fit.
     """
     check_depth(name, given["depth"], arch_settings)
-    for flag in ("deep_stem", "avg_down", "norm_eval", "with_cp", "zero_init_residual", "contract_dilation"):
+    for flag in ("deep_stem", "avg_down", "norm_eval", "zero_init_residual", "contract_dilation"):
         check_flag(flag, given[flag])
+    check_with_cp(given["with_cp"])
     for channels in ("in_channels", "base_channels"):
         check_int(channels, given[channels], low=1)
     if given["stem_channels"] is not None:

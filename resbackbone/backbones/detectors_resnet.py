@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -110,12 +111,11 @@ class DetectoRS_ResNet(ResNet):
             raise ValueError(
                 f"`rfp_feats` must have one entry per stage, at least {self.num_stages}, got {len(rfp_feats)}"
             )
-        for layer in self._stem():
-            x = layer(x)
+        x = self.run_part(self._run_stem, x, self._stem())
         outs = []
         for index, (name, rfp_feat) in enumerate(zip(self.res_layers, rfp_feats, strict=False)):
-            for block in getattr(self, name):
-                x = block.rfp_forward(x, rfp_feat)
+            stage = getattr(self, name)
+            x = self.run_part(partial(_run_stage, stage, rfp_feat), x, [stage])
             if index in self.out_indices:
                 outs.append(x)
         return tuple(outs)
@@ -138,6 +138,12 @@ class DetectoRS_ResNeXt(DetectoRS_ResNet, ResNeXt):
     arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
         depth: (DetectorsResNeXtBottleneck, ResNet.arch_settings[depth][1]) for depth in (50, 101, 152)
     }
+
+
+def _run_stage(stage: Iterable[Any], rfp_feat: Tensor, x: Tensor) -> Tensor:
+    for block in stage:
+        x = block.rfp_forward(x, rfp_feat)
+    return x
 
 
 def _check_sac(sac: Config, stage_with_sac: Sequence[bool], others: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks import RegNetBottleneck
 from resbackbone.layers import build_norm_layer
 from resbackbone.layers.module import Config, InitConfig
+from resbackbone.layers.recomputing import WithCp
 from resbackbone.registry import MODELS
 
 _BASE_CHANNELS = 32  # what mmdet's argument of that name, which does nothing, is by default
@@ -73,7 +74,7 @@ class RegNet(ResNet):
         dcn: Config | None = None,
         stage_with_dcn: Sequence[bool] = (False, False, False, False),
         plugins: Sequence[Config] | None = None,
-        with_cp: bool = False,
+        with_cp: WithCp = False,
         zero_init_residual: bool = True,
         pretrained: str | None = None,
         init_cfg: InitConfig | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from resbackbone.backbones.stem import make_deep_stem
 from resbackbone.blocks import BasicBlock, Bottleneck
 from resbackbone.layers import FrozenBatchNorm2d, build_conv_layer, build_norm_layer
 from resbackbone.layers.module import Config, InitConfig
+from resbackbone.layers.recomputing import WithCp, recompute_norms
 from resbackbone.registry import MODELS, find_type
 
 __all__ = ["BasicBlock", "Bottleneck", "ResLayer", "ResNet"]
@@ -49,7 +50,8 @@ class ResNet(Backbone):
         dcn: Config of the deformable convolutions, such as ``dict(type="DCNv2", deform_groups=1)``.
         stage_with_dcn: Which stages have them.
         plugins: Dicts of ``cfg``, ``position`` ("after_conv1", ...) and optionally ``stages``, one bool per stage.
-        with_cp: Recompute each block in the backward pass instead of keeping its activations.
+        with_cp: What the backward pass recomputes, instead of it being kept: True, every block; "norms", all but the
+            convolutions, which is most of the memory and little of the time.
         zero_init_residual: Start with the last norm of each block at zero, so that the block is the identity.
         pretrained: Old spelling of ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
         init_cfg: How ``init_weights()`` initialises; None for He's normal and norms at one.
@@ -105,7 +107,7 @@ class ResNet(Backbone):
         dcn: Config | None = None,
         stage_with_dcn: Sequence[bool] = (False, False, False, False),
         plugins: Sequence[Config] | None = None,
-        with_cp: bool = False,
+        with_cp: WithCp = False,
         zero_init_residual: bool = True,
         pretrained: str | None = None,
         init_cfg: InitConfig | None = None,
@@ -206,7 +208,7 @@ class ResNet(Backbone):
                 dilation=self.dilations[index],
                 style=self.style,
                 avg_down=self.avg_down,
-                with_cp=self.with_cp,
+                with_cp=self.with_cp is True,
                 conv_cfg=self.conv_cfg,
                 norm_cfg=self.norm_cfg,
                 dcn=copy.deepcopy(self.dcn) if self.dcn and self.stage_with_dcn[index] else None,
@@ -284,16 +286,24 @@ class ResNet(Backbone):
         Returns:
             One ``(N, C, H/s, W/s)`` per entry of ``feature_info``, in its order.
         """
+        x = self.run_part(self._run_stem, x, self._stem())
+        outs = []
+        for index, name in enumerate(self.res_layers):
+            stage = getattr(self, name)
+            x = self.run_part(stage, x, [stage])
+            if index in self.out_indices:
+                outs.append(x)
+        return tuple(outs)
+
+    def _run_stem(self, x: Tensor) -> Tensor:
         if self.deep_stem:
             x = self.stem(x)
         else:
             x = self.conv1(x)
             x = self.norm1(x)
             x = self.relu(x)
-        x = self.maxpool(x)
-        outs = []
-        for index, name in enumerate(self.res_layers):
-            x = getattr(self, name)(x)
-            if index in self.out_indices:
-                outs.append(x)
-        return tuple(outs)
+        return self.maxpool(x)  # type: ignore[no-any-return]
+
+    def run_part(self, part: Callable[[Tensor], Tensor], x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
+        """Run the stem or a stage, which consists of ``layers``; with ``with_cp="norms"`` in its way."""
+        return recompute_norms(part, x, layers) if self.with_cp == "norms" else part(x)

@@ -15,6 +15,7 @@ from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks.base import check_dcn
 from resbackbone.checks import check_choice, check_flag, check_int
 from resbackbone.layers.module import Config, InitConfig
+from resbackbone.layers.recomputing import WithCp, check_with_cp, recompute_norms
 from resbackbone.registry import MODELS, find_type, split_type
 
 
@@ -33,7 +34,7 @@ class SharedHead(PretrainedModule):
         style: Where a bottleneck strides: "pytorch" in the 3x3, "caffe" in the first 1x1.
         norm_cfg: Config of the norms.
         norm_eval: Keep every batch norm in eval mode, synchronised ones too.
-        with_cp: Recompute each block in the backward pass instead of keeping its activations.
+        with_cp: As for :class:`~resbackbone.ResNet`.
         dcn: Config of the deformable convolutions.
         pretrained: Old spelling of ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
         init_cfg: How ``init_weights()`` initialises; None for He's normal and norms at one.
@@ -62,7 +63,7 @@ class SharedHead(PretrainedModule):
         style: str = "pytorch",
         norm_cfg: Config = BATCH_NORM,
         norm_eval: bool = True,
-        with_cp: bool = False,
+        with_cp: WithCp = False,
         dcn: Config | None = None,
         pretrained: str | None = None,
         init_cfg: InitConfig | None = None,
@@ -74,6 +75,7 @@ class SharedHead(PretrainedModule):
         self.stage = stage
         self.norm_cfg = copy.deepcopy(norm_cfg)
         self.norm_eval = norm_eval
+        self.with_cp = with_cp
         block, stage_blocks = ResNet.arch_settings[depth]
         planes = 64 * 2**stage
         self.in_channels = planes // 2 * block.expansion
@@ -87,14 +89,15 @@ class SharedHead(PretrainedModule):
             dilation=dilation,
             style=style,
             norm_cfg=self.norm_cfg,
-            with_cp=with_cp,
+            with_cp=with_cp is True,
             dcn=copy.deepcopy(dcn),
         )
         self.add_module(f"layer{stage + 1}", layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H/stride, W/stride)``."""
-        out: Tensor = getattr(self, f"layer{self.stage + 1}")(x)
+        layer = getattr(self, f"layer{self.stage + 1}")
+        out: Tensor = recompute_norms(layer, x, [layer]) if self.with_cp == "norms" else layer(x)
         return out
 
     def train(self, mode: bool = True) -> Any:
@@ -116,7 +119,7 @@ def _check(given: dict[str, Any]) -> None:
     check_int("dilation", given["dilation"], low=1)
     check_choice("style", given["style"], ("pytorch", "caffe"))
     check_flag("norm_eval", given["norm_eval"])
-    check_flag("with_cp", given["with_cp"])
+    check_with_cp(given["with_cp"])
     find_type(split_type(given["norm_cfg"], "norm_cfg")[0], "norm")
     check_dcn(given["dcn"], None)
     if given["dcn"] is not None:

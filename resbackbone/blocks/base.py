@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.checkpoint import checkpoint
 
 from resbackbone.checks import check_choice, check_mapping, check_sequence, check_type
 from resbackbone.layers import DropPath, Module, build_conv_layer, build_norm_layer, build_plugin_layer, plugin_name
 from resbackbone.layers.deform_conv import rename_old_offsets
 from resbackbone.layers.module import Config, InitConfig
+from resbackbone.layers.recomputing import needs_backward, recompute_in_backward
 from resbackbone.registry import find_type, split_type
 
 BATCH_NORM: Config = {"type": "BN"}  # the norm where a config names none; read, never written to
@@ -239,7 +236,11 @@ class ResidualBlock(Module):
         out = self.branch(entering)
         if self.drop_path is not None:
             out = self.drop_path(out)
-        out += x if self.downsample is None else self.downsample(entering)
+        return self.add(out, x if self.downsample is None else self.downsample(entering))
+
+    def add(self, out: Tensor, shortcut: Tensor) -> Tensor:
+        """Add the shortcut to the branch's output, which is overwritten."""
+        out += shortcut
         return out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -248,14 +249,9 @@ class ResidualBlock(Module):
 
     def residual(self, x: Any) -> Any:
         """Compute branch plus shortcut, before the last ReLU; with ``with_cp`` again in the backward pass."""
-        if self.with_cp and self._wants_grad(x):
-            return recompute_in_backward(self._add_shortcut, x, self)
+        if self.with_cp and needs_backward(x, [self]):
+            return recompute_in_backward(self._add_shortcut, x, [self])
         return self._add_shortcut(x)
-
-    def _wants_grad(self, x: Any) -> bool:
-        if not isinstance(x, Tensor):  # a tracer's proxy, which has no answer
-            return False
-        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
 
 def check_dcn(dcn: Config | None, conv_cfg: Config | None) -> None:
@@ -284,32 +280,3 @@ def check_plugin_names(plugins: Sequence[Config] | None) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"duplicate plugin {name!r} in one block; give each its own `postfix` in `cfg`")
-
-
-def recompute_in_backward(function: Any, x: Tensor, module: nn.Module) -> Tensor:
-    """Run ``function(x)`` without keeping its activations; the backward pass runs it again.
-
-    Running statistics move in the first run only. (With ``torch.utils.checkpoint`` alone they move twice.)
-    """
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _statistics_at_rest(module)
-
-    # The compiler moves them once by itself, and takes no contexts.
-    options: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
-    out: Tensor = checkpoint(function, x, use_reentrant=False, **options)
-    return out
-
-
-@contextmanager
-def _statistics_at_rest(module: nn.Module) -> Iterator[None]:
-    """Let training norms move copies of their running statistics, which are then thrown away."""
-    norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.training]
-    originals = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
-    for norm, name, buffer in originals:
-        setattr(norm, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for norm, name, buffer in originals:
-            setattr(norm, name, buffer)

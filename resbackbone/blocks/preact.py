@@ -40,6 +40,10 @@ class PreActivation(ResidualBlock):
         activated: Tensor = self.relu(self.norm1(x))
         return activated
 
+    def add(self, out: Tensor, shortcut: Tensor) -> Tensor:
+        """Add the shortcut to the branch's output, which a convolution may have kept for the backward pass."""
+        return out + shortcut
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)``."""
         return self.residual(x)  # type: ignore[no-any-return]

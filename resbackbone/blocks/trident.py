@@ -58,10 +58,6 @@ class TridentBottleneck(Bottleneck):
             return super().forward(x)
         return [self.relu(branch) for branch in self.residual(x)]
 
-    def _wants_grad(self, x: Any) -> bool:
-        branches = x if isinstance(x, (list, tuple)) else [x]
-        return any(super(TridentBottleneck, self)._wants_grad(branch) for branch in branches)
-
     def _add_shortcut(self, x: Any) -> Any:
         branched = isinstance(x, list)
         if not branched:
