@@ -1,5 +1,7 @@
 """Training backbones."""
 
+from resbackbone.training.freezing import freeze
 from resbackbone.training.param_groups import param_groups
+from resbackbone.training.sync_norms import sync_batch_norms
 
-__all__ = ["param_groups"]
+__all__ = ["freeze", "param_groups", "sync_batch_norms"]

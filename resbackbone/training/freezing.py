@@ -1,0 +1,39 @@
+"""Freezing and letting go of a backbone's stages in the midst of training, in whatever the model is wrapped."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from resbackbone.backbones import Backbone
+
+
+def freeze(model: nn.Module, frozen_stages: int) -> None:
+    """Change what ``frozen_stages`` holds still in a model's backbones, between two steps.
+
+    Its optimizer must have the parameters that are to train, as one over ``param_groups(model, ..., with_frozen=True)``
+    has.
+
+    Args:
+        model: A backbone, or a model with one or several in it; it may be ``DistributedDataParallel`` or
+            ``fully_shard``-ed, but not the older ``FullyShardedDataParallel``, which flattens parameters.
+        frozen_stages: As for :meth:`resbackbone.backbones.Backbone.freeze`.
+
+    Raises:
+        TypeError, ValueError: If it is no integer from -1 to the number of stages, or there is no backbone.
+    """
+    backbones = [module for module in model.modules() if isinstance(module, Backbone)]
+    if not backbones:
+        raise ValueError(f"there is no backbone of resbackbone in this {type(model).__name__} to freeze")
+    for backbone in backbones:
+        backbone.freeze(frozen_stages)
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            _collect_parameters(module)
+
+
+def _collect_parameters(wrapper: DistributedDataParallel) -> None:
+    """Let a wrapper find out again whose gradients it averages, which it does only when it is made, or unpickled."""
+    state = wrapper.__getstate__()  # type: ignore[no-untyped-call]
+    del wrapper.reducer  # the old one would go on answering for its parameters
+    wrapper.__setstate__(state)  # type: ignore[no-untyped-call]

@@ -1,0 +1,127 @@
+"""Batch norms that see the batches of all processes, where there are several."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def sync_batch_norms(net: Net) -> Net:
+    """Synchronise a net's batch norms where there are several processes, and make them plain, with a notice, where not.
+
+    Call it once the process group is there and the net on its device. The layers stay where and what they are, with
+    their parameters, statistics and keys; only their class changes: on accelerators to :class:`torch.nn.SyncBatchNorm`,
+    elsewhere to :class:`SyncedBatchNorm`, and in one process to :class:`BatchNorm`. Classes derived from torch's batch
+    norms are left alone. What is in eval mode, as norms of frozen stages are, synchronises nothing.
+
+    Args:
+        net: A backbone or a whole model; it is changed.
+
+    Returns:
+        The same net.
+
+    >>> from resbackbone import build_backbone
+    >>> with warnings.catch_warnings(record=True):
+    ...     net = sync_batch_norms(build_backbone("resnet18", norm_cfg=dict(type="SyncBN")))
+    >>> type(net.bn1)
+    <class 'resbackbone.training.sync_norms.BatchNorm'>
+    """
+    norms = [layer for layer in net.modules() if type(layer) in (*_PLAIN, *_SYNCHRONISED)]
+    if num_processes() > 1:
+        on_accelerator = any(parameter.device.type in ("cuda", "xpu") for parameter in net.parameters())
+        _make(norms, nn.SyncBatchNorm if on_accelerator else SyncedBatchNorm)
+    elif norms:
+        warnings.warn(
+            f"in one process the {len(norms)} batch norms of this {type(net).__name__} are plain, not synchronised",
+            stacklevel=2,
+        )
+        _make([norm for norm in norms if type(norm) in _SYNCHRONISED], BatchNorm)
+    return net
+
+
+def _make(norms: list[nn.Module], norm_class: type[nn.Module]) -> None:
+    for norm in norms:
+        norm.__class__ = norm_class  # and not a new layer, so that hooks, optimizers and wrappers go on with this one
+        vars(norm)["process_group"] = None  # all of them; torch's class looks for it
+
+
+def num_processes() -> int:
+    """Return how many processes train together; 1 before ``init_process_group``."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if together else 1
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Plain batch norm of inputs of any shape, as synchronised batch norm takes them."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+class SyncedBatchNorm(BatchNorm):
+    """Batch norm by the statistics of the batches of all processes, on any device and backend.
+
+    :class:`torch.nn.SyncBatchNorm` is faster, but knows accelerators only. In eval mode and in one process it is plain.
+
+    Shapes: ``(N, num_features, ...)`` to the same; every process may have another N.
+
+    Source: Peng et al., MegDet, arXiv:1711.07240, section 3.3.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``(N, num_features, ...)``."""
+        if not self.training or num_processes() == 1:
+            return super().forward(input)
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        per_channel = (1, -1, *(1 for _ in dims[1:]))
+        own_count = x.new_tensor([x.numel() / x.shape[1]])
+        sums: Tensor = _Sum.apply(torch.cat([x.sum(dims), own_count]))  # type: ignore[no-untyped-call]
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
+        centred = x - mean.view(per_channel)
+        var = _Sum.apply(centred.square().sum(dims)) / count  # type: ignore[no-untyped-call]
+        self._move_statistics(mean.detach(), var.detach() * count / (count - 1))
+        out = centred * (var + self.eps).rsqrt().view(per_channel)
+        if self.weight is not None:
+            out = out * self.weight.view(per_channel)
+        if self.bias is not None:
+            out = out + self.bias.view(per_channel)
+        synchronised: Tensor = out.to(input.dtype)
+        return synchronised
+
+    @torch.no_grad()
+    def _move_statistics(self, mean: Tensor, var: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        factor = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, factor)
+        self.running_var.lerp_(var, factor)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of all processes' tensors. It is in the loss of each, so the gradient is the sum of all of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        return _add_up(own)
+
+    @staticmethod
+    def backward(ctx: Any, own: Tensor) -> Tensor:
+        return _add_up(own)
+
+
+def _add_up(own: Tensor) -> Tensor:
+    total = own.clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(total)
+    return total
+
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm)
+_SYNCHRONISED = (nn.SyncBatchNorm, SyncedBatchNorm)

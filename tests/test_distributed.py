@@ -1,0 +1,155 @@
+"""Two processes, each with half of the batch, do what one does with all of it."""
+
+import multiprocessing
+import warnings
+
+import pytest
+import torch
+from cases import CLASSES, make
+from distributed_steps import TRAININGS, build, run_training, train, uneven_batches, work
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from resbackbone.training import freeze, sync_batch_norms
+from resbackbone.training.sync_norms import BatchNorm, SyncedBatchNorm
+
+QUICK = ("ResNet", "ResNetV2", "TridentResNet")  # one for each way in which stems and stages are frozen
+every_class_in_time = pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CLASSES]
+)
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """The results of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, 2, folder)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def of_one():
+    """The results of one process, each computed once."""
+    return {}
+
+
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("name", TRAININGS)
+def test_two_processes_train_as_one_on_the_whole_batch(of_two, of_one, name, way):
+    if name not in of_one:
+        of_one[name] = run_training(name)
+    start = {**dict(build().named_parameters()), **dict(build().named_buffers())}
+    assert any(not torch.equal(tensor, start[key]) for key, tensor in of_one[name].items())
+    for rank in of_two:
+        assert rank[way, name].keys() == of_one[name].keys()
+        for key, tensor in rank[way, name].items():
+            tolerance = 1e-5 if tensor.dtype == torch.float32 else 1e-10
+            torch.testing.assert_close(tensor, of_one[name][key], rtol=tolerance, atol=tolerance, msg=key)
+    first, second = (rank[way, name] for rank in of_two)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_uneven_batches_are_normalised_as_one(of_two):
+    expected = uneven_batches()
+    for index in (0, 1):  # what is theirs alone: outputs and the gradients of inputs
+        got = torch.cat([rank["uneven"][index] for rank in of_two])
+        torch.testing.assert_close(got, expected[index], rtol=1e-5, atol=1e-5)
+    for index in (2, 3):  # of which each has its part
+        got = sum(rank["uneven"][index] for rank in of_two)
+        torch.testing.assert_close(got, expected[index], rtol=1e-5, atol=1e-5)
+    for rank in of_two:
+        torch.testing.assert_close(rank["uneven"][4:], expected[4:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def group_of_one(tmp_path_factory):
+    """A process group of this process alone, in which ``DistributedDataParallel`` complains as in any other."""
+    store = distributed.FileStore(str(tmp_path_factory.mktemp("one") / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+@every_class_in_time
+def test_no_parameter_is_unused_whatever_is_frozen(case):
+    for frozen_stages in range(-1, 3 if case == "TridentResNet" else 4):  # of 4 nothing would be left to train
+        net = make(case, frozen_stages=frozen_stages)
+        train(DistributedDataParallel(net), torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_an_unused_parameter_would_show():
+    with pytest.raises(RuntimeError, match="Expected to have finished reduction in the prior iteration"):
+        train(DistributedDataParallel(make("ResNet", out_indices=(2,))), torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_group_of_one_process_on_a_cpu_trains_what_says_sync_bn(images):
+    net = build(norm_cfg={"type": "SyncBN"}, norm_eval=False)
+    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
+        net(images)
+    with pytest.warns(UserWarning, match="in one process the 31 batch norms"):
+        sync_batch_norms(net)
+    net(images)
+
+
+def test_one_process_has_plain_norms_and_is_told(shake, images):
+    net = shake(build(norm_cfg={"type": "SyncBN"}, norm_eval=False, frozen_stages=1))
+    plain = build(norm_eval=False, frozen_stages=1)
+    plain.load_state_dict(net.state_dict())
+    layers, parameters = list(net.modules()), list(net.parameters())
+    with pytest.warns(UserWarning, match="in one process the 31 batch norms of this ResNetV1d are plain") as told:
+        assert sync_batch_norms(net) is net
+    assert len(told) == 1
+    assert {type(norm) for norm in net.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)} == {BatchNorm}
+    assert all(map(lambda old, new: old is new, layers, net.modules()))
+    assert all(map(lambda old, new: old is new, parameters, net.parameters()))
+    assert list(net.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(*outs) for outs in zip(net(images), plain(images), strict=True))
+    assert torch.equal(net.layer4[1].bn3.running_var, plain.layer4[1].bn3.running_var)
+
+
+def test_several_processes_synchronise_what_is_plain_and_nothing_else(monkeypatch):
+    class WithReLU(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.SyncBatchNorm(3), WithReLU(3), nn.GroupNorm(1, 3), nn.InstanceNorm2d(3))
+    monkeypatch.setattr("resbackbone.training.sync_norms.num_processes", lambda: 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sync_batch_norms(net)
+    assert [type(layer) for layer in net] == [
+        SyncedBatchNorm,
+        SyncedBatchNorm,
+        WithReLU,
+        nn.GroupNorm,
+        nn.InstanceNorm2d,
+    ]
+    x = torch.randn(4, 3)
+    assert torch.equal(net[0].eval()(x), nn.BatchNorm1d(3).eval()(x))  # nothing to exchange, as in a frozen stage
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="2 batch norms"):
+        sync_batch_norms(net)
+    assert [type(layer) for layer in net[:2]] == [BatchNorm, BatchNorm]
+
+
+def test_a_net_without_batch_norms_is_told_nothing():
+    assert len(sync_batch_norms(nn.Sequential(nn.Conv2d(3, 3, 1)))) == 1
+
+
+def test_freezing_takes_every_backbone_of_a_model():
+    model = nn.ModuleDict({"one": build(), "other": build(frozen_stages=2)})
+    freeze(model, 1)
+    assert [net.frozen_stages for net in model.values()] == [1, 1]
+    assert model["one"].layer1[0].conv1.weight.requires_grad is False
+    assert model["other"].layer2[0].conv1.weight.requires_grad is True
+    with pytest.raises(ValueError, match="there is no backbone of resbackbone in this Conv2d to freeze"):
+        freeze(nn.Conv2d(3, 3, 1), 1)
