@@ -22,14 +22,19 @@ def freeze(model: nn.Module, frozen_stages: int) -> None:
     Raises:
         TypeError, ValueError: If it is no integer from -1 to the number of stages, or there is no backbone.
     """
-    backbones = [module for module in model.modules() if isinstance(module, Backbone)]
-    if not backbones:
-        raise ValueError(f"there is no backbone of resbackbone in this {type(model).__name__} to freeze")
-    for backbone in backbones:
+    for backbone in backbones_of(model):
         backbone.freeze(frozen_stages)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             _collect_parameters(module)
+
+
+def backbones_of(model: nn.Module) -> list[Backbone]:
+    """Return the backbones in a model; raise ValueError if there is none."""
+    backbones = [module for module in model.modules() if isinstance(module, Backbone)]
+    if not backbones:
+        raise ValueError(f"there is no backbone of resbackbone in this {type(model).__name__} to freeze")
+    return backbones
 
 
 def _collect_parameters(wrapper: DistributedDataParallel) -> None:
