@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch._dynamo
 import typer
 from peers import import_torchvision
 from rich.console import Console
@@ -34,13 +35,14 @@ from resbackbone.inference import export, optimize, quantize
 
 Net = Callable[[Tensor], Any]
 PLAIN, OURS = "torch eager", "resbackbone"
+LIKE_PLAIN = ("torchvision", "timm", "transformers")  # the same operators
 SHAPES = {"1x224x224": (1, 224, 224), "8x224x224": (8, 224, 224), "1x800x1216": (1, 800, 1216)}
 FAMILIES = (
     "resnet18",
     "resnet101",
     "resnext101_32x4d",
     "resnet50_v1d",
-    "regnetx_3_2gf",
+    "regnetx_3.2gf",
     "res2net50_26w_4s",
     "resnest50",
 )
@@ -341,6 +343,7 @@ def main(
 ) -> None:
     """Compare the inference of a backbone with that of its peers."""
     warnings.simplefilter("ignore")  # the peers', about themselves
+    torch._dynamo.config.recompile_limit = 1000  # or several compiled nets share eight, and then run uncompiled
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     keep_freed_memory()
@@ -350,36 +353,37 @@ def main(
         if alone_name:
             print(json.dumps(measure_alone(ways[alone_name])))
             return
-        figures = run_all(config, _chosen(ways, peers), parts.split(","), runs, threads, folder)
+        for figures in run_all(config, _chosen(ways, peers), parts.split(","), runs, threads, folder):
+            if out is not None:
+                out.write_text(json.dumps({"config": config, **figures}, indent=1))
     text = table(config, figures, ways)
     Console(width=200).print(text, markup=False)
-    if out is not None:
-        out.write_text(json.dumps({"config": config, **figures}, indent=1))
     if docs is not None:
         write_section(docs, "inference", text)
 
 
 def run_all(
     config: str, ways: dict[str, Contestant], parts: list[str], runs: int, threads: int, folder: Path
-) -> dict[str, Any]:
-    """Measure everything that is asked for."""
+) -> Iterator[dict[str, Any]]:
+    """Measure everything that is asked for; what there is so far comes after each part."""
     nets = {name: way.make() for name, way in ways.items()}
     figures: dict[str, Any] = {
         "about": about_machine(),
         "matmul": {"float32": matmul_rate(torch.float32), "bfloat16": matmul_rate(torch.bfloat16)},
         "seconds": latency(nets, runs),
     }
+    yield figures
     few = [name for name in (PLAIN, OURS, f"{OURS} bfloat16", "torch.compile") if name in ways]
-    if "stream" in parts:
-        figures["stream"] = stream({name: ways[name].make() for name in few})
-    if "scaling" in parts:
-        figures["scaling"] = scaling({name: nets[name] for name in few[:3]}, threads, runs)
-    if "families" in parts:
-        figures["families"] = families(runs)
-    if "alone" in parts:
-        same = ("torchvision", "timm", "transformers")  # as the first
-        figures["alone"] = {name: alone(config, name, threads, folder) for name in ways if name not in same}
-    return figures
+    measures: dict[str, Callable[[], Any]] = {
+        "stream": lambda: stream({name: ways[name].make() for name in few}),
+        "alone": lambda: {name: alone(config, name, threads, folder) for name in ways if name not in LIKE_PLAIN},
+        "families": lambda: families(runs),
+        "scaling": lambda: scaling({name: nets[name] for name in few[:3]}, threads, runs),
+    }
+    for part in parts:
+        if part:
+            figures[part] = measures[part]()
+            yield figures
 
 
 def _chosen(ways: dict[str, Contestant], peers: str) -> dict[str, Contestant]:
