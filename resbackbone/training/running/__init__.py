@@ -5,9 +5,12 @@ from resbackbone.training.running.curves import CurvesHook, read_curves
 from resbackbone.training.running.finite_loss import FiniteLossHook, NonFiniteLoss
 from resbackbone.training.running.lamb import LAMB
 from resbackbone.training.running.launching import build_runner, leave_processes, load_recipe
+from resbackbone.training.running.layer_decay import LayerDecayConstructor
 from resbackbone.training.running.loop import ResumableTrainLoop
 from resbackbone.training.running.runner import ResumableRunner
 from resbackbone.training.running.sampling import Draw, EpochSampler
+from resbackbone.training.running.sync_norms import SyncBatchNormHook
+from resbackbone.training.running.unfreezing import UnfreezeHook
 
 __all__ = [
     "LAMB",
@@ -16,10 +19,13 @@ __all__ = [
     "Draw",
     "EpochSampler",
     "FiniteLossHook",
+    "LayerDecayConstructor",
     "NonFiniteLoss",
     "ResumableCheckpointHook",
     "ResumableRunner",
     "ResumableTrainLoop",
+    "SyncBatchNormHook",
+    "UnfreezeHook",
     "build_runner",
     "leave_processes",
     "load_recipe",
