@@ -111,7 +111,8 @@ def compiled_net(dtype: torch.dtype = torch.float32, *, freezing: bool = False) 
     compiled = torch.compile(net, dynamic=False if freezing else None)
 
     def call(x: Tensor) -> Any:
-        with torch._inductor.config.patch(freezing=freezing):
+        # Without what earlier runs left on the disk: who compiles for the first time waits.
+        with torch._inductor.config.patch(freezing=freezing, force_disable_caches=True):
             return compiled(channels_last(x, dtype))
 
     return call
