@@ -76,6 +76,7 @@ class ResNet(Backbone):
     [(2, 64, 16, 16), (2, 512, 2, 2)]
     """
 
+    with_cp: WithCp = False  # for constructors of subclasses that do not call this one
     arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
         18: (BasicBlock, (2, 2, 2, 2)),
         26: (Bottleneck, (2, 2, 2, 2)),

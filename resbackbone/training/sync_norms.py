@@ -26,7 +26,8 @@ def sync_batch_norms(net: Net) -> Net:
         The same net.
 
     >>> from resbackbone import build_backbone
-    >>> with warnings.catch_warnings(record=True):
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
     ...     net = sync_batch_norms(build_backbone("resnet18", norm_cfg=dict(type="SyncBN")))
     >>> type(net.bn1)
     <class 'resbackbone.training.sync_norms.BatchNorm'>
