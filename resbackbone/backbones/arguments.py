@@ -34,7 +34,7 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
         TypeError, ValueError: If another argument does not fit.
     """
     check_depth(name, given["depth"], arch_settings)
-    for flag in ("deep_stem", "avg_down", "norm_eval", "zero_init_residual", "contract_dilation"):
+    for flag in ("deep_stem", "avg_down", "norm_eval", "fold_frozen_norms", "zero_init_residual", "contract_dilation"):
         check_flag(flag, given[flag])
     check_with_cp(given["with_cp"])
     for channels in ("in_channels", "base_channels"):

@@ -83,6 +83,7 @@ class RegNet(ResNet):
         multi_grid: Sequence[int] | None = None,
         contract_dilation: bool = False,
         drop_path_rate: float = 0.0,
+        fold_frozen_norms: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in _OWN}
         settings = resolve_arch(arch, self.arch_settings, se_ratio=se_ratio)

@@ -17,6 +17,7 @@ from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.stem import make_deep_stem
 from resbackbone.blocks import BasicBlock, Bottleneck
 from resbackbone.layers import FrozenBatchNorm2d, build_conv_layer, build_norm_layer
+from resbackbone.layers.conv_norm import conv_norm, set_folding
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.recomputing import WithCp, recompute_norms
 from resbackbone.registry import MODELS, find_type
@@ -61,6 +62,8 @@ class ResNet(Backbone):
             have less, in proportion to their place.
         stage_blocks: Number of blocks of each stage, in place of those of ``depth``, which then says no more than which
             kind they are.
+        fold_frozen_norms: Fold norms that stand still into the convolutions before them while training, too, as
+            :func:`~resbackbone.training.fold_frozen_norms` does.
 
     Raises:
         KeyError: If ``depth`` is none of ``arch_settings``, or a type is not registered.
@@ -117,6 +120,7 @@ class ResNet(Backbone):
         contract_dilation: bool = False,
         drop_path_rate: float = 0.0,
         stage_blocks: Sequence[int] | None = None,
+        fold_frozen_norms: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         blocks_by_depth = self._blocks_by_depth()
@@ -152,6 +156,8 @@ class ResNet(Backbone):
         self._make_stem_layer(in_channels, self.stem_channels)
         self._make_stages(stride=total_stride(self._stem()))
         self._freeze_stages()
+        if fold_frozen_norms:
+            set_folding(self, True)
         self.feat_dim = self.block.expansion * self.stage_planes(num_stages - 1)
 
     def _blocks_by_depth(self) -> Mapping[int, tuple[Any, tuple[int, ...]]]:
@@ -297,12 +303,7 @@ class ResNet(Backbone):
         return tuple(outs)
 
     def _run_stem(self, x: Tensor) -> Tensor:
-        if self.deep_stem:
-            x = self.stem(x)
-        else:
-            x = self.conv1(x)
-            x = self.norm1(x)
-            x = self.relu(x)
+        x = self.stem(x) if self.deep_stem else self.relu(conv_norm(x, self.conv1, self.norm1))
         return self.maxpool(x)  # type: ignore[no-any-return]
 
     def run_part(self, part: Callable[[Tensor], Tensor], x: Tensor, layers: Sequence[nn.Module]) -> Tensor:

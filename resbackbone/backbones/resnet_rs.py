@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import nn
-
 from resbackbone.backbones.resnet_v1 import ResNetV1d
 from resbackbone.backbones.seresnet import SEResNet
 from resbackbone.backbones.stem import conv_norm_relu
 from resbackbone.blocks import Bottleneck
+from resbackbone.layers import Sequential
 from resbackbone.registry import MODELS
 
 
@@ -51,6 +50,4 @@ class ResNetRS(SEResNet, ResNetV1d):
     def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
         """Add the stem and the convolution that strides in place of the max pooling."""
         super()._make_stem_layer(in_channels, stem_channels)
-        self.maxpool = nn.Sequential(
-            *conv_norm_relu(stem_channels, stem_channels, self.conv_cfg, self.norm_cfg, stride=2)
-        )
+        self.maxpool = Sequential(*conv_norm_relu(stem_channels, stem_channels, self.conv_cfg, self.norm_cfg, stride=2))

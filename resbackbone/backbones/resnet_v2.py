@@ -11,7 +11,7 @@ from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.preact import PreActBasicBlock, PreActBottleneck
 from resbackbone.checks import check_flag
-from resbackbone.layers import ConvWS2d, build_norm_layer
+from resbackbone.layers import ConvWS2d, Sequential, build_norm_layer
 from resbackbone.layers.module import Config
 from resbackbone.registry import MODELS, find_type
 
@@ -102,7 +102,7 @@ class ResNetV2(ResNet):
     def _make_deep_stem(self, in_channels: int, stem_channels: int) -> None:
         """Add ``stem`` without its last norm and ReLU."""
         super()._make_deep_stem(in_channels, stem_channels)
-        self.stem = nn.Sequential(*list(self.stem)[:-2])
+        self.stem = Sequential(*list(self.stem)[:-2])
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """Make one stage of pre-activation blocks, whose shortcut has no norm."""

@@ -14,6 +14,7 @@ from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks.base import check_dcn
 from resbackbone.checks import check_choice, check_flag, check_int
+from resbackbone.layers.conv_norm import set_folding
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.recomputing import WithCp, check_with_cp, recompute_norms
 from resbackbone.registry import MODELS, find_type, split_type
@@ -38,6 +39,7 @@ class SharedHead(PretrainedModule):
         dcn: Config of the deformable convolutions.
         pretrained: Old spelling of ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
         init_cfg: How ``init_weights()`` initialises; None for He's normal and norms at one.
+        fold_frozen_norms: As for :class:`~resbackbone.ResNet`.
 
     Raises:
         KeyError: If ``depth`` is none of ResNet's, or a type is not registered.
@@ -67,6 +69,7 @@ class SharedHead(PretrainedModule):
         dcn: Config | None = None,
         pretrained: str | None = None,
         init_cfg: InitConfig | None = None,
+        fold_frozen_norms: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         _check(given)
@@ -93,6 +96,8 @@ class SharedHead(PretrainedModule):
             dcn=copy.deepcopy(dcn),
         )
         self.add_module(f"layer{stage + 1}", layer)
+        if fold_frozen_norms:
+            set_folding(self, True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H/stride, W/stride)``."""
@@ -118,7 +123,8 @@ def _check(given: dict[str, Any]) -> None:
     check_int("stride", given["stride"], low=1)
     check_int("dilation", given["dilation"], low=1)
     check_choice("style", given["style"], ("pytorch", "caffe"))
-    check_flag("norm_eval", given["norm_eval"])
+    for flag in ("norm_eval", "fold_frozen_norms"):
+        check_flag(flag, given[flag])
     check_with_cp(given["with_cp"])
     find_type(split_type(given["norm_cfg"], "norm_cfg")[0], "norm")
     check_dcn(given["dcn"], None)

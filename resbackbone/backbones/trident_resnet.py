@@ -33,7 +33,7 @@ class TridentLayer(ResLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, inplanes, H, W)`` to ``(N * branches, planes * 4, H/stride, W/stride)``, branch by branch."""
         if not self.training and self.test_branch_idx >= 0:
-            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
+            return super().forward(x)  # type: ignore[no-any-return]
         branches = [x] * self.num_branch
         for block in self:
             branches = block(branches)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from resbackbone.checks import check_choice, check_mapping, check_sequence, check_type
 from resbackbone.layers import DropPath, Module, build_conv_layer, build_norm_layer, build_plugin_layer, plugin_name
+from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.deform_conv import rename_old_offsets
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.recomputing import needs_backward, recompute_in_backward
@@ -223,8 +224,7 @@ class ResidualBlock(Module):
 
     def step(self, index: int, x: Tensor) -> Tensor:
         """Run the ``index``-th convolution with its norm and, but for the last, the ReLU; plugins come behind it."""
-        x = getattr(self, f"conv{index}")(x)
-        x = self._norm(index)(x)
+        x = conv_norm(x, getattr(self, f"conv{index}"), self._norm(index))
         return self.relu(x) if index < self.num_convs else x
 
     def before_branch(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from resbackbone.blocks.base import ResidualBlock
 from resbackbone.blocks.basic import BasicBlock
 from resbackbone.blocks.bottleneck import Bottleneck
+from resbackbone.layers.conv_norm import conv_norm
 
 
 class PreActivation(ResidualBlock):
@@ -32,8 +33,10 @@ class PreActivation(ResidualBlock):
 
     def step(self, index: int, x: Tensor) -> Tensor:
         """Run the ``index``-th convolution and, but for the last, norm and ReLU of the next."""
-        x = getattr(self, f"conv{index}")(x)
-        return x if index == self.num_convs else self.relu(self._norm(index + 1)(x))
+        conv = getattr(self, f"conv{index}")
+        if index == self.num_convs:
+            return conv(x)  # type: ignore[no-any-return]
+        return self.relu(conv_norm(x, conv, self._norm(index + 1)))  # type: ignore[no-any-return]
 
     def before_branch(self, x: Tensor) -> Tensor:
         """Compute the first norm and its ReLU, which come before branch and projection alike."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from resbackbone.blocks.bottleneck import Bottleneck
 from resbackbone.checks import check_choice, check_flag, check_int
 from resbackbone.layers import build_norm_layer
+from resbackbone.layers.conv_norm import conv_norm
 
 
 class Bottle2neck(Bottleneck):
@@ -88,7 +89,7 @@ class Bottle2neck(Bottleneck):
         outs: list[Tensor] = []
         for i, (conv, norm) in enumerate(zip(self.convs, self.bns, strict=True)):
             split = outs[-1] + splits[i] if outs and self.hierarchical else splits[i]
-            outs.append(self.relu(norm(conv(split))))
+            outs.append(self.relu(conv_norm(split, conv, norm)))
         last = splits[self.scales - 1]
         outs.append(last if self.pool is None else self.pool(last))
         return torch.cat(outs, 1)

@@ -5,21 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from resbackbone.blocks.bottleneck import Bottleneck
+from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.module import Config
-
-
-class TridentConv2d(nn.Conv2d):
-    """A convolution that can be run at another dilation than its own; its padding follows, so that the size stays."""
-
-    def forward(self, input: Tensor, dilation: int | None = None) -> Tensor:
-        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H/stride), ceil(W/stride))`` with a 3x3 kernel."""
-        if dilation is None:
-            return super().forward(input)
-        return F.conv2d(input, self.weight, self.bias, self.stride, padding=dilation, dilation=dilation)
+from resbackbone.layers.trident_conv import TridentConv2d
 
 
 class TridentBottleneck(Bottleneck):
@@ -75,8 +64,9 @@ class TridentBottleneck(Bottleneck):
             return super().step(index, x)
         if index != 2:
             return [super(TridentBottleneck, self).step(index, branch) for branch in x]
-        convolved = [self.conv2(branch, d) for branch, d in zip(x, self.trident_dilations, strict=True)]
-        return [self.relu(self.norm2(branch)) for branch in convolved]
+        at_dilations = zip(x, self.trident_dilations, strict=True)
+        normed = [conv_norm(branch, self.conv2, self.norm2, dilation) for branch, dilation in at_dilations]
+        return [self.relu(branch) for branch in normed]
 
     def forward_plugin(self, x: Any, plugin_names: Sequence[str]) -> Any:
         """Run the named plugins one after the other, on every branch; the shapes stay."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resbackbone.checks import check_int
+from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
 from resbackbone.registry import MODELS
@@ -58,7 +59,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to the same shape."""
         maps = torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), dim=1)
-        out: Tensor = x * getattr(self, self.norm_name)(self.conv(maps)).sigmoid()
+        out: Tensor = x * conv_norm(maps, self.conv, getattr(self, self.norm_name)).sigmoid()
         return out
 
 

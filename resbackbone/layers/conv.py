@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
 from resbackbone.registry import MODELS, find_type, split_type
@@ -79,7 +80,5 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        x = self.conv(x)
-        if self.norm_name is not None:
-            x = getattr(self, self.norm_name)(x)
+        x = self.conv(x) if self.norm_name is None else conv_norm(x, self.conv, getattr(self, self.norm_name))
         return x if self.activate is None else self.activate(x)

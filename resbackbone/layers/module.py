@@ -46,11 +46,3 @@ class Module(nn.Module):
 
     def _dump_init_info(self) -> None:
         """Do nothing: a backbone on its own leaves the log of every parameter to the host that trains it."""
-
-
-class Sequential(Module, nn.Sequential):
-    """An ``nn.Sequential`` with an ``init_cfg``."""
-
-    def __init__(self, *modules: nn.Module, init_cfg: InitConfig | None = None) -> None:
-        Module.__init__(self, init_cfg)
-        nn.Sequential.__init__(self, *modules)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from resbackbone.checks import check_type
+from resbackbone.layers.conv_norm import stands_still
 from resbackbone.layers.norm import is_norm
 from resbackbone.layers.tracing import is_tracing
 
@@ -42,8 +43,8 @@ def recompute_norms(function: Callable[[Tensor], Tensor], x: Tensor, modules: Se
     """Run ``function(x)``, and of its activations keep only ``x`` and what convolutions hand out.
 
     The backward pass computes the others, those of norms, ReLUs, sums and poolings, once more, to the same bits.
-    A compiler decides for itself what it keeps; under it, and where nothing is kept or there is no norm, this is
-    ``function(x)``.
+    A compiler decides for itself what it keeps; under it, and where nothing is kept or there is no norm but such as are
+    folded into convolutions, this is ``function(x)``.
 
     Args:
         function: What to run.
@@ -51,11 +52,17 @@ def recompute_norms(function: Callable[[Tensor], Tensor], x: Tensor, modules: Se
         modules: The layers in it.
     """
     idle = torch.compiler.is_compiling() or is_tracing() or not needs_backward(x, modules)
-    if idle or not any(is_norm(layer) for module in modules for layer in module.modules()):
+    if idle or not _has_norms(modules):
         return function(x)
     kept: _Kept = []
     out: Tensor = _checkpoint(function, x, _Record(kept), _Again(modules, kept))
     return out
+
+
+def _has_norms(modules: Sequence[nn.Module]) -> bool:
+    layers = [layer for module in modules for layer in module.modules()]
+    folding = any(getattr(layer, "folds_norm", False) for layer in layers)
+    return any(is_norm(layer) and not (folding and stands_still(layer)) for layer in layers)
 
 
 def recompute_in_backward(function: Callable[[Any], Any], x: Any, modules: Sequence[nn.Module]) -> Any:

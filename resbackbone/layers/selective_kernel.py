@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from resbackbone.checks import check_flag, check_int
 from resbackbone.layers.conv import build_conv_layer
+from resbackbone.layers.conv_norm import Sequential, conv_norm
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
 from resbackbone.layers.split_attention import check_norm_of_one_pixel
@@ -87,7 +88,7 @@ class SelectiveKernelConv2d(nn.Module):
                 bias=False,
             )
             norm_name, norm = build_norm_layer(norm_cfg, out_channels)
-            self.paths.append(nn.Sequential(OrderedDict([("conv", conv), (norm_name, norm), ("relu", nn.ReLU(True))])))
+            self.paths.append(Sequential(OrderedDict([("conv", conv), (norm_name, norm), ("relu", nn.ReLU(True))])))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H/stride), ceil(W/stride))``."""
@@ -121,8 +122,8 @@ class SelectiveKernelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the paths' sum ``(N, in_channels, H, W)`` to weights ``(N, num_paths, in_channels, 1, 1)``."""
-        hidden = self.fc_reduce(F.adaptive_avg_pool2d(x, 1))
-        logits: Tensor = self.fc_select(F.relu(getattr(self, self.norm_name)(hidden)))
+        hidden = conv_norm(F.adaptive_avg_pool2d(x, 1), self.fc_reduce, getattr(self, self.norm_name))
+        logits: Tensor = self.fc_select(F.relu(hidden))
         return torch.unflatten(logits, 1, (self.num_paths, -1)).softmax(1)
 
 

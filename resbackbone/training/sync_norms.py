@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -73,6 +73,8 @@ class SyncedBatchNorm(BatchNorm):
 
     Source: Peng et al., MegDet, arXiv:1711.07240, section 3.3.
     """
+
+    plain_in_eval: ClassVar[bool] = True
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``(N, num_features, ...)``."""

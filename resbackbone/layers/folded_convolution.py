@@ -1,0 +1,153 @@
+"""A convolution and a norm whose statistics stand still, as one convolution that trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Geometry = tuple[Any, Any, Any, int]  # stride, padding, dilation, groups, as a convolution takes them
+
+
+def convolve_folded(x: Tensor, conv: nn.Conv2d, norm: Any, dilation: int | None = None) -> Tensor:
+    """Compute ``norm(conv(x))`` with weights in which the norm is folded, ``weight * s``, and the bias ``t``.
+
+    ``s = gamma / sqrt(var + eps)`` and ``t = beta + (bias - mean) * s``. Gradients go to what the two layers have; of
+    feature maps only ``x`` is kept for the backward pass, which folds the weights again.
+
+    Args:
+        x: ``(N, in_channels, H, W)``. On a CPU the computation is in channels_last, whatever ``x`` is.
+        conv: A plain convolution, or one that standardises its weights.
+        norm: A batch norm that normalises by its running statistics.
+        dilation: In place of the convolution's dilation and padding, in pixels.
+
+    Returns:
+        ``(N, out_channels, H', W')``.
+
+    Source: You et al., Efficient ConvBN Blocks for Transfer Learning and Beyond, arXiv:2305.11624, section 3, "tune
+    mode".
+    """
+    standardized = getattr(conv, "standardized_weight", None)
+    weight = conv.weight if standardized is None else standardized()
+    padding, dilated = (conv.padding, conv.dilation) if dilation is None else ((dilation,) * 2, (dilation,) * 2)
+    mean, var = norm.running_mean, norm.running_var
+    gamma = torch.ones_like(var) if norm.weight is None else norm.weight
+    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias
+    x = _enter(x)
+    tensors = (x, weight, conv.bias, gamma, beta, mean, var)
+    geometry = (conv.stride, padding, dilated, conv.groups)
+    if torch.compiler.is_compiling():  # the compiler takes derivatives itself, and chooses what is kept
+        return _convolve(*tensors, norm.eps, geometry)
+    out: Tensor = _FoldedConvolution.apply(*tensors, norm.eps, geometry)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _enter(x: Tensor) -> Tensor:
+    """Bring a feature map into the precision and the memory format that is computed in."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    return x.contiguous(memory_format=torch.channels_last) if device == "cpu" else x
+
+
+def _scales(gamma: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The inverse of the deviation, and ``s``; in single precision at least."""
+    wide = torch.promote_types(var.dtype, torch.float32)
+    inverse = (var.to(wide) + eps).rsqrt()
+    return inverse, inverse * gamma
+
+
+def _fold(weight: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    folded = (weight * scale.view(-1, 1, 1, 1)).to(x.dtype)
+    return folded.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else folded
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    geometry: Geometry,
+) -> Tensor:
+    _, scale = _scales(gamma, var, eps)
+    shift = beta + (-mean if bias is None else bias - mean) * scale
+    return F.conv2d(x, _fold(weight, scale, x), shift.to(x.dtype), *geometry)
+
+
+class _FoldedConvolution(torch.autograd.Function):
+    """``_convolve``, which as a graph of its parts would keep the folded weights."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _convolve(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, weight, bias, gamma, _, mean, var, ctx.eps, ctx.geometry = inputs
+        ctx.save_for_backward(x, weight, bias, gamma, mean, var)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, bias, gamma, mean, var = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_gamma, of_beta, *_ = ctx.needs_input_grad
+        inverse, scale = _scales(gamma, var, ctx.eps)
+        # Whoever goes backward under autocast means the forward pass, which is over.
+        with torch.autocast(x.device.type, enabled=False):
+            grad_x, grad_folded = _differentiate(
+                grad, x, _fold(weight, scale, x), ctx.geometry, of_x=of_x, of_weight=of_weight or of_gamma
+            )
+            grads: list[Any] = [grad_x, None, None, None, None]
+            if of_bias or of_gamma or of_beta:
+                grad_shift = grad.sum((0, 2, 3), dtype=scale.dtype)
+                grads[2] = grad_shift * scale if of_bias else None
+                grads[4] = grad_shift if of_beta else None
+            if grad_folded is not None:
+                grad_folded = grad_folded.to(scale.dtype)
+                if of_weight:
+                    grads[1] = grad_folded * scale.view(-1, 1, 1, 1)
+                if of_gamma:
+                    offset = -mean if bias is None else bias - mean
+                    grads[3] = ((grad_folded * weight).sum((1, 2, 3)) + offset * grad_shift) * inverse
+        return (*grads, None, None, None, None)
+
+
+def _differentiate(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of a convolution's input and weight, of those that are wanted."""
+    stride, padding, dilation, groups = geometry
+    if x.device.type == "cpu" and weight.shape[2:] == (1, 1) and padding == (0, 0) and groups == 1:
+        return _differentiate_1x1(grad, x, weight, stride, of_x=of_x, of_weight=of_weight)
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        # Not the bias's gradient: oneDNN computes that of the weight more slowly with it.
+        *(grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (of_x, of_weight, False))
+    )
+    return grad_x, grad_weight
+
+
+def _differentiate_1x1(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: tuple[int, int], *, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same by matrix products, which are faster on CPUs: in channels_last a pixel is a row."""
+    seen = (..., slice(None, None, stride[0]), slice(None, None, stride[1]))
+    grad_x = grad_weight = None
+    if of_x:
+        grad_x = (_rows(grad) @ weight.flatten(1)).view(grad.shape[0], *grad.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+        if stride != (1, 1):
+            of_seen, grad_x = grad_x, torch.zeros_like(x)
+            grad_x[seen] = of_seen
+    if of_weight:
+        # With the weight's strides even where a side of 1 pixel allows others: DistributedDataParallel warns of those.
+        grad_weight = (_rows(grad).t() @ _rows(x[seen])).as_strided(weight.shape, weight.stride())
+    return grad_x, grad_weight
+
+
+def _rows(x: Tensor) -> Tensor:
+    """View ``(N, C, H, W)`` as ``(N * H * W, C)``; copy it, if it is in another format than channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
