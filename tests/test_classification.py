@@ -4,15 +4,19 @@ import math
 import random
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from command_line import run
+from digits_folder import write_digits
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
 from PIL import Image
 from torch import nn
+from training_runs import CONFIGS, curves, last_checkpoint, prepare, run, train
 
-from resbackbone import build_backbone
+from resbackbone import MODELS, build_backbone
 from resbackbone.checkpoints import convert_state_dict, load_checkpoint
 from resbackbone.preprocessing import CAFFE, TORCHVISION, Preprocessing
 from resbackbone.training.classification import (
@@ -32,9 +36,9 @@ from resbackbone.training.classification import (
 )
 from resbackbone.training.classification.metrics import places
 from resbackbone.training.classification.rand_augment import OPERATIONS
-from resbackbone.training.running import LAMB, Draw, EpochSampler
+from resbackbone.training.classification.transforms import build_transforms
+from resbackbone.training.running import LAMB, Draw, EpochSampler, load_recipe
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "classification"
 SMALL = {"type": "ResNet", "depth": 18, "base_channels": 8, "stem_channels": 8}
 
 
@@ -138,7 +142,7 @@ def test_weights_of_a_run_come_back_with_all_that_belongs_to_them(tmp_path, imag
     load_checkpoint(net, tmp_path / "run.pth")
     assert net.preprocessing == Preprocessing(**odd)
 
-    run("convert", tmp_path / "run.pth", tmp_path / "their.pth", "--to", "torchvision")
+    command_line.run("convert", tmp_path / "run.pth", tmp_path / "their.pth", "--to", "torchvision")
     converted = torch.load(tmp_path / "their.pth")
     torch.testing.assert_close(converted["fc.weight"], trained.fc.weight.detach(), rtol=0, atol=0)
     assert not [key for key in converted if "." not in key or key.startswith(("backbone", "data"))]
@@ -416,7 +420,7 @@ def test_accuracy_against_torchs_topk():
         assert found[f"accuracy/top{k}"] == pytest.approx(
             100 * (order[:, :k] == labels[:, None]).any(1).float().mean().item()
         )
-    assert found["accuracy/loss"] == pytest.approx(F.cross_entropy(scores, labels).item(), rel=1e-5)
+    assert found["accuracy/cross_entropy"] == pytest.approx(F.cross_entropy(scores, labels).item(), rel=1e-5)
 
 
 def test_a_score_that_is_nan_is_never_right():
@@ -465,3 +469,153 @@ def test_lamb_steps_are_as_long_as_the_rate_times_the_tensor():
     LAMB([still], lr=0.01, weight_decay=0.1).step()
     assert still.isfinite().all()
     assert still.ne(0).all()
+
+
+# --- recipes and commands ---------------------------------------------------------------------------------------------
+
+RECIPES = sorted(path.name for path in CONFIGS.glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_complete(name):
+    recipe = load_recipe(CONFIGS / name)
+    model = MODELS.build(recipe.model)
+    transforms = {
+        key: build_transforms(recipe[key].dataset.transforms) for key in ("train_dataloader", "val_dataloader")
+    }
+    channels = recipe.train_dataloader.dataset.get("channels", 3)
+    picture = Image.new("RGB" if channels == 3 else "L", (300, 200))
+    for changes in transforms.values():
+        sizes = set()
+        for seed in range(3):
+            changed = picture
+            for change in changes:
+                changed = change(changed, random.Random(seed))
+            sizes.add(changed.size)
+        assert len(sizes) == 1
+    assert model.backbone.in_channels == channels
+    assert model.num_classes == len(recipe.train_dataloader.dataset.get("classes", [])) or model.num_classes in (
+        10,
+        1000,
+    )
+    optimizing = {**recipe.optim_wrapper, "type": "OptimWrapper"}  # the one with mixed precision needs a GPU
+    with DefaultScope.overwrite_default_scope("resbackbone"):
+        optimizer = build_optim_wrapper(model, optimizing).optimizer
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    assert recipe.param_scheduler[-1].end == recipe.train_cfg.max_epochs
+
+
+def test_overrides_change_a_recipe_and_typing_errors_are_told():
+    path = CONFIGS / "digits_resnet18.py"
+    recipe = load_recipe(path, ["train_cfg.max_epochs=3", "train_dataloader.dataset.classes=[0,1]", "load_from=a.pth"])
+    assert recipe.train_cfg.max_epochs == 3
+    assert recipe.train_dataloader.dataset.classes == [0, 1]
+    assert recipe.load_from == "a.pth"
+    with pytest.raises(KeyError, match=r"the config has no 'modle'; did you mean 'model'\?"):
+        load_recipe(path, ["modle.num_classes=3"])
+    with pytest.raises(ValueError, match=r"an override is KEY=VALUE, such as train_cfg.max_epochs=5; got '3'"):
+        load_recipe(path, ["3"])
+
+
+def test_a_config_is_a_backbones_too():
+    assert build_backbone(CONFIGS / "digits_resnet18.py").in_channels == 1
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a config and pictures, and what the command said when it trained there, to ``run``."""
+    folder = tmp_path_factory.mktemp("trained")
+    prepare(folder)
+    return folder, train(folder, "run")
+
+
+def test_train_says_how_far_it_is_and_what_came_of_it(trained):
+    folder, said = trained
+    assert "Epoch(train) [1][1/6]" in said
+    assert "eta: " in said
+    lines = said.splitlines()
+    assert lines[-3:] == [
+        f"trained: {folder / 'run' / 'iter_18.pth'}",
+        f"best: {max(record['accuracy/top1'] for record in curves(folder / 'run') if record['mode'] == 'val'):.2f} of "
+        f"{last_checkpoint(folder / 'run')['message_hub']['runtime_info']['best_ckpt']}",
+        f"curves: {folder / 'run' / 'curves.png'}",
+    ]
+    with Image.open(folder / "run" / "curves.png") as picture:
+        assert picture.size == (1200, 480)
+    modes = [(record["mode"], record["step"], record["epoch"]) for record in curves(folder / "run")]
+    assert modes == [("train", step, step / 6) for step in range(1, 19)] + [("val", step, step) for step in (1, 2, 3)]
+
+
+def test_test_measures_what_training_measured(trained):
+    folder, _ = trained
+    best = last_checkpoint(folder / "run")["message_hub"]["runtime_info"]
+    said = run(folder, "test", "config.py", best["best_ckpt"])
+    assert said.splitlines()[-1].startswith(
+        f"accuracy/top1 {best['best_score']:.2f}, accuracy/top5 100.00, accuracy/cross_entropy "
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nothing.py",), "no config file at 'nothing.py'"),
+        (("config.py", "train_dataloader.dataset.root=nowhere"), "no folder 'nowhere'; it should have one subfolder"),
+        (
+            ("config.py", "train_dataloader.sampler.type=DefaultSampler"),
+            "ResumableTrainLoop needs train_dataloader=dict(",
+        ),
+        (
+            ("config.py", "model.num_classes=3"),
+            "train_dataloader has 2 classes (bright, dark, ...), `model.num_classes` is 3",
+        ),
+        (
+            ("config.py", "val_dataloader.dataset.classes=[dark,bright]"),
+            "training and validation have not the same classes",
+        ),
+        (
+            ("config.py", "model.num_class=3"),
+            "ImageClassifier.__init__() got an unexpected keyword argument 'num_class'",
+        ),
+        (("config.py", "model.backbone.depth=19"), "19"),
+        (("config.py", "load_from=nowhere.pth"), "nowhere.pth"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_line(trained, tmp_path, arguments, words):
+    folder, _ = trained
+    said = run(folder, "train", *arguments, "--work-dir", tmp_path, status=2)
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: ")
+    assert words in said.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_digits_and_fine_tuning(tmp_path):
+    write_digits(tmp_path / "data" / "digits")
+    said = run(tmp_path, "train", CONFIGS / "digits_resnet18.py")
+    accuracies = [
+        record["accuracy/top1"] for record in curves(tmp_path / "work_dirs/digits_resnet18") if record["mode"] == "val"
+    ]
+    assert accuracies[-1] >= 98, said
+
+    few = [f"{part}_dataloader.dataset.classes=[0,1,2,3,4]" for part in ("train", "val")]
+    run(
+        tmp_path,
+        "train",
+        CONFIGS / "digits_resnet18.py",
+        "--work-dir",
+        "work_dirs/digits_0to4",
+        "model.num_classes=5",
+        *few,
+    )
+    run(tmp_path, "train", CONFIGS / "digits_finetune_head.py")
+    before = last_checkpoint(tmp_path / "work_dirs/digits_0to4")["state_dict"]
+    after = last_checkpoint(tmp_path / "work_dirs/digits_finetune_head")["state_dict"]
+    for key in before:
+        if key.startswith(("backbone", "data_preprocessor")):
+            assert torch.equal(after[key], before[key]), key
+    accuracies = [
+        record["accuracy/top1"]
+        for record in curves(tmp_path / "work_dirs/digits_finetune_head")
+        if record["mode"] == "val"
+    ]
+    assert accuracies[-1] >= 90

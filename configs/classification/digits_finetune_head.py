@@ -13,7 +13,7 @@ classes = ["5", "6", "7", "8", "9"]
 model = dict(
     backbone=dict(
         frozen_stages=4,  # all of them, and their norms' statistics
-        init_cfg=dict(type="Pretrained", checkpoint="work_dirs/digits_0to4/epoch_12.pth"),
+        init_cfg=dict(type="Pretrained", checkpoint="work_dirs/digits_0to4/epoch_20.pth"),
     ),
     num_classes=5,
 )

@@ -33,7 +33,7 @@ test_dataloader = val_dataloader
 optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=23),
-    dict(type="CosineAnnealingLR", by_epoch=True, begin=1, end=12, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", by_epoch=True, begin=1, end=20, convert_to_iter_based=True),
 ]
-train_cfg = dict(max_epochs=12)
+train_cfg = dict(max_epochs=20)
 default_hooks = dict(logger=dict(interval=10))

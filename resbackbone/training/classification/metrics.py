@@ -43,10 +43,11 @@ class Accuracy(BaseMetric):
         self.results += zip(places(scores, labels).tolist(), losses.tolist(), strict=True)
 
     def compute_metrics(self, results: list[tuple[int, float]]) -> dict[str, float]:
-        """Compute ``top1``, ``top5``, ... and ``loss`` from the results of all processes."""
+        """Compute ``top1``, ``top5``, ... and ``cross_entropy`` from the results of all processes."""
         count = len(results)
         metrics = {f"top{k}": 100 * sum(place < k for place, _ in results) / count for k in self.topk}
-        return {**metrics, "loss": sum(loss for _, loss in results) / count}
+        # Not "loss", of which mmengine's log shows the mean over earlier validations.
+        return {**metrics, "cross_entropy": sum(loss for _, loss in results) / count}
 
 
 def places(scores: Tensor, labels: Tensor) -> Tensor:

@@ -1,8 +1,14 @@
 """What turns mmengine's training into one that survives crashes; its registries import this when they need it."""
 
-from resbackbone.training.running.checkpointing import CheckpointNotSaved, ResumableCheckpointHook, read_checkpoint
+from resbackbone.training.running.checkpointing import (
+    CheckpointDoesNotFit,
+    CheckpointNotSaved,
+    ResumableCheckpointHook,
+    read_checkpoint,
+)
 from resbackbone.training.running.curves import CurvesHook, read_curves
 from resbackbone.training.running.finite_loss import FiniteLossHook, NonFiniteLoss
+from resbackbone.training.running.fsdp import FSDP2
 from resbackbone.training.running.lamb import LAMB
 from resbackbone.training.running.launching import build_runner, leave_processes, load_recipe
 from resbackbone.training.running.layer_decay import LayerDecayConstructor
@@ -13,7 +19,9 @@ from resbackbone.training.running.sync_norms import SyncBatchNormHook
 from resbackbone.training.running.unfreezing import UnfreezeHook
 
 __all__ = [
+    "FSDP2",
     "LAMB",
+    "CheckpointDoesNotFit",
     "CheckpointNotSaved",
     "CurvesHook",
     "Draw",

@@ -24,6 +24,10 @@ class CheckpointNotSaved(OSError):
     """A checkpoint could not be written; those that were there before are as they were."""
 
 
+class CheckpointDoesNotFit(ValueError):
+    """A checkpoint cannot be gone on with: it is damaged, of something else, or the config has changed."""
+
+
 def save_checkpoint(content: Any, path: Path) -> None:
     """Write a checkpoint, which appears under its name only when it is on the disk as a whole.
 
@@ -57,7 +61,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is damaged, holds anything but tensors and plain values, or is no checkpoint of a run.
+        CheckpointDoesNotFit: If it is damaged, holds anything but tensors and plain values, or is no checkpoint of a
+            run.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -65,11 +70,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise
     except Exception as error:  # whatever PyTorch's reader stumbles over
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise CheckpointDoesNotFit(
             f"{str(path)!r} is damaged, or holds more than tensors and plain values, which nothing here runs: {reason}"
         ) from error
     if not isinstance(content, Mapping) or not {"meta", "state_dict", "message_hub"} <= content.keys():
-        raise ValueError(
+        raise CheckpointDoesNotFit(
             f"{str(path)!r} is no checkpoint of a run, which has meta, state_dict and message_hub; weights of other "
             "origin go into init_cfg=dict(type='Pretrained', checkpoint=...)"
         )
@@ -126,6 +131,12 @@ class ResumableCheckpointHook(CheckpointHook):
         super().__init__(*args, **kwargs)
         if self.save_best is not None and len(self.save_best) > 1:
             raise TypeError(f"`save_best` must be the name of one metric, got {self.save_best}")
+
+    def before_train(self, runner: Any) -> None:
+        """Take over from the checkpoint which ones are kept, and which is the best, also after the folder was moved."""
+        super().before_train(runner)
+        if self.save_best and self.best_ckpt_path and not Path(self.best_ckpt_path).is_file():
+            self.best_ckpt_path = str(Path(self.out_dir) / Path(self.best_ckpt_path).name)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
         folder, name = Path(self.out_dir), self.filename_tmpl.format(step)

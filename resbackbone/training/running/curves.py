@@ -90,7 +90,7 @@ def draw_curves(records: Iterable[dict[str, Any]], path: Path) -> None:
         panel.grid(alpha=0.3)
         panels[name] = panel  # type: ignore[index]
     for label, (epochs, values) in _curves(records).items():
-        panel = panels["loss" if "loss" in label else "accuracy"]
+        panel = panels["loss" if "loss" in label or "entropy" in label else "accuracy"]
         panel.plot(epochs, values, label=label, marker="." if len(epochs) < 30 else None)
     for panel in panels.values():
         if panel.lines:

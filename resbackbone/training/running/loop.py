@@ -10,6 +10,7 @@ from mmengine.runner.utils import set_random_seed
 from torch import nn
 
 from resbackbone.registry import LOOPS
+from resbackbone.training.running.checkpointing import CheckpointDoesNotFit
 from resbackbone.training.running.sampling import EpochSampler, derive_seed
 
 
@@ -46,12 +47,12 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             The model.
 
         Raises:
-            ValueError: If it was resumed from a run with epochs of another length.
+            CheckpointDoesNotFit: If it was resumed from a run with epochs of another length.
         """
         self.runner.call_hook("before_train")
         self.sampler.seed = self.runner.seed  # a resumed run's is in its checkpoint
         if self._iter > 0 and self._done_in_epoch() == 0:
-            self._validate_if_due()  # the earlier run ended before or during it
+            self._validate_if_due()  # for the case that the earlier run ended before or during it
         while self._epoch < self._max_epochs and not self.stop_training:
             self.run_epoch()
             self._validate_if_due()
@@ -81,7 +82,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         """Batches of the epoch that an earlier run has seen."""
         done = self._iter - self._epoch * len(self.dataloader)
         if not 0 <= done <= len(self.dataloader):
-            raise ValueError(
+            raise CheckpointDoesNotFit(
                 f"the checkpoint is of epoch {self._epoch} and iteration {self._iter}, but an epoch has "
                 f"{len(self.dataloader)} iterations now; resume with the batch size, the number of processes and the "
                 "pictures that it was trained with, or begin anew with `load_from`"
@@ -91,5 +92,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
     def _validate_if_due(self) -> None:
         self._decide_current_val_interval()
         due = self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs
-        if self.runner.val_loop is not None and self._epoch >= self.val_begin and due:
+        done = self.runner.message_hub.get_info("validated") == self._epoch
+        if self.runner.val_loop is not None and self._epoch >= self.val_begin and due and not done:
+            # Before, as a checkpoint that is saved at the end of a validation has its results.
+            self.runner.message_hub.update_info("validated", self._epoch)
             self.runner.val_loop.run()

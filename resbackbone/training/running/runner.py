@@ -16,13 +16,16 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from resbackbone.checks import nearest
 from resbackbone.registry import MODEL_WRAPPERS, RUNNERS
 from resbackbone.training.running.checkpointing import (
+    CheckpointDoesNotFit,
     find_last_checkpoint,
     plain_state,
     read_checkpoint,
     save_checkpoint,
 )
+from resbackbone.training.running.fsdp import gather, is_sharded, load_model, shard_optimizer_state
 
 
 @RUNNERS.register_module()
@@ -68,24 +71,25 @@ class ResumableRunner(Runner):
         Raises:
             CheckpointNotSaved: If the disk is full or cannot be written to.
         """
-        if not is_main_process():
+        if not is_main_process() and not is_sharded(self.bare_model):
             return
         counts = {"epoch": self.epoch + by_epoch, "iter": self.iter + (not by_epoch)}
         checkpoint: dict[str, Any] = {
             "meta": {**counts, **(meta or {}), **self._about()},
-            "state_dict": _on_cpu(self.bare_model.state_dict()),
+            "state_dict": _whole(self.bare_model.state_dict()),
             "message_hub": plain_state(self.message_hub.state_dict()),
         }
         if save_optimizer:
-            checkpoint["optimizer"] = _on_cpu(self.optim_wrapper.state_dict())
+            checkpoint["optimizer"] = _whole(self.optim_wrapper.state_dict())
         if save_param_scheduler and self.param_schedulers is not None:
             checkpoint["param_schedulers"] = _states(self.param_schedulers)
-        self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
-        save_checkpoint(checkpoint, Path(out_dir) / filename)
+        if is_main_process():
+            self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
+            save_checkpoint(checkpoint, Path(out_dir) / filename)
 
     def _about(self) -> dict[str, Any]:
         about = {
-            "cfg": self.cfg.pretty_text,
+            "cfg": self.message_hub.get_info("cfg"),  # which is formatted but once
             "seed": self.seed,
             "experiment_name": self.experiment_name,
             "time": time.strftime("%Y%m%d_%H%M%S"),
@@ -113,14 +117,16 @@ class ResumableRunner(Runner):
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If it is no such checkpoint, or does not fit the model.
+            CheckpointDoesNotFit: If it is no such checkpoint, or not one of this model.
         """
         checkpoint = read_checkpoint(filename)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         try:
-            self.bare_model.load_state_dict(checkpoint["state_dict"], strict=strict)
+            load_model(self.bare_model, checkpoint["state_dict"], strict=strict)
         except RuntimeError as error:
-            raise ValueError(f"{filename!r} does not fit the config's model: {error}") from error
+            raise CheckpointDoesNotFit(f"{filename!r} does not fit the config's model: {error}") from error
+        if self._resume and "optimizer" in checkpoint:
+            shard_optimizer_state(checkpoint["optimizer"], self.optim_wrapper.optimizer)
         self._has_loaded = True
         self.logger.info(f"loaded {filename}")
         return checkpoint
@@ -148,10 +154,8 @@ class ResumableRunner(Runner):
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         """Wrap the model for several processes, if there are several; on CPUs, too, for which mmengine names a GPU."""
-        if self.distributed and not torch.cuda.is_available():
-            wrapper = {"type": "MMDistributedDataParallel", **(model_wrapper_cfg or {})}
-            if issubclass(MODEL_WRAPPERS.get(wrapper["type"]), DistributedDataParallel):
-                model_wrapper_cfg = {"broadcast_buffers": False, **wrapper, "device_ids": None}
+        if self.distributed and not is_model_wrapper(model):
+            model_wrapper_cfg = _wrapper({"type": "MMDistributedDataParallel", **(model_wrapper_cfg or {})})
         wrapped: nn.Module = super().wrap_model(model_wrapper_cfg, model)
         return wrapped
 
@@ -164,8 +168,21 @@ class ResumableRunner(Runner):
         )
 
 
-def _on_cpu(state: Any) -> Any:
-    return apply_to(state, lambda value: isinstance(value, Tensor), lambda tensor: tensor.cpu())
+def _wrapper(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Return a wrapper's config as mmengine takes it: with a name that its root registry finds, and no GPU on CPUs."""
+    name = cfg["type"]
+    kind = MODEL_WRAPPERS.get(name)
+    if kind is None:
+        known = {*MODEL_WRAPPERS.module_dict, *MODEL_WRAPPERS.parent.module_dict}
+        raise KeyError(f"unknown model_wrapper_cfg.type {name!r}{nearest(name, known)}")
+    if name in MODEL_WRAPPERS.module_dict:
+        cfg = {**cfg, "type": f"{MODEL_WRAPPERS.scope}.{name}"}
+    on_cpus = issubclass(kind, DistributedDataParallel) and not torch.cuda.is_available()
+    return {**cfg, "device_ids": None} if on_cpus else cfg
+
+
+def _whole(state: Any) -> Any:
+    return apply_to(state, lambda value: isinstance(value, Tensor), gather)
 
 
 def _states(schedulers: Any) -> Any:

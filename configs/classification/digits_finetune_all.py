@@ -1,0 +1,17 @@
+"""Fine-tuning, second part: everything learns, and the less the nearer it is to the pictures."""
+
+_base_ = ["digits_finetune_head.py"]
+
+model = dict(backbone=dict(frozen_stages=-1, init_cfg=None))
+load_from = "work_dirs/digits_finetune_head/epoch_5.pth"  # backbone and `fc`
+
+optim_wrapper = dict(
+    constructor="LayerDecayConstructor",
+    optimizer=dict(lr=0.02),
+    paramwise_cfg=dict(layer_decay=0.7),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=12),
+    dict(type="CosineAnnealingLR", begin=1, end=10, convert_to_iter_based=True),
+]
+train_cfg = dict(max_epochs=10)

@@ -1,0 +1,285 @@
+"""What goes wrong while training: kills at any moment, full disks, losses that are none, pictures that are none."""
+
+import errno
+import os
+import random
+import resource
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from training_runs import assert_same, last_checkpoint, prepare, start, state, train
+
+from resbackbone.training.running import checkpointing, read_checkpoint
+
+BY_EPOCH = ("default_hooks.checkpoint.by_epoch=True", "default_hooks.checkpoint.interval=1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    prepare(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder):
+    """The state after a run that nothing happened to."""
+    train(folder, "unbroken")
+    return state(folder / "unbroken")
+
+
+# --- ways to die, each in the process that trains ---------------------------------------------------------------------
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(target, call, *, after=False):
+    """Be killed when a method is called for that time, before it or after."""
+    owner, name = target
+    method, calls = getattr(owner, name), 0
+
+    def deadly(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            die()
+        result = method(*args, **kwargs)
+        if calls == call:
+            die()
+        return result
+
+    setattr(owner, name, deadly)
+
+
+def die_in_iteration(number):
+    from resbackbone.training.classification import ImageClassifier
+
+    die_at((ImageClassifier, "parse_losses"), number)  # which wrappers of the model call, too
+
+
+def die_in_validation(number):
+    from resbackbone.training.classification import ImageClassifier
+
+    die_at((ImageClassifier, "val_step"), number)
+
+
+def die_before_file_is_there(number):
+    die_at((Path, "replace"), number)
+
+
+def die_after_file_is_there(number):
+    die_at((Path, "replace"), number, after=True)
+
+
+def die_while_writing(number):
+    """Be killed with half of a file on the disk."""
+    fsync, calls = os.fsync, 0
+
+    def half(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+            fsync(descriptor)
+            die()
+        fsync(descriptor)
+
+    os.fsync = half
+
+
+MOMENTS = {
+    "before the first checkpoint": partial(die_in_iteration, 2),
+    "in the middle of an epoch": partial(die_in_iteration, 10),
+    "in the first step of an epoch": partial(die_in_iteration, 7),
+    "in a validation": partial(die_in_validation, 3),
+    "while a checkpoint is written": partial(die_while_writing, 13),
+    "before it has its name": partial(die_before_file_is_there, 5),
+    "before it is noted as the last": partial(die_after_file_is_there, 5),
+    "after it is noted": partial(die_after_file_is_there, 6),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(moment, folder, unbroken, tmp_path):
+    train(folder, tmp_path / "run", before=MOMENTS[moment], status=-signal.SIGKILL)
+    train(folder, tmp_path / "run", "--resume")
+    assert_same(state(tmp_path / "run"), unbroken)
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_checkpoints_of_epochs(folder, unbroken, tmp_path):
+    train(folder, tmp_path / "run", *BY_EPOCH, before=partial(die_in_iteration, 10), status=-signal.SIGKILL)
+    assert last_checkpoint(tmp_path / "run")["meta"]["iter"] == 6
+    train(folder, tmp_path / "run", "--resume", *BY_EPOCH)
+    assert_same(state(tmp_path / "run"), unbroken)
+
+
+def test_worker_processes_change_nothing(folder, unbroken, tmp_path):
+    workers = ("train_dataloader.num_workers=2", "train_dataloader.persistent_workers=True")
+    train(folder, tmp_path / "run", *workers, before=partial(die_in_iteration, 10), status=-signal.SIGKILL)
+    train(folder, tmp_path / "run", "--resume", "train_dataloader.num_workers=1")
+    assert_same(state(tmp_path / "run"), unbroken)
+
+
+def test_another_seed_trains_otherwise_and_is_resumed_without_being_told(folder, unbroken, tmp_path):
+    train(folder, tmp_path / "other", "--seed", 5)
+    assert state(tmp_path / "other")["curves"] != unbroken["curves"]
+    train(folder, tmp_path / "run", "--seed", 5, before=partial(die_in_iteration, 10), status=-signal.SIGKILL)
+    train(folder, tmp_path / "run", "--resume")
+    assert_same(state(tmp_path / "run"), state(tmp_path / "other"))
+
+
+def test_a_moved_folder_is_resumed_and_old_checkpoints_are_deleted_in_turn(folder, unbroken, tmp_path):
+    keep = "default_hooks.checkpoint.max_keep_ckpts=2"
+    train(folder, tmp_path / "run", keep, before=partial(die_in_iteration, 12), status=-signal.SIGKILL)
+    assert sorted(path.name for path in (tmp_path / "run").glob("iter_*")) == ["iter_10.pth", "iter_8.pth"]
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train(folder, tmp_path / "moved", "--resume", keep)
+    assert_same(state(tmp_path / "moved"), unbroken)
+    assert sorted(path.name for path in (tmp_path / "moved").glob("iter_*")) == ["iter_16.pth", "iter_18.pth"]
+    assert len(list((tmp_path / "moved").glob("best_*"))) == 1
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(folder, tmp_path):
+    options = ("default_hooks.checkpoint.interval=1", "train_cfg.max_epochs=6")
+    began = time.monotonic()
+    train(folder, tmp_path / "unbroken", *options)
+    duration = time.monotonic() - began
+    wanted = state(tmp_path / "unbroken")
+
+    chance, kills, attempt = random.Random(), 0, 0
+    while kills < 20:
+        work_dir = tmp_path / f"run{attempt}"
+        process = start(folder, "train", "config.py", "--work-dir", work_dir, "--resume", *options)
+        process.join(chance.uniform(0, duration / 2))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+        else:  # it was through, and the next one begins anew
+            assert process.exitcode == 0, (folder / "output").read_text()
+            assert_same(state(work_dir), wanted)
+            attempt += 1
+    train(folder, work_dir, "--resume", *options)
+    assert_same(state(work_dir), wanted)
+
+
+def fill_disk(bytes_left):
+    """Let no file grow beyond that size, which is how a disk fills up in the middle of one."""
+    save, calls = checkpointing.save_checkpoint, 0
+
+    def late(content, path):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, resource.RLIM_INFINITY))
+        try:
+            save(content, path)
+        finally:
+            if calls == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    mock.patch("resbackbone.training.running.runner.save_checkpoint", late).start()
+
+
+def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(folder, unbroken, tmp_path):
+    said = train(folder, tmp_path / "run", before=partial(fill_disk, 50_000), status=2).splitlines()[-1]
+    assert said.startswith(f"error: cannot save {tmp_path / 'run'}/")
+    assert f"{os.strerror(errno.EFBIG)}; checkpoints that were saved before are whole" in said
+    assert "make room and go on with --resume" in said
+    assert last_checkpoint(tmp_path / "run")["meta"]["iter"] == 6
+    assert not list((tmp_path / "run").glob(".*"))
+    train(folder, tmp_path / "run", "--resume")
+    assert_same(state(tmp_path / "run"), unbroken)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "there").mkdir()
+    checkpointing.save_checkpoint({"a": torch.ones(3)}, tmp_path / "there" / "file.pth")
+    with pytest.raises(checkpointing.CheckpointNotSaved, match=r"cannot save .*nowhere.*: No such file or directory"):
+        checkpointing.save_checkpoint({}, tmp_path / "nowhere" / "file.pth")
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["file.pth"]
+
+
+def lose_the_loss(value):
+    """Let the weights come to nothing in the eighth step."""
+    from resbackbone.training.classification import ImageClassifier
+
+    step, calls = ImageClassifier.train_step, 0
+
+    def poisoned(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            self.fc.bias.data[0] = value
+        return step(self, *args, **kwargs)
+
+    ImageClassifier.train_step = poisoned
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run(value, folder, tmp_path):
+    said = train(folder, tmp_path / "run", before=partial(lose_the_loss, value), status=2).splitlines()[-1]
+    assert said.startswith("error: the loss is nan at iteration 8 (epoch 2, batch 2), so training has ended; ")
+    assert f"the checkpoint before is {tmp_path / 'run' / 'iter_6.pth'}. Try a lower learning rate" in said
+    weights = last_checkpoint(tmp_path / "run")["state_dict"]
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_rate_that_is_too_high_ends_the_run(folder, tmp_path):
+    said = train(folder, tmp_path / "run", "optim_wrapper.optimizer.lr=1e30", status=2).splitlines()[-1]
+    assert said.startswith("error: the loss is ")
+    assert "no checkpoint was saved before. Try a lower learning rate" in said
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_cannot_be_read_ends_the_run_with_its_name(workers, tmp_path):
+    prepare(tmp_path)
+    (tmp_path / "pictures" / "dark" / "3.png").write_bytes(b"no picture")
+    said = train(tmp_path, "run", f"train_dataloader.num_workers={workers}", status=2).splitlines()[-1]
+    assert said.startswith("error: ")
+    assert "cannot read picture 'pictures/dark/3.png': it is no JPEG" in said
+    assert len(said) < 250
+    replace = ("train_dataloader.dataset.unreadable=replace", "val_dataloader.dataset.unreadable=replace")
+    said = train(tmp_path, "run", f"train_dataloader.num_workers={workers}", *replace)
+    assert "cannot read picture 'pictures/dark/3.png': it is no JPEG" in said
+    assert "the next one takes its place" in said
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(folder, tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    (tmp_path / "run").mkdir()
+    torch.save({"meta": Harm(), "state_dict": {}, "message_hub": {}}, tmp_path / "run" / "iter_2.pth")
+    (tmp_path / "run" / "last_checkpoint").write_text(str(tmp_path / "run" / "iter_2.pth"))
+    with pytest.raises(ValueError, match=r"iter_2.pth' is damaged, or holds more than tensors and plain values"):
+        read_checkpoint(tmp_path / "run" / "iter_2.pth")
+    assert "holds more than tensors and plain values" in train(folder, tmp_path / "run", "--resume", status=2)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"is no checkpoint of a run, which has meta, state_dict and message_hub"):
+        read_checkpoint(tmp_path / "weights.pth")
+    (tmp_path / "torn.pth").write_bytes((tmp_path / "weights.pth").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"torn.pth' is damaged"):
+        read_checkpoint(tmp_path / "torn.pth")
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint(tmp_path / "nothing.pth")
+
+
+def test_a_run_with_other_epochs_is_not_resumed(folder, tmp_path):
+    train(folder, tmp_path / "run", before=partial(die_in_iteration, 10), status=-signal.SIGKILL)
+    said = train(folder, tmp_path / "run", "--resume", "train_dataloader.batch_size=8", status=2)
+    assert "the checkpoint is of epoch 1 and iteration 8, but an epoch has 3 iterations now" in said

@@ -1,0 +1,110 @@
+"""Training in several processes, whole or sharded: the same as in one; broken off and resumed."""
+
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from test_training_faults import die_in_iteration
+from training_runs import CONFIG, assert_same, free_port, last_checkpoint, prepare, start, state, train
+
+AVERAGED = '    dict(type="EMAHook", momentum=0.1),\n'
+KINDS = {
+    "whole": CONFIG,
+    "sharded": CONFIG.replace(AVERAGED, "") + "model_wrapper_cfg = dict(type='FSDP2')\n",  # EMAHook copies the model
+}
+
+
+def without_what_is_each_process_own(config):
+    """Take away statistics of a part of the batch, mixtures within it, and dropped paths."""
+    config = config.replace("drop_path_rate=0.2", "norm_cfg=dict(type='GN', num_groups=2)")
+    return config.replace("mixing=dict(mixup=0.5, cutmix=1.0)", "mixing=None")
+
+
+def be_rank(rank, port, then=None):
+    """Become one of two processes, as torchrun would have it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if then is not None:
+        then()
+
+
+def train_by_two(folder, work_dir, *arguments, then=None, status=0):
+    """Run ``resbackbone train`` in two processes; return what both said."""
+    port = free_port()
+    command = ("train", "config.py", "--work-dir", work_dir, "--launcher", "pytorch", *arguments)
+    ranks = [
+        start(folder, *command, before=partial(be_rank, rank, port, then), output=f"output{rank}") for rank in range(2)
+    ]
+    for process in ranks:
+        process.join()
+    said = [(folder / f"output{rank}").read_text() for rank in range(2)]
+    assert [process.exitcode for process in ranks] == [status, status], said
+    return said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one(kind, tmp_path):
+    prepare(tmp_path, without_what_is_each_process_own(KINDS[kind]))
+    train(tmp_path, "one")
+    said = train_by_two(tmp_path, "two", "train_dataloader.batch_size=2")
+    assert "trained: " in said[0]
+    assert "trained: " not in said[1]
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    for key in {"state_dict", "ema_state_dict"} & one.keys():
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5)
+    validations = [[record for record in run["curves"] if record["mode"] == "val"] for run in (one, two)]
+    assert [record["accuracy/top1"] for record in validations[0]] == [r["accuracy/top1"] for r in validations[1]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_killed_processes_go_on_as_if_nothing_had_happened(kind, tmp_path):
+    prepare(tmp_path, KINDS[kind])
+    train_by_two(tmp_path, "unbroken")
+    train_by_two(tmp_path, "run", then=partial(die_in_iteration, 6), status=-signal.SIGKILL)
+    assert last_checkpoint(tmp_path / "run")["meta"]["iter"] == 4
+    train_by_two(tmp_path, "run", "--resume")
+    assert_same(state(tmp_path / "run"), state(tmp_path / "unbroken"))
+
+
+def test_a_sharded_run_is_resumed_by_one_process(tmp_path):
+    prepare(tmp_path, without_what_is_each_process_own(KINDS["sharded"]))
+    halves = ("train_dataloader.batch_size=2",)
+    train_by_two(tmp_path, "run", *halves, then=partial(die_in_iteration, 10), status=-signal.SIGKILL)
+    train(tmp_path, "run", "--resume")
+    train(tmp_path, "one")
+    torch.testing.assert_close(
+        state(tmp_path / "run")["state_dict"], state(tmp_path / "one")["state_dict"], rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it(tmp_path):
+    prepare(tmp_path)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    command = ["-m", "resbackbone", "train", "config.py", "--work-dir", "run", "--launcher", "pytorch"]
+    run = subprocess.run([*torchrun, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("trained: ") == 1
+    assert last_checkpoint(tmp_path / "run")["meta"]["iter"] == 9
+
+
+def test_launchers_that_do_not_fit(tmp_path):
+    prepare(tmp_path)
+    said = train(tmp_path, "run", "--launcher", "pytorch", status=2)
+    assert said.startswith("error: --launcher pytorch is for processes that torchrun started: torchrun --nproc")
+    said = train(tmp_path, "run", before=partial(be_rank, 0, 1), status=2)
+    assert said.startswith("error: this is one of 2 processes, as the environment says; add --launcher pytorch")
+    said = train_by_two(tmp_path, "run", "model_wrapper_cfg.type=FSDP3", status=2)
+    assert "unknown model_wrapper_cfg.type 'FSDP3'; did you mean 'FSDP2'?" in said[0]
