@@ -115,6 +115,61 @@ def test_the_original_stays_as_it_is(net, images):
     assert all(torch.equal(*pair) for pair in zip(fast(images), before, strict=True))
 
 
+class Looks(nn.Module):
+    """Three convolutions of 3x3, and a norm, for what looks at a tensor that a sum could be written over."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(channels, 4, 3, padding=1) for channels in (3, 4, 4))
+        self.norm = nn.BatchNorm2d(4)
+
+
+class OwnInput(Looks):
+    def forward(self, x):
+        y = self.a(x)
+        return (self.b(y) + y).relu()
+
+
+class LookThatMovesBack(Looks):
+    def forward(self, x):
+        y = self.a(x)
+        b, c = self.b(y), self.c(y)
+        total = b + y
+        return total, self.norm(c)
+
+
+class ViewLookedAtLater(Looks):
+    def forward(self, x):
+        y = self.a(x)
+        halves = y.chunk(2, 1)
+        total = self.b(self.c(y)) + y
+        return total, self.b(torch.cat(halves, 1))
+
+
+class ViewHandedOut(Looks):
+    def forward(self, x):
+        y = self.a(x)
+        part = y[:, :2]
+        return self.b(self.c(y)) + y, part
+
+
+class ChangedInPlace(Looks):
+    def forward(self, x):
+        y = self.a(x)
+        same = y.relu_()
+        return self.b(self.c(y)) + y, same
+
+
+@pytest.mark.parametrize("kind", [OwnInput, LookThatMovesBack, ViewLookedAtLater, ViewHandedOut, ChangedInPlace])
+def test_nothing_is_written_over_what_is_looked_at_later(kind, shake, images):
+    net = shake(kind()).eval()
+    with torch.no_grad():
+        expected = net(images)
+    for backend in ("onednn", "eager"):
+        outs = optimize(net, backend=backend)(images)
+        assert worst(*((outs, expected) if isinstance(outs, tuple) else ([outs], [expected]))) < 1e-5
+
+
 def test_the_image_stays_as_it_is(net, images):
     kept = images.clone()
     optimize(net)(images)

@@ -18,6 +18,8 @@ Conv = TypeVar("Conv", bound=FoldedConv2d)
 _ADD = {operator.add, operator.iadd, torch.add}
 _CONVOLUTIONS = (nn.Conv2d, ConvWS2d, StdConv2d, ConvAWS2d)  # these, but not what is derived from them
 _WHOLE = (*_CONVOLUTIONS, DeformConv2d, SAConv2d, FrozenBatchNorm2d)
+# What hands out no view of what it is given, nor changes that; what is derived from it may.
+_ANEW = {*_WHOLE, nn.BatchNorm2d, nn.SyncBatchNorm, nn.MaxPool2d, nn.AvgPool2d}
 
 
 class _Tracer(fx.Tracer):
@@ -60,7 +62,6 @@ def fuse(traced: fx.GraphModule, kind: type[Conv], dtype: torch.dtype) -> list[C
     with graph.inserting_after(first):
         calls = graph.placeholder("calls")
     order = {node: position for position, node in enumerate(graph.nodes)}
-    new = {node for node in graph.nodes if isinstance(_module(traced, node), nn.MaxPool2d)}  # tensors of their own
     fused: list[Conv] = []
     for node in list(graph.nodes):
         conv = _module(traced, node)
@@ -71,7 +72,6 @@ def fuse(traced: fx.GraphModule, kind: type[Conv], dtype: torch.dtype) -> list[C
         addition = _behind(last, lambda user: user.op == "call_function" and user.target in _ADD)
         other = None if addition is last else _other_operand(addition, last)
         if other is not None and order[other] < order[node]:
-            module.overwrite = other in new and _is_last_look(other, addition, order)
             last = addition
         else:
             other = None
@@ -80,10 +80,10 @@ def fuse(traced: fx.GraphModule, kind: type[Conv], dtype: torch.dtype) -> list[C
         with graph.inserting_before(last):
             replacement = fused_call(graph, calls, len(fused), [node.args[0], *([] if other is None else [other])])
         order[replacement] = order[last]
-        new.add(replacement)
         fused.append(module)
         last.replace_all_uses_with(replacement)
         _erase(graph, last, stop={node.args[0], other})
+    _let_overwrite(traced, fused)
     traced.delete_all_unused_submodules()
     traced.recompile()
     return fused
@@ -102,7 +102,7 @@ def fused_index(node: fx.Node) -> int | None:
 
 def operands(call: fx.Node) -> list[fx.Node]:
     """Return what such a call convolves, and what it adds, if anything."""
-    return call.all_input_nodes[1:]
+    return list(call.args[1:])  # type: ignore[arg-type]
 
 
 def _behind(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> fx.Node:
@@ -147,6 +147,14 @@ def _drop_idle(traced: fx.GraphModule) -> None:
             traced.graph.erase_node(node)
 
 
-def _is_last_look(other: fx.Node, addition: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether nobody looks at a tensor after the sum, the caller included."""
-    return all(user is addition or (user.op != "output" and order[user] < order[addition]) for user in other.users)
+def _let_overwrite(traced: fx.GraphModule, fused: Sequence[FoldedConv2d]) -> None:
+    """Let sums be written over a tensor that nobody looks at later: neither the caller, nor through a view."""
+    order = {node: position for position, node in enumerate(traced.graph.nodes)}
+    anew = {n for n in order if fused_index(n) is not None or type(_module(traced, n)) in _ANEW}
+    for call in order:
+        index = fused_index(call)
+        if index is not None and len(operands(call)) == 2:
+            x, other = operands(call)
+            looks = other.users.keys() - {call}
+            is_last = all(look in anew and order[look] < order[call] for look in looks)
+            fused[index].overwrite = other is not x and other in anew and is_last
