@@ -13,6 +13,7 @@ from resbackbone.checks import check_choice, check_sequence
 
 if TYPE_CHECKING:  # backbones know what they expect of pictures, and need no library for them
     from PIL import Image
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,19 @@ def preprocessing_for(*, in_channels: int, style: str) -> Preprocessing:
         )
     colour = CAFFE if style == "caffe" else TORCHVISION
     return colour if in_channels == 3 else colour.gray()
+
+
+def preprocessing_of(net: nn.Module) -> Preprocessing:
+    """Return what a backbone's weights expect of a picture: its own ``preprocessing``, or the usual one by its style.
+
+    Args:
+        net: A backbone, or what holds one. Of what holds none, the numbers of torchvision are expected.
+
+    Raises:
+        ValueError: If the backbone says nothing, and does not take 1 or 3 channels.
+    """
+    backbone = next((module for module in net.modules() if hasattr(module, "preprocessing")), net)
+    own: Preprocessing | None = getattr(backbone, "preprocessing", None)
+    return own or preprocessing_for(
+        in_channels=getattr(backbone, "in_channels", 3), style=getattr(backbone, "style", "pytorch")
+    )

@@ -15,7 +15,7 @@ from resbackbone import ResNet
 from resbackbone.inference import quantize
 from resbackbone.inference.quantization import QuantizedConv2d
 from resbackbone.necks import FPN
-from resbackbone.preprocessing import TORCHVISION
+from resbackbone.preprocessing import CAFFE, TORCHVISION
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,19 @@ def test_ranges_come_from_a_folder_of_pictures(net, photograph, tmp_path):
         picture.convert("RGB").resize((96, 112)).save(tmp_path / "grace.png")
     outs = quantize(net, tmp_path)(photograph)
     assert all(torch.equal(*pair) for pair in zip(outs, quantize(net, [photograph])(photograph), strict=True))
+
+
+@pytest.mark.parametrize("own", [None, CAFFE.gray()])
+def test_pictures_are_normalised_as_the_backbone_inside_expects(own, tmp_path):
+    net = ResNet(18, base_channels=8, style="caffe", in_channels=3 if own is None else 1).eval()
+    net.preprocessing = own
+    with Image.open(f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg") as picture:
+        picture = picture.convert("RGB" if own is None else "L").resize((96, 112))
+    picture.save(tmp_path / "grace.png")
+    model = nn.Sequential(net, FPN(net.out_channels, 16, num_outs=4)).eval()
+    images = (own or CAFFE)(picture)
+    outs = quantize(model, tmp_path)(images)
+    assert all(torch.equal(*pair) for pair in zip(outs, quantize(model, [images])(images), strict=True))
 
 
 def test_what_lies_outside_the_ranges_is_clipped(net, photograph):

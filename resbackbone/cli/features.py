@@ -22,7 +22,7 @@ from resbackbone.cli.pyramid import Level, draw_pyramid
 from resbackbone.config import config_files, load_config
 from resbackbone.inference import optimize
 from resbackbone.necks import FPN
-from resbackbone.preprocessing import preprocessing_for
+from resbackbone.preprocessing import preprocessing_of
 
 SEED = 0  # of random weights: two runs without a checkpoint agree
 FPN_CHANNELS, FPN_LEVELS = 256, 5
@@ -66,8 +66,7 @@ class Extractor:
         if checkpoint is not None:
             weights = f"{checkpoint} ({load_checkpoint(net, checkpoint).summary()})"
             self.title = f"{name}   {Path(checkpoint).name}"
-        usual = preprocessing_for(in_channels=net.in_channels, style=getattr(net, "style", "pytorch"))
-        self.preprocessing = net.preprocessing or usual
+        self.preprocessing = preprocessing_of(net)
         self.about = [f"weights: {weights or 'random (no checkpoint given)'}"]
         self.levels = {info.name: info.stride for info in net.feature_info}
         model = self._with_fpn(net) if fpn else net

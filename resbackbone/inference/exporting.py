@@ -21,7 +21,7 @@ from resbackbone.backbones.base import Backbone
 from resbackbone.checks import check_choice, check_ints, check_type
 from resbackbone.features import FeatureInfo
 from resbackbone.inference.export_formats import FORMATS, Axes, ExportFormat
-from resbackbone.preprocessing import preprocessing_for
+from resbackbone.preprocessing import preprocessing_of
 
 if TYPE_CHECKING:  # takes a second to import
     from torch.export import ExportedProgram
@@ -172,10 +172,7 @@ def _facts(
     backbone: Backbone, levels: Sequence[FeatureInfo], dtype: str, metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the file says about itself."""
-    preprocessing = backbone.preprocessing
-    if preprocessing is None and backbone.in_channels in (1, 3):
-        style = getattr(backbone, "style", "pytorch")
-        preprocessing = preprocessing_for(in_channels=backbone.in_channels, style=style)
+    preprocessing = preprocessing_of(backbone) if backbone.in_channels in (1, 3) else None  # others are no pictures
     facts = {
         "type": type(backbone).__name__,
         "dtype": dtype,

@@ -21,7 +21,7 @@ from resbackbone.inference.convolution import Convolution, FusedConv2d
 from resbackbone.inference.engines import Fused
 from resbackbone.inference.graph import fuse, fused_call, fused_index, operands, trace
 from resbackbone.inference.optimizing import PACK_BYTES, require_onednn
-from resbackbone.preprocessing import preprocessing_for
+from resbackbone.preprocessing import preprocessing_of
 
 
 class Grid(NamedTuple):
@@ -46,8 +46,9 @@ def quantize(net: nn.Module, pictures: str | Path | Iterable[Tensor], *, pack_by
 
     Args:
         net: As for :func:`~resbackbone.inference.optimize`; it stays as it is.
-        pictures: What to measure ranges on: a folder of pictures, normalised as ``net.preprocessing`` says, or images
-            as the net takes them, ``(N, in_channels, H, W)``. A hundred like those to come are plenty.
+        pictures: What to measure ranges on: a folder of pictures, normalised as
+            :func:`~resbackbone.preprocessing.preprocessing_of` says, or images as the net takes them,
+            ``(N, in_channels, H, W)``. A hundred like those to come are plenty.
         pack_bytes: Bytes that laid-out weights may take; 0 for none.
 
     Returns:
@@ -71,10 +72,9 @@ def quantize(net: nn.Module, pictures: str | Path | Iterable[Tensor], *, pack_by
 
 
 def _read(net: nn.Module, folder: str | Path) -> Iterable[Tensor]:
-    channels = getattr(net, "in_channels", 3)
-    preprocessing = getattr(net, "preprocessing", None) or preprocessing_for(in_channels=channels, style="pytorch")
+    preprocessing = preprocessing_of(net)
     for path in find_images([folder]):
-        yield preprocessing(read_image(path, channels=channels))
+        yield preprocessing(read_image(path, channels=len(preprocessing.mean)))
 
 
 class QuantizedConv2d(nn.Module):
