@@ -147,6 +147,30 @@ def test_a_moved_folder_is_resumed_and_old_checkpoints_are_deleted_in_turn(folde
     assert len(list((tmp_path / "moved").glob("best_*"))) == 1
 
 
+def test_another_run_in_the_place_of_a_moved_one_is_left_alone(folder, unbroken, tmp_path):
+    options = ("default_hooks.checkpoint.max_keep_ckpts=1",)
+    train(folder, tmp_path / "run", *options, before=partial(die_in_iteration, 12), status=-signal.SIGKILL)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train(folder, tmp_path / "run", "--seed", 5, *options, before=partial(die_in_iteration, 12), status=-signal.SIGKILL)
+    others = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pth")}
+    assert {path.name for path in (tmp_path / "moved").glob("*.pth")} == set(others)
+    said = train(folder, tmp_path / "moved", "--resume", *options)
+    assert f"of {tmp_path / 'moved' / 'best_accuracy_top1_'}" in said.splitlines()[-2]
+    assert_same(state(tmp_path / "moved"), unbroken)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pth")} == others
+
+
+def test_weights_to_begin_with_are_no_run_to_go_on_with(folder, tmp_path):
+    train(folder, tmp_path / "first", "train_cfg.max_epochs=1", "--seed", 5)
+    weights = f"load_from={tmp_path / 'first' / 'iter_6.pth'}"
+    train(folder, tmp_path / "unbroken", weights)
+    assert state(tmp_path / "unbroken")["counts"] == [2, 18]
+    begin = (weights, "--resume")  # what a job that may be broken off is always started with
+    train(folder, tmp_path / "run", *begin, before=partial(die_in_iteration, 10), status=-signal.SIGKILL)
+    train(folder, tmp_path / "run", *begin)
+    assert_same(state(tmp_path / "run"), state(tmp_path / "unbroken"))
+
+
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(folder, tmp_path):
     options = ("default_hooks.checkpoint.interval=1", "train_cfg.max_epochs=6")

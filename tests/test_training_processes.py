@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from test_training_faults import die_in_iteration
 from training_runs import CONFIG, assert_same, free_port, last_checkpoint, prepare, start, state, train
+
+from resbackbone.training.running import read_checkpoint
 
 AVERAGED = '    dict(type="EMAHook", momentum=0.1),\n'
 KINDS = {
@@ -67,6 +70,35 @@ def test_two_killed_processes_go_on_as_if_nothing_had_happened(kind, tmp_path):
     train_by_two(tmp_path, "run", then=partial(die_in_iteration, 6), status=-signal.SIGKILL)
     assert last_checkpoint(tmp_path / "run")["meta"]["iter"] == 4
     train_by_two(tmp_path, "run", "--resume")
+    assert_same(state(tmp_path / "run"), state(tmp_path / "unbroken"))
+
+
+def be_elsewhere():
+    """Let the second process have a work folder of its own."""
+    if os.environ["RANK"] == "1":
+        os.chdir("elsewhere")
+
+
+def miss_the_checkpoint():
+    """Let the second process not find it, as on a machine without a common disk."""
+
+    def look(path):
+        return read_checkpoint(f"{path}/")
+
+    if os.environ["RANK"] == "1":
+        mock.patch("resbackbone.training.running.runner.read_checkpoint", look).start()
+
+
+def test_the_first_process_says_what_is_resumed_and_none_begins_anew_alone(tmp_path):
+    prepare(tmp_path)
+    prepare(tmp_path / "elsewhere")
+    train_by_two(tmp_path, "unbroken")
+    train_by_two(tmp_path, "run", then=partial(die_in_iteration, 6), status=-signal.SIGKILL)
+    said = train_by_two(tmp_path, "run", "--resume", then=miss_the_checkpoint, status=2)
+    assert said[0].splitlines()[-1].startswith("error: process 1: ")
+    assert "iter_4.pth" in said[0].splitlines()[-1]
+    assert "iter_4.pth" in said[1].splitlines()[-1]
+    train_by_two(tmp_path, "run", "--resume", then=be_elsewhere)
     assert_same(state(tmp_path / "run"), state(tmp_path / "unbroken"))
 
 

@@ -39,7 +39,9 @@ def train(
     more_options: MoreOverrides = None,
     *,
     work_dir: WorkFolder = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in the work folder, if there is one.")
+    ] = False,
     launcher: Started = Launcher.NONE,
     cfg_options: Overrides = None,
     seed: Annotated[

@@ -87,7 +87,8 @@ def find_last_checkpoint(folder: str | Path) -> Path | None:
     if not note.is_file():
         return None
     path = Path(note.read_text(encoding="utf-8").strip())
-    return path if path.is_file() else note.with_name(path.name)
+    moved = note.with_name(path.name)  # which comes first, as another run may be in this one's old place
+    return path if path.is_file() and not moved.is_file() else moved
 
 
 def plain_state(message_hub: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,8 +136,11 @@ class ResumableCheckpointHook(CheckpointHook):
     def before_train(self, runner: Any) -> None:
         """Take over from the checkpoint which ones are kept, and which is the best, also after the folder was moved."""
         super().before_train(runner)
-        if self.save_best and self.best_ckpt_path and not Path(self.best_ckpt_path).is_file():
-            self.best_ckpt_path = str(Path(self.out_dir) / Path(self.best_ckpt_path).name)
+        for name in ("last_ckpt", "best_ckpt"):
+            if (path := runner.message_hub.get_info(name)) is not None:
+                runner.message_hub.update_info(name, str(Path(self.out_dir) / Path(path).name))
+        if self.save_best:
+            self.best_ckpt_path = runner.message_hub.get_info("best_ckpt")
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
         folder, name = Path(self.out_dir), self.filename_tmpl.format(step)

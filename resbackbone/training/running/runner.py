@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import mmengine
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmengine.utils import apply_to
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resbackbone.checks import nearest
 from resbackbone.registry import MODEL_WRAPPERS, RUNNERS
+from resbackbone.training.running.agreement import fail_together
 from resbackbone.training.running.checkpointing import (
     CheckpointDoesNotFit,
     find_last_checkpoint,
@@ -33,11 +35,12 @@ class ResumableRunner(Runner):
     """Trains and tests from a config, as mmengine's ``Runner`` does.
 
     Differences: checkpoints are written by :func:`save_checkpoint` and read by :func:`read_checkpoint`; loading one is
-    strict; ``resume`` finds the last one wherever its folder is now, and draws no initial weights before; several
-    processes train on CPUs, too.
+    strict; ``resume`` means the last one of the work folder, wherever that is now, and if it has none ``load_from``
+    gives the weights that training begins with; several processes train on CPUs, too.
     """
 
     _load_from: str | None
+    _resume: bool
 
     @property
     def bare_model(self) -> nn.Module:
@@ -116,10 +119,11 @@ class ResumableRunner(Runner):
             What the file holds.
 
         Raises:
-            FileNotFoundError: If there is none.
+            FileNotFoundError: If there is none; of several processes, if one does not find it.
             CheckpointDoesNotFit: If it is no such checkpoint, or not one of this model.
         """
-        checkpoint = read_checkpoint(filename)
+        with fail_together(OSError, CheckpointDoesNotFit):
+            checkpoint = read_checkpoint(filename)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         try:
             load_model(self.bare_model, checkpoint["state_dict"], strict=strict)
@@ -132,11 +136,22 @@ class ResumableRunner(Runner):
         return checkpoint
 
     def load_or_resume(self) -> None:
-        """Load what the config says; ``resume`` without ``load_from`` means the last checkpoint of the work folder."""
-        if self._resume and self._load_from is None:
-            last = find_last_checkpoint(self.work_dir)
-            self._load_from = None if last is None else str(last)
-        super().load_or_resume()
+        """Go on from the last checkpoint of the work folder, if that is asked for and there is one, or load weights."""
+        if self._has_loaded:
+            return
+        self._resume = self._last_checkpoint is not None  # which hooks look at
+        if self._last_checkpoint is not None:
+            self.resume(self._last_checkpoint)
+        elif self._load_from is not None:
+            self.load_checkpoint(self._load_from)
+
+    @cached_property
+    def _last_checkpoint(self) -> str | None:
+        """What is resumed. The main process decides: others may see another disk, and must not begin anew alone."""
+        last = find_last_checkpoint(self.work_dir) if self._resume else None
+        decision = [None if last is None else str(last)]
+        broadcast_object_list(decision)
+        return decision[0]
 
     def prepare(self) -> None:
         """Find the data and initialise the weights: where most mistakes of a config show, before training begins."""
@@ -146,8 +161,8 @@ class ResumableRunner(Runner):
     def _init_model_weights(self) -> None:
         if getattr(self.bare_model, "is_init", False):
             return
-        if self._resume and (self._load_from or find_last_checkpoint(self.work_dir)):
-            return  # every weight comes from the checkpoint
+        if self._last_checkpoint is not None:
+            return  # every weight comes from there
         if self._resume:
             self.logger.info(f"no checkpoint in {self.work_dir} yet: training begins from the start")
         super()._init_model_weights()
