@@ -7,6 +7,7 @@ import matplotlib
 import pytest
 import torch
 from cases import every_case, make
+from mmcv.cnn.bricks.context_block import ContextBlock
 from PIL import Image
 from torch import nn
 from torch.nn.functional import cosine_similarity
@@ -59,6 +60,36 @@ def test_a_pyramid_behind_it(net, photograph):
     model = nn.Sequential(net, FPN(net.out_channels, 16, num_outs=5)).eval()
     with torch.no_grad():
         assert min(similarities(quantize(model, [photograph])(photograph), model(photograph))) > 0.99
+
+
+@pytest.mark.parametrize("size", [32, 96])  # of one pixel in the last stage, where all shapes are alike
+def test_a_sum_of_different_shapes(shake, photograph, size):
+    plugin = {"cfg": {"type": "ContextBlock", "ratio": 1 / 4}, "stages": (True,) * 4, "position": "after_conv3"}
+    net = shake(ResNet(50, base_channels=8, plugins=[plugin])).eval()
+    for module in net.modules():
+        if isinstance(module, ContextBlock):
+            nn.init.normal_(module.channel_add_conv[-1].weight, std=0.1)  # zeros would add nothing
+    fast = quantize(net, [photograph[:, :, :size, :size]])
+    images = photograph[:, :, :64, :64]
+    with torch.no_grad():
+        expected = net(images)
+    for _ in range(3):
+        assert min(similarities(fast(images), expected)) > 0.99
+
+
+def test_a_tensor_added_to_what_is_made_of_it(photograph):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return (self.conv(x) + x).relu(), x
+
+    net = Residual().eval()
+    with torch.no_grad():
+        assert min(similarities(quantize(net, [photograph])(photograph), net(photograph))) > 0.99
 
 
 def test_ranges_come_from_a_folder_of_pictures(net, photograph, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Ints = Sequence[int]
 Convolution = Callable[..., Tensor]  # of one tensor, or of one and what is added
 _PLAIN: tuple[Any, ...] = ("none", [], "")  # neither sum nor ReLU
 
@@ -64,7 +65,9 @@ class FusedConv2d(FoldedConv2d):
         """Return what does the same to tensors of these shapes and layouts, with weights laid out for them."""
         shape = list(x.shape)
         weight: Tensor = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, shape)
-        if not all(map(_is_channels_last, (x, other))) or not (other is None or other.shape == self._shape_of(x)):
+        if not all(map(_is_channels_last, (x, other))) or not (
+            other is None or other.shape == output_shape(x, self.weight, *self.geometry[:3])
+        ):
             return partial(self._convolve, weight)
         operator, overwrite = self._operator(other), self.overwrite
         fixed = (weight, self.bias, *self.geometry, *self._attributes(other))
@@ -74,7 +77,9 @@ class FusedConv2d(FoldedConv2d):
 
     def _convolve(self, weight: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)  # no copy, but behind layers that work in another format
-        if other is not None and other.shape != self._shape_of(x):  # the operator does not broadcast
+        if other is not None and other.shape != output_shape(
+            x, self.weight, *self.geometry[:3]
+        ):  # the operator does not broadcast
             out = self._operator(None)(x, weight, self.bias, *self.geometry, *_PLAIN)
             return torch.relu(out + other) if self.relu else out + other
         if other is not None:
@@ -95,14 +100,14 @@ class FusedConv2d(FoldedConv2d):
             return ("relu", [], "") if self.relu else _PLAIN
         return ("add", 1.0, "relu" if self.relu else None, [], None)
 
-    def _shape_of(self, x: Tensor) -> tuple[int, ...]:
-        padding, stride, dilation, _ = self.geometry
-        kernel = self.weight.shape[2:]
-        sides = [
-            (side + 2 * p - d * (k - 1) - 1) // s + 1
-            for side, k, p, s, d in zip(x.shape[2:], kernel, padding, stride, dilation, strict=True)
-        ]
-        return (x.shape[0], self.weight.shape[0], *sides)
+
+def output_shape(x: Tensor, weight: Tensor, padding: Ints, stride: Ints, dilation: Ints) -> tuple[int, ...]:
+    """Return the shape of what a convolution makes of a tensor."""
+    sides = [
+        (side + 2 * p - d * (k - 1) - 1) // s + 1
+        for side, k, p, s, d in zip(x.shape[2:], weight.shape[2:], padding, stride, dilation, strict=True)
+    ]
+    return (x.shape[0], weight.shape[0], *sides)
 
 
 def _is_channels_last(x: Tensor | None) -> bool:

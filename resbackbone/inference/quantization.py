@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from resbackbone.images import find_images, read_image
-from resbackbone.inference.convolution import Convolution, FusedConv2d
+from resbackbone.inference.convolution import Convolution, FusedConv2d, output_shape
 from resbackbone.inference.engines import Fused
 from resbackbone.inference.graph import fuse, fused_call, fused_index, operands, trace
 from resbackbone.inference.optimizing import PACK_BYTES, require_onednn
@@ -36,6 +36,9 @@ class Grid(NamedTuple):
         low, high = min(low, 0.0), max(high, 0.0)
         scale = (high - low) / 255 or 1.0
         return cls(scale, round(-low / scale))
+
+
+_FLOATS = Grid(1.0, 0)  # what the operators want for a result in float32
 
 
 def quantize(net: nn.Module, pictures: str | Path | Iterable[Tensor], *, pack_bytes: int = PACK_BYTES) -> nn.Module:
@@ -106,17 +109,19 @@ class QuantizedConv2d(nn.Module):
         self.relu, self.overwrite = conv.relu, conv.overwrite
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """Convolve bytes ``(N, in_channels, H, W)``, and add bytes ``(N, out_channels, H', W')``."""
-        return self.specialize(None, other)(x, other)
+        """Convolve bytes ``(N, in_channels, H, W)``, and add bytes ``(N, out_channels, H', W')`` or what spreads."""
+        return self._bind(x, other, None)(x, other)
 
-    def specialize(self, x: Tensor | None, other: Tensor | None) -> Convolution:
-        """Return what does the same, with weights laid out for a tensor of this shape."""
+    def specialize(self, x: Tensor, other: Tensor | None) -> Convolution:
+        """Return what does the same to tensors of these shapes, with weights laid out for them."""
+        return self._bind(x, other, list(x.shape))
+
+    def _bind(self, x: Tensor, other: Tensor | None, shape: list[int] | None) -> Convolution:
         operators: Any = torch.ops.onednn
-        shape = None if x is None else list(x.shape)
         weight = operators.qconv_prepack(self.weight, self.weight_scale, *self.takes, *self.geometry, shape)
-        given, dtype = (Grid(1.0, 0), torch.float32) if self.gives is None else (self.gives, torch.uint8)
+        given = (*_FLOATS, torch.float32) if self.gives is None else (*self.gives, torch.uint8)
         weights = (weight, self.weight_scale, self.weight_zero)
-        rest = (self.bias, *self.geometry, *given, dtype)
+        rest = (self.bias, *self.geometry, *given)
         relu = "relu" if self.relu else "none"
         takes, adds, overwrite = self.takes, self.adds, self.overwrite
 
@@ -133,7 +138,18 @@ class QuantizedConv2d(nn.Module):
                 )
             return out
 
-        return convolve
+        def convolve_and_spread(x: Tensor, other: Tensor) -> Tensor:  # which no operator of bytes does
+            assert self.adds is not None  # where there is a sum, both grids are known
+            assert self.gives is not None
+            x = x.contiguous(memory_format=torch.channels_last)
+            floats = (self.bias, *self.geometry, *_FLOATS, torch.float32)
+            out = operators.qconv_pointwise(x, *takes, *weights, *floats, "none", [None], "")
+            out = out + _to_floats(other, *self.adds)
+            return _to_bytes(out.relu_() if self.relu else out, *self.gives)
+
+        stride, padding, dilation, _ = self.geometry
+        spreads = other is not None and other.shape != output_shape(x, self.weight, padding, stride, dilation)
+        return convolve_and_spread if spreads else convolve
 
     def extra_repr(self) -> str:
         """Show the sizes in ``repr``."""
@@ -141,13 +157,12 @@ class QuantizedConv2d(nn.Module):
 
 
 class _Calibration(fx.Interpreter):
-    """Measures the range of every tensor in a net, and which sums are of two tensors of one shape."""
+    """Measures the range of every tensor in a net."""
 
     def __init__(self, traced: fx.GraphModule, calls: Sequence[Convolution]) -> None:
         super().__init__(traced)
         self._calls = calls
         self.ranges: dict[fx.Node, tuple[float, float]] = {}
-        self.spreading: set[fx.Node] = set()  # sums of a tensor with a smaller one
 
     @torch.no_grad()
     def watch(self, images: Iterable[Tensor]) -> int:
@@ -167,14 +182,12 @@ class _Calibration(fx.Interpreter):
                 raise ValueError(f"a picture gives NaN or infinity at {n.name}; no grid of bytes can span that")
             known = self.ranges.get(n, (low, high))
             self.ranges[n] = (min(low, known[0]), max(high, known[1]))
-            if fused_index(n) is not None and len(operands(n)) > 1 and self.env[operands(n)[1]].shape != out.shape:
-                self.spreading.add(n)
         return out
 
 
 def _lower(
     traced: fx.GraphModule, fused: Sequence[FusedConv2d], calibration: _Calibration
-) -> tuple[fx.GraphModule, list[FusedConv2d | QuantizedConv2d]]:
+) -> tuple[fx.GraphModule, list[QuantizedConv2d]]:
     """Build the graph whose convolutions compute with bytes, and the convolutions."""
     lowering = _Lowering(traced, fused, calibration)
     for node in traced.graph.nodes:
@@ -188,10 +201,9 @@ class _Lowering:
 
     def __init__(self, traced: fx.GraphModule, fused: Sequence[FusedConv2d], calibration: _Calibration) -> None:
         self.graph = fx.Graph()
-        self.convolutions: list[FusedConv2d | QuantizedConv2d] = []
+        self.convolutions: list[QuantizedConv2d] = []
         self._traced, self._fused = traced, fused
         self._ranges: Mapping[fx.Node, tuple[float, float]] = calibration.ranges
-        self._floating = calibration.spreading  # which no operator of bytes does
         self._old_calls = next(node for node in traced.graph.nodes if node.target == "calls")
         self._bytes: dict[fx.Node, fx.Node] = {}
         self._floats: dict[fx.Node, fx.Node] = {}
@@ -200,11 +212,8 @@ class _Lowering:
         """Copy a step."""
         index = fused_index(node)
         pool = self._max_pool(node)
-        if index is not None and node not in self._floating:
+        if index is not None:
             self._convolve(node, self._fused[index])
-        elif index is not None:
-            inputs = [self._as_floats(source) for source in operands(node)]
-            self._floats[node] = self._call(self._fused[index], inputs)
         elif pool is not None and (source := node.all_input_nodes[0]) in self._bytes:
             arguments = [_pair(size) for size in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
             self._bytes[node] = self.graph.call_function(
@@ -221,14 +230,12 @@ class _Lowering:
         gives = self._grid(node) if others or any(map(self._takes_bytes, node.users)) else None
         module = QuantizedConv2d(conv, grids[0], grids[1] if others else None, gives)
         module.overwrite &= native
-        (self._floats if gives is None else self._bytes)[node] = self._call(module, inputs)
-
-    def _call(self, module: FusedConv2d | QuantizedConv2d, inputs: list[fx.Node]) -> fx.Node:
+        call = fused_call(self.graph, self._floats[self._old_calls], len(self.convolutions), inputs)
         self.convolutions.append(module)
-        return fused_call(self.graph, self._floats[self._old_calls], len(self.convolutions) - 1, inputs)
+        (self._floats if gives is None else self._bytes)[node] = call
 
     def _takes_bytes(self, user: fx.Node) -> bool:
-        return (fused_index(user) is not None and user not in self._floating) or self._max_pool(user) is not None
+        return fused_index(user) is not None or self._max_pool(user) is not None
 
     def _as_bytes(self, node: fx.Node) -> fx.Node:
         if node not in self._bytes:
