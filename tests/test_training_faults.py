@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from training_runs import assert_same, last_checkpoint, prepare, start, state, train
+from training_runs import CONFIG, assert_same, last_checkpoint, prepare, start, state, train
 
 from resbackbone.training.running import checkpointing, read_checkpoint
 
@@ -233,29 +234,86 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["file.pth"]
 
 
-def lose_the_loss(value):
-    """Let the weights come to nothing in the eighth step."""
-    from resbackbone.training.classification import ImageClassifier
+def lose_the_loss(value, rank=0):
+    """Let the loss of one process be multiplied by a number in the eighth step."""
+    from resbackbone.training.classification import CrossEntropy
 
-    step, calls = ImageClassifier.train_step, 0
+    forward, calls = CrossEntropy.forward, 0
 
-    def poisoned(self, *args, **kwargs):
+    def poisoned(self, *args):
         nonlocal calls
         calls += 1
-        if calls == 8:
-            self.fc.bias.data[0] = value
-        return step(self, *args, **kwargs)
+        return forward(self, *args) * (value if calls == 8 else 1.0)
 
-    ImageClassifier.train_step = poisoned
+    if os.environ.get("RANK", "0") == str(rank):
+        CrossEntropy.forward = poisoned
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_ends_the_run(value, folder, tmp_path):
-    said = train(folder, tmp_path / "run", before=partial(lose_the_loss, value), status=2).splitlines()[-1]
-    assert said.startswith("error: the loss is nan at iteration 8 (epoch 2, batch 2), so training has ended; ")
+    before = partial(lose_the_loss, float(value))
+    said = train(folder, tmp_path / "run", before=before, status=2).splitlines()[-1]
+    assert said.startswith(f"error: the loss is {value} at iteration 8 (epoch 2, batch 2), so training has ended; ")
     assert f"the checkpoint before is {tmp_path / 'run' / 'iter_6.pth'}. Try a lower learning rate" in said
     weights = last_checkpoint(tmp_path / "run")["state_dict"]
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def lose_a_weight(gradient):
+    """Let a gradient come to nothing in the eighth step, whose loss is finite; a checkpoint is due after it."""
+    from mmengine.optim import OptimWrapper
+
+    step, calls = OptimWrapper.step, 0
+
+    def poisoned(self, **options):
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            self.optimizer.param_groups[0]["params"][-1].grad[0] = gradient
+        step(self, **options)
+
+    OptimWrapper.step = poisoned
+
+
+@pytest.mark.parametrize("gradient", ["nan", "1e38"])
+def test_weights_that_are_not_finite_get_into_no_checkpoint(gradient, folder, unbroken, tmp_path):
+    options = ("optim_wrapper.clip_grad=None", "optim_wrapper.optimizer.type=SGD", "optim_wrapper.optimizer.lr=100.0")
+    poison = partial(lose_a_weight, float(gradient))
+    said = train(folder, tmp_path / "run", *options, before=poison, status=2).splitlines()[-1]
+    assert said.startswith(
+        f"error: state_dict.fc.bias is not finite, so {tmp_path / 'run' / 'iter_8.pth'} was not saved"
+    )
+    assert "checkpoints that were saved before are as they were. Try a lower learning rate" in said
+    weights = last_checkpoint(tmp_path / "run")["state_dict"]
+    assert last_checkpoint(tmp_path / "run")["meta"]["iter"] == 6
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_schedule_with_a_function_in_it_is_resumed(tmp_path):
+    prepare(
+        tmp_path, CONFIG + 'param_scheduler = [dict(type="OneCycleLR", eta_max=1e-2, total_steps=18, by_epoch=False)]'
+    )
+    train(tmp_path, "unbroken")
+    train(tmp_path, "run", before=partial(die_in_iteration, 10), status=-signal.SIGKILL)
+    train(tmp_path, "run", "--resume")
+    assert_same(state(tmp_path / "run"), state(tmp_path / "unbroken"))
+
+
+def note_an_array():
+    """Let a hook keep what no checkpoint can be resumed with."""
+    from resbackbone.training.classification import ClassesHook
+
+    def before_train(self, runner):
+        runner.message_hub.update_info("means", {"of classes": np.zeros(3)})
+
+    ClassesHook.before_train = before_train
+
+
+def test_what_could_not_be_resumed_is_not_saved(folder, tmp_path):
+    said = train(folder, tmp_path / "run", before=note_an_array, status=2).splitlines()[-1]
+    assert said.startswith(f"error: cannot save {tmp_path / 'run' / 'iter_2.pth'}: ")
+    assert "message_hub.runtime_info.means.of classes is of type numpy.ndarray, and only tensors and Python's" in said
+    assert not list((tmp_path / "run").glob("*.pth"))
 
 
 def test_a_rate_that_is_too_high_ends_the_run(folder, tmp_path):

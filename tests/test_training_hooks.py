@@ -5,7 +5,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import DefaultScope
 from torch import nn
 
@@ -167,6 +167,43 @@ def test_a_schedule_that_does_not_fit_is_refused_before_training(tmp_path):
     optim_wrapper = OptimWrapper(torch.optim.AdamW(param_groups(model, 1e-3)))
     with pytest.raises(ValueError, match=r"lets 'layer2\.0\.conv1\.weight' train, which the optimizer does not have"):
         train(tmp_path / "optimizer", [UnfreezeHook([(1, 1)])], model=model, optim_wrapper=optim_wrapper)
+
+
+# Several optimizers
+
+
+class TwoOptimizers(Model):
+    def train_step(self, data, optim_wrapper):
+        loss = self(**self.data_preprocessor(data, True))["loss"]
+        for optimizing in optim_wrapper.values():
+            optimizing.zero_grad()
+        loss.backward()
+        for optimizing in optim_wrapper.values():
+            optimizing.step()
+        return {"loss": loss.detach()}
+
+
+def two_optimizers(model):
+    wrappers = {
+        name: OptimWrapper(torch.optim.AdamW(getattr(model, name).parameters(), lr=1e-3))
+        for name in ("backbone", "head")
+    }
+    return OptimWrapperDict(**wrappers)
+
+
+def test_several_optimizers_are_resumed(tmp_path):
+    def run(folder, **options):
+        torch.manual_seed(0)
+        model = TwoOptimizers()
+        return train(folder, [], model=model, optim_wrapper=two_optimizers(model), **options)
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", epochs=1)
+    resumed = run(tmp_path / "parts", resume=True)
+    for (name, tensor), other in zip(
+        whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(tensor, other), name
 
 
 # Synchronised norms

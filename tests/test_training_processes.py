@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_training_faults import die_in_iteration
+from test_training_faults import die_in_iteration, lose_the_loss, note_an_array
 from training_runs import CONFIG, assert_same, free_port, last_checkpoint, prepare, start, state, train
 
 from resbackbone.training.running import read_checkpoint
@@ -100,6 +100,22 @@ def test_the_first_process_says_what_is_resumed_and_none_begins_anew_alone(tmp_p
     assert "iter_4.pth" in said[1].splitlines()[-1]
     train_by_two(tmp_path, "run", "--resume", then=be_elsewhere)
     assert_same(state(tmp_path / "run"), state(tmp_path / "unbroken"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_that_one_process_loses_ends_both(kind, tmp_path):
+    prepare(tmp_path, KINDS[kind])
+    said = train_by_two(tmp_path, "run", then=partial(lose_the_loss, float("nan"), rank=1), status=2)
+    assert said[0].splitlines()[-1].startswith("error: process 1: the loss is nan at iteration 8 (epoch 3, batch 2)")
+    assert said[1].splitlines()[-1].startswith("error: the loss is nan at iteration 8 (epoch 3, batch 2)")
+    assert last_checkpoint(tmp_path / "run")["meta"]["iter"] == 6
+
+
+def test_a_checkpoint_that_cannot_be_saved_ends_both(tmp_path):
+    prepare(tmp_path)
+    said = train_by_two(tmp_path, "run", then=note_an_array, status=2)
+    assert said[0].splitlines()[-1].startswith("error: cannot save ")
+    assert said[1].splitlines()[-1].startswith("error: process 0: cannot save ")
 
 
 def test_a_sharded_run_is_resumed_by_one_process(tmp_path):

@@ -58,7 +58,7 @@ def train(
     from mmengine.dist import is_main_process
 
     from resbackbone.training.classification import ClassesDoNotFit, UnreadablePicture
-    from resbackbone.training.running import CheckpointDoesNotFit, NonFiniteLoss, build_runner, leave_processes
+    from resbackbone.training.running import CheckpointDoesNotFit, build_runner, leave_processes
 
     with user_errors():
         runner = build_runner(
@@ -72,7 +72,7 @@ def train(
         )
         runner.prepare()
     try:
-        with user_errors(OSError, NonFiniteLoss, CheckpointDoesNotFit, ClassesDoNotFit):
+        with user_errors(OSError, ArithmeticError, CheckpointDoesNotFit, ClassesDoNotFit):
             runner.train()
     except UnreadablePicture as error:
         # A worker's exception has its whole traceback in its message.

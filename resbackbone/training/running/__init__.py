@@ -3,6 +3,7 @@
 from resbackbone.training.running.checkpointing import (
     CheckpointDoesNotFit,
     CheckpointNotSaved,
+    NonFiniteWeights,
     ResumableCheckpointHook,
     read_checkpoint,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "FiniteLossHook",
     "LayerDecayConstructor",
     "NonFiniteLoss",
+    "NonFiniteWeights",
     "ResumableCheckpointHook",
     "ResumableRunner",
     "ResumableTrainLoop",

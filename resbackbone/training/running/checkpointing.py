@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,26 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import apply_to
+from torch import Tensor
 
 from resbackbone.registry import HOOKS
+from resbackbone.training.running.agreement import fail_together
 
 _LAST = "last_checkpoint"  # the file's name is mmengine's
+_CONTAINERS = (dict, OrderedDict, list, tuple, set)
+ADVICE = (
+    "Try a lower learning rate, a longer warm-up, optim_wrapper.clip_grad=dict(max_norm=1.0), bfloat16 in place of "
+    "float16, or look for labels and pictures that are wrong"
+)
+_VALUES = (str, bytes, bool, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)
 
 
 class CheckpointNotSaved(OSError):
     """A checkpoint could not be written; those that were there before are as they were."""
+
+
+class NonFiniteWeights(ArithmeticError):
+    """A weight is NaN or infinite, which no checkpoint may have; those that were there before are as they were."""
 
 
 class CheckpointDoesNotFit(ValueError):
@@ -36,17 +49,42 @@ def save_checkpoint(content: Any, path: Path) -> None:
         path: The file.
 
     Raises:
-        CheckpointNotSaved: If the disk is full or cannot be written to.
+        CheckpointNotSaved: If the disk is full or cannot be written to, or there is a value in it that
+            :func:`read_checkpoint` would refuse.
+        NonFiniteWeights: If a tensor of a ``state_dict`` in it is not finite.
     """
+    _check(content, path)
     buffer = io.BytesIO()  # written to a file that breaks off, torch.save would raise whatever it stumbles over
     torch.save(content, buffer)
-    try:
-        _replace(path, buffer.getbuffer())
-    except OSError as error:
-        raise CheckpointNotSaved(
-            f"cannot save {path}: {error.strerror}; checkpoints that were saved before are whole: make room and go on "
-            "with --resume"
-        ) from error
+    _replace(path, buffer.getbuffer())
+
+
+def _check(content: Any, path: Path) -> None:
+    """Raise unless everything in it can be read again and gone on with."""
+    for keys, value in _entries(content):
+        name = ".".join(map(str, keys))
+        if isinstance(value, Tensor):
+            if keys[0] in ("state_dict", "ema_state_dict") and not value.isfinite().all():
+                raise NonFiniteWeights(
+                    f"{name} is not finite, so {path} was not saved and training has ended; checkpoints that were "
+                    f"saved before are as they were. {ADVICE}"
+                )
+        elif type(value) not in _VALUES:
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise CheckpointNotSaved(
+                f"cannot save {path}: {name} is of type {kind}, and only tensors and Python's plain values can be "
+                "resumed; make it one, or keep it out (message_hub.update_info(..., resumed=False))"
+            )
+
+
+def _entries(content: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Everything in nested containers, and where it is."""
+    if type(content) not in _CONTAINERS:
+        yield keys, content
+        return
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield (*keys, key), key
+        yield from _entries(value, (*keys, key))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -161,10 +199,11 @@ class ResumableCheckpointHook(CheckpointHook):
             meta=meta,
             by_epoch=self.by_epoch,
         )
-        if is_main_process():
-            _replace(Path(runner.work_dir) / _LAST, self.last_ckpt.encode())
-            for earlier in expired:
-                (folder / self.filename_tmpl.format(earlier)).unlink(missing_ok=True)
+        with fail_together(OSError):
+            if is_main_process():
+                _replace(Path(runner.work_dir) / _LAST, self.last_ckpt.encode())
+                for earlier in expired:
+                    (folder / self.filename_tmpl.format(earlier)).unlink(missing_ok=True)
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict[str, Any]) -> None:
         if not self.save_best:
@@ -187,9 +226,14 @@ def _replace(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise
+        if not isinstance(error, OSError):
+            raise
+        raise CheckpointNotSaved(
+            f"cannot save {path}: {error.strerror}; checkpoints that were saved before are whole: make room and go on "
+            "with --resume"
+        ) from error
     if os.name == "posix":  # the name, too; elsewhere folders cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -8,6 +8,8 @@ from typing import Any
 from mmengine.hooks import Hook
 
 from resbackbone.registry import HOOKS
+from resbackbone.training.running.agreement import fail_together
+from resbackbone.training.running.checkpointing import ADVICE
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -16,9 +18,10 @@ class NonFiniteLoss(ArithmeticError):
 
 @HOOKS.register_module()
 class FiniteLossHook(Hook):
-    """Ends a training whose loss is NaN or infinite, before its weights get into a checkpoint.
+    """Ends a training whose loss is NaN or infinite, in all processes if it is so in one.
 
-    It looks at every iteration, which costs nothing beside mmengine, which logs every loss.
+    It looks at every iteration, which costs nothing beside mmengine, which logs every loss. Weights that are lost
+    before the loss shows it are kept out of checkpoints by what saves those.
     """
 
     priority = "VERY_HIGH"
@@ -31,13 +34,13 @@ class FiniteLossHook(Hook):
         Raises:
             NonFiniteLoss: If one of them is not finite.
         """
-        for name, value in (outputs or {}).items():
-            if "loss" in name and not math.isfinite(value := value.item()):
-                last = runner.message_hub.get_info("last_ckpt")
-                raise NonFiniteLoss(
-                    f"the {name} is {value} at iteration {runner.iter + 1} (epoch {runner.epoch + 1}, batch "
-                    f"{batch_idx + 1}), so training has ended; "
-                    + (f"the checkpoint before is {last}. " if last else "no checkpoint was saved before. ")
-                    + "Try a lower learning rate, a longer warm-up, optim_wrapper.clip_grad=dict(max_norm=1.0), "
-                    "bfloat16 in place of float16, or look for labels and pictures that are wrong"
-                )
+        with fail_together(NonFiniteLoss):
+            for name, value in (outputs or {}).items():
+                if "loss" in name and not math.isfinite(value := value.item()):
+                    last = runner.message_hub.get_info("last_ckpt")
+                    raise NonFiniteLoss(
+                        f"the {name} is {value} at iteration {runner.iter + 1} (epoch {runner.epoch + 1}, batch "
+                        f"{batch_idx + 1}), so training has ended; "
+                        + (f"the checkpoint before is {last}. " if last else "no checkpoint was saved before. ")
+                        + ADVICE
+                    )

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from mmengine.dist import broadcast, get_world_size
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
 
 from resbackbone.backbones.base import Backbone
 from resbackbone.registry import MODEL_WRAPPERS
@@ -82,9 +82,13 @@ def load_model(model: nn.Module, state: dict[str, Any], *, strict: bool) -> None
         model.load_state_dict(state, strict=strict)
 
 
-def shard_optimizer_state(state: dict[str, Any], optimizer: Optimizer) -> None:
+def shard_optimizer_state(state: dict[str, Any], optim_wrapper: OptimWrapper | OptimWrapperDict) -> None:
     """Spread an optimizer's state, of whole tensors, as its parameters are spread, where they are."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if isinstance(optim_wrapper, OptimWrapperDict):
+        for name, wrapper in optim_wrapper.items():
+            shard_optimizer_state(state[name], wrapper)
+        return
+    parameters = [parameter for group in optim_wrapper.optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
         parameter = parameters[index]
         if isinstance(parameter, DTensor):

@@ -22,6 +22,8 @@ from resbackbone.registry import MODEL_WRAPPERS, RUNNERS
 from resbackbone.training.running.agreement import fail_together
 from resbackbone.training.running.checkpointing import (
     CheckpointDoesNotFit,
+    CheckpointNotSaved,
+    NonFiniteWeights,
     find_last_checkpoint,
     plain_state,
     read_checkpoint,
@@ -59,7 +61,7 @@ class ResumableRunner(Runner):
         by_epoch: bool = True,
         backend_args: None = None,
     ) -> None:
-        """Save a checkpoint, in the main process.
+        """Save a checkpoint, in the main process; every process must call this.
 
         Args:
             out_dir: A folder of this machine.
@@ -72,10 +74,20 @@ class ResumableRunner(Runner):
             backend_args: Not used, either.
 
         Raises:
-            CheckpointNotSaved: If the disk is full or cannot be written to.
+            CheckpointNotSaved: If the disk is full or cannot be written to, or something in it cannot be resumed.
+            NonFiniteWeights: If a weight is NaN or infinite.
         """
-        if not is_main_process() and not is_sharded(self.bare_model):
-            return
+        with fail_together(CheckpointNotSaved, NonFiniteWeights):
+            if is_main_process() or is_sharded(self.bare_model):
+                checkpoint = self._state(meta, by_epoch, save_optimizer, save_param_scheduler)
+            if is_main_process():
+                self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
+                save_checkpoint(checkpoint, Path(out_dir) / filename)
+
+    def _state(
+        self, meta: dict[str, Any] | None, by_epoch: bool, save_optimizer: bool, save_param_scheduler: bool
+    ) -> dict[str, Any]:
+        """All that a resumed run needs."""
         counts = {"epoch": self.epoch + by_epoch, "iter": self.iter + (not by_epoch)}
         checkpoint: dict[str, Any] = {
             "meta": {**counts, **(meta or {}), **self._about()},
@@ -86,9 +98,7 @@ class ResumableRunner(Runner):
             checkpoint["optimizer"] = _whole(self.optim_wrapper.state_dict())
         if save_param_scheduler and self.param_schedulers is not None:
             checkpoint["param_schedulers"] = _states(self.param_schedulers)
-        if is_main_process():
-            self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
-            save_checkpoint(checkpoint, Path(out_dir) / filename)
+        return checkpoint
 
     def _about(self) -> dict[str, Any]:
         about = {
@@ -130,7 +140,7 @@ class ResumableRunner(Runner):
         except RuntimeError as error:
             raise CheckpointDoesNotFit(f"{filename!r} does not fit the config's model: {error}") from error
         if self._resume and "optimizer" in checkpoint:
-            shard_optimizer_state(checkpoint["optimizer"], self.optim_wrapper.optimizer)
+            shard_optimizer_state(checkpoint["optimizer"], self.optim_wrapper)
         self._has_loaded = True
         self.logger.info(f"loaded {filename}")
         return checkpoint
@@ -203,4 +213,6 @@ def _whole(state: Any) -> Any:
 def _states(schedulers: Any) -> Any:
     if isinstance(schedulers, Mapping):
         return {name: _states(several) for name, several in schedulers.items()}
-    return [scheduler.state_dict() for scheduler in schedulers]
+    states = [scheduler.state_dict() for scheduler in schedulers]
+    # Functions, as OneCycleLR has one, come from the config again.
+    return [{name: value for name, value in state.items() if not callable(value)} for state in states]
