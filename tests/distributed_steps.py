@@ -106,12 +106,36 @@ def uneven_batches(sizes=(3, 1)):
     return normalise(norm, parts[distributed.get_rank()])
 
 
+def half_precision():
+    """A norm of half precision, of two of four images; output and statistics."""
+    images = own_half(torch.randn(4, 5, 4, 4, generator=torch.Generator().manual_seed(3)).bfloat16())
+    norm = sync_batch_norms(nn.Sequential(nn.BatchNorm2d(5).bfloat16()))[0]
+    return [norm(images).detach(), norm.running_mean, norm.running_var]
+
+
+def one_value():
+    """What a norm says to a batch of one value per channel, which one of the processes has."""
+    norm = sync_batch_norms(nn.Sequential(nn.BatchNorm1d(5)))[0]
+    try:
+        norm(torch.ones(1 - distributed.get_rank(), 5))
+    except ValueError as error:
+        return str(error)
+
+
+def alone():
+    """A norm that was made for a group of this process alone."""
+    groups = [distributed.new_group([rank]) for rank in range(distributed.get_world_size())]
+    norm = nn.SyncBatchNorm(5, process_group=groups[distributed.get_rank()])
+    images = torch.randn(4, 5, 4, 4, generator=torch.Generator().manual_seed(3))
+    return sync_batch_norms(nn.Sequential(norm))(own_half(images)).detach()
+
+
 def work(rank, world_size, folder):
     """Do everything in one of ``world_size`` processes, and leave the results in ``folder``."""
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    results = {"uneven": uneven_batches()}
+    results = {"uneven": uneven_batches(), "half": half_precision(), "one value": one_value(), "alone": alone()}
     for way in ("DDP", "FSDP2"):
         for name in TRAININGS:
             results[way, name] = run_training(name, way)

@@ -10,7 +10,7 @@ from distributed_steps import TRAININGS, build, run_training, train, uneven_batc
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resbackbone.training import freeze, sync_batch_norms
+from resbackbone.training import freeze, param_groups, sync_batch_norms
 from resbackbone.training.sync_norms import BatchNorm, SyncedBatchNorm
 
 QUICK = ("ResNet", "ResNetV2", "TridentResNet")  # one for each way in which stems and stages are frozen
@@ -143,6 +143,64 @@ def test_several_processes_synchronise_what_is_plain_and_nothing_else(monkeypatc
 
 def test_a_net_without_batch_norms_is_told_nothing():
     assert len(sync_batch_norms(nn.Sequential(nn.Conv2d(3, 3, 1)))) == 1
+
+
+def test_several_processes_synchronise_half_precision_as_plain_norms_have_it(of_two):
+    parts = torch.randn(4, 5, 4, 4, generator=torch.Generator().manual_seed(3)).bfloat16()
+    plain = nn.BatchNorm2d(5).bfloat16()
+    expected = [plain(parts), plain.running_mean, plain.running_var]
+    for rank in of_two:
+        assert {tensor.dtype for tensor in rank["half"]} == {torch.bfloat16}
+    got = [torch.cat([rank["half"][0] for rank in of_two]), *of_two[0]["half"][1:]]
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_one_value_per_channel_is_refused_by_all_processes(of_two):
+    for rank, shape in enumerate(("(1, 5)", "(0, 5)")):
+        assert of_two[rank]["one value"] == (
+            "expected more than 1 value per channel when training, of all processes together; "
+            f"got input of shape {shape} in this one"
+        )
+
+
+def test_norms_stay_in_the_group_that_they_have(of_two):
+    parts = torch.randn(4, 5, 4, 4, generator=torch.Generator().manual_seed(3)).chunk(2)
+    for rank, part in zip(of_two, parts, strict=True):
+        torch.testing.assert_close(rank["alone"], nn.BatchNorm2d(5)(part), rtol=1e-5, atol=1e-5)
+
+
+def test_what_freezes_stays_where_it_is_with_gradients_and_momentum():
+    net = build()
+    optimizer = torch.optim.SGD(param_groups(net, 0.01, weight_decay=1e-3, with_frozen=True), momentum=0.9)
+    for _ in range(2):
+        net(torch.randn(2, 3, 64, 64))[-1].square().mean().backward()
+        optimizer.step()
+    freeze(net, 1)
+    before = {name: parameter.clone() for name, parameter in net.named_parameters()}
+    optimizer.step()  # of which the loop has not yet cleared the gradients
+    moved = {name.split(".")[0] for name, parameter in net.named_parameters() if not parameter.equal(before[name])}
+    assert moved == {"layer2", "layer3", "layer4"}
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_communication_hooks_outlive_freezing():
+    seen = []
+
+    def double(state, bucket):
+        state.append(bucket.buffer().numel())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer() * 2)
+        return future
+
+    images = torch.randn(2, 3, 64, 64)
+    plain, hooked = build(frozen_stages=1), DistributedDataParallel(build(frozen_stages=2))
+    hooked.register_comm_hook(seen, double)
+    for _ in range(2):  # the second time, that of the first
+        freeze(hooked, 1)
+    for net in (plain, hooked):
+        sum(out.square().mean() for out in net(images)).backward()
+    assert sum(seen) == sum(parameter.numel() for parameter in plain.parameters() if parameter.requires_grad)
+    torch.testing.assert_close(hooked.module.layer4[0].conv1.weight.grad, plain.layer4[0].conv1.weight.grad * 2)
 
 
 def test_freezing_takes_every_backbone_of_a_model():

@@ -148,6 +148,23 @@ def test_torchrun_starts_it(tmp_path):
     assert last_checkpoint(tmp_path / "run")["meta"]["iter"] == 9
 
 
+def say_how_it_is_wrapped():
+    """Let a hook print what mmengine's users find in the wrapper."""
+    from resbackbone.training.classification import ClassesHook
+
+    def before_train(self, runner):
+        print(f"broadcast_buffers={runner.model.broadcast_buffers}")
+
+    ClassesHook.before_train = before_train
+
+
+def test_wrapped_as_mmengine_does(tmp_path):
+    prepare(tmp_path)
+    short = ("train_cfg.max_epochs=1", "model.backbone.out_indices=(0,)")  # the second stage trains for nothing
+    said = train_by_two(tmp_path, "run", *short, "find_unused_parameters=True", then=say_how_it_is_wrapped)
+    assert "broadcast_buffers=False" in said[0]
+
+
 def test_launchers_that_do_not_fit(tmp_path):
     prepare(tmp_path)
     said = train(tmp_path, "run", "--launcher", "pytorch", status=2)

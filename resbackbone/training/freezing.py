@@ -11,12 +11,13 @@ from resbackbone.backbones import Backbone
 def freeze(model: nn.Module, frozen_stages: int) -> None:
     """Change what ``frozen_stages`` holds still in a model's backbones, between two steps.
 
-    Its optimizer must have the parameters that are to train, as one over ``param_groups(model, ..., with_frozen=True)``
-    has.
+    What it freezes loses its gradient, so that no optimizer moves it. The optimizer must have the parameters that are
+    to train, as one over ``param_groups(model, ..., with_frozen=True)`` has.
 
     Args:
-        model: A backbone, or a model with one or several in it; it may be ``DistributedDataParallel`` or
-            ``fully_shard``-ed, but not the older ``FullyShardedDataParallel``, which flattens parameters.
+        model: A backbone, or a model with one or several in it; it may be ``DistributedDataParallel``, which keeps its
+            communication hook, or ``fully_shard``-ed, but not the older ``FullyShardedDataParallel``, which flattens
+            parameters.
         frozen_stages: As for :meth:`resbackbone.backbones.Backbone.freeze`.
 
     Raises:
@@ -24,6 +25,9 @@ def freeze(model: nn.Module, frozen_stages: int) -> None:
     """
     for backbone in backbones_of(model):
         backbone.freeze(frozen_stages)
+        for parameter in backbone.parameters():
+            if not parameter.requires_grad:
+                parameter.grad = None
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             _collect_parameters(module)
@@ -39,6 +43,9 @@ def backbones_of(model: nn.Module) -> list[Backbone]:
 
 def _collect_parameters(wrapper: DistributedDataParallel) -> None:
     """Let a wrapper find out again whose gradients it averages, which it does only when it is made, or unpickled."""
-    state = wrapper.__getstate__()  # type: ignore[no-untyped-call]
+    state = {**wrapper.__getstate__(), "_comm_hooks": []}  # type: ignore[no-untyped-call]
+    hooks = wrapper._comm_hooks
     del wrapper.reducer  # the old one would go on answering for its parameters
     wrapper.__setstate__(state)  # type: ignore[no-untyped-call]
+    for hook, its_state in hooks:
+        wrapper.register_comm_hook(its_state, hook)

@@ -48,13 +48,13 @@ def sync_batch_norms(net: Net) -> Net:
 def _make(norms: list[nn.Module], norm_class: type[nn.Module]) -> None:
     for norm in norms:
         norm.__class__ = norm_class  # and not a new layer, so that hooks, optimizers and wrappers go on with this one
-        vars(norm)["process_group"] = None  # all of them; torch's class looks for it
+        vars(norm).setdefault("process_group", None)  # all of them; torch's class looks for it
 
 
-def num_processes() -> int:
-    """Return how many processes train together; 1 before ``init_process_group``."""
+def num_processes(group: Any = None) -> int:
+    """Return how many processes train together, in a group or at all; 1 before ``init_process_group``."""
     together = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if together else 1
+    return distributed.get_world_size(group) if together else 1
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -75,20 +75,30 @@ class SyncedBatchNorm(BatchNorm):
     """
 
     plain_in_eval: ClassVar[bool] = True
+    process_group: Any = None  # of all processes, unless it came with another
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``(N, num_features, ...)``."""
-        if not self.training or num_processes() == 1:
+        """Normalise ``(N, num_features, ...)``.
+
+        Raises:
+            ValueError: If all processes together have but one value per channel.
+        """
+        if not self.training or num_processes(self.process_group) == 1:
             return super().forward(input)
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         dims = [dim for dim in range(x.dim()) if dim != 1]
         per_channel = (1, -1, *(1 for _ in dims[1:]))
         own_count = x.new_tensor([x.numel() / x.shape[1]])
-        sums: Tensor = _Sum.apply(torch.cat([x.sum(dims), own_count]))  # type: ignore[no-untyped-call]
+        sums: Tensor = _Sum.apply(torch.cat([x.sum(dims), own_count]), self.process_group)  # type: ignore[no-untyped-call]
         count = sums[-1].detach()
+        if count < 2:
+            raise ValueError(
+                "expected more than 1 value per channel when training, of all processes together; got input of shape "
+                f"{tuple(input.shape)} in this one"
+            )
         mean = sums[:-1] / count
         centred = x - mean.view(per_channel)
-        var = _Sum.apply(centred.square().sum(dims)) / count  # type: ignore[no-untyped-call]
+        var = _Sum.apply(centred.square().sum(dims), self.process_group) / count  # type: ignore[no-untyped-call]
         self._move_statistics(mean.detach(), var.detach() * count / (count - 1))
         out = centred * (var + self.eps).rsqrt().view(per_channel)
         if self.weight is not None:
@@ -104,25 +114,26 @@ class SyncedBatchNorm(BatchNorm):
             return
         self.num_batches_tracked.add_(1)
         factor = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, factor)
-        self.running_var.lerp_(var, factor)
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            running.copy_(running.to(new.dtype).lerp(new, factor))  # as the net may be of half precision
 
 
 class _Sum(torch.autograd.Function):
     """The sum of all processes' tensors. It is in the loss of each, so the gradient is the sum of all of theirs."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        return _add_up(own)
+    def forward(ctx: Any, own: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _add_up(own, group)
 
     @staticmethod
-    def backward(ctx: Any, own: Tensor) -> Tensor:
-        return _add_up(own)
+    def backward(ctx: Any, own: Tensor) -> tuple[Tensor, None]:
+        return _add_up(own, ctx.group), None
 
 
-def _add_up(own: Tensor) -> Tensor:
+def _add_up(own: Tensor, group: Any) -> Tensor:
     total = own.clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(total)
+    distributed.all_reduce(total, group=group)
     return total
 
 

@@ -180,7 +180,10 @@ class ResumableRunner(Runner):
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         """Wrap the model for several processes, if there are several; on CPUs, too, for which mmengine names a GPU."""
         if self.distributed and not is_model_wrapper(model):
-            model_wrapper_cfg = _wrapper({"type": "MMDistributedDataParallel", **(model_wrapper_cfg or {})})
+            if model_wrapper_cfg is None:  # as mmengine has it
+                unused = self.cfg.get("find_unused_parameters", False)
+                model_wrapper_cfg = {"broadcast_buffers": False, "find_unused_parameters": unused}
+            model_wrapper_cfg = _wrapper({"type": "MMDistributedDataParallel", **model_wrapper_cfg})
         wrapped: nn.Module = super().wrap_model(model_wrapper_cfg, model)
         return wrapped
 
