@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resbackbone import RegNet, ResNet, ResNetV1d, SharedHead, build_backbone
+from resbackbone.blocks import Bottleneck
 from resbackbone.inference import optimize
 from resbackbone.layers import ConvAWS2d, ConvNormAct, ConvWS2d, FrozenBatchNorm2d, StdConv2d
 from resbackbone.layers.conv_norm import Sequential, conv_norm, set_folding
@@ -411,8 +412,48 @@ def test_functional_transforms(shake, images):
     net, folding = pair(shake)
     _, expected = backward(net, images)
     parameters = dict(folding.named_parameters())
-    gradients = torch.func.grad(lambda p: loss(torch.func.functional_call(folding, p, (images,))))(parameters)
-    assert_close(gradients, expected, 1e-5)
+
+    def value(parameters, images):
+        return loss(torch.func.functional_call(folding, parameters, (images,)))
+
+    assert_close(torch.func.grad(value)(parameters, images), expected, 1e-5)
+    one_by_one = torch.func.vmap(torch.func.grad(value), (None, 0))(parameters, images[:, None])
+    whole = torch.func.vmap(torch.func.grad(value), (None, 0))(parameters, images[None])
+    assert_close({name: each[0] for name, each in whole.items()}, expected, 1e-5)
+    assert all(len(each) == len(images) for each in one_by_one.values())
+    _, slope = torch.func.jvp(lambda x: value(parameters, x), (images,), (torch.ones_like(images),))
+    x = images.clone().requires_grad_()
+    loss(net(x)).backward()
+    torch.testing.assert_close(slope, x.grad.sum(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_net_without_memory(shake, images):
+    _, folding = pair(shake)
+    shapes = [out.shape for out in folding(images)]
+    assert [out.shape for out in folding.to("meta")(images.to("meta"))] == shapes
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return x.double()
+
+
+@pytest.mark.parametrize("shortcut", [None, nn.AdaptiveAvgPool2d(1), Double()], ids=["same", "spread", "double"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_sum_with_a_shortcut(shake, shortcut, trains):
+    """The operator of oneDNN adds only what is of the same size and precision."""
+    block = shake(Bottleneck(16, 4, downsample=shortcut)).eval().requires_grad_(trains)
+    folding = fold_frozen_norms(copy.deepcopy(block))
+    x = torch.randn(2, 16, 6, 5)
+    ends = []
+    for each in (block, folding):
+        entering = x.clone().requires_grad_(trains)
+        out = each(entering)
+        if trains:
+            out.square().sum().backward()
+        ends.append({"out": out, "x": entering.grad} if trains else {"out": out})
+        assert batch_norms(each, x) == (0 if each is folding else 3)
+    assert_close(ends[1], ends[0], 1e-5)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
@@ -472,9 +513,11 @@ def test_a_net_of_half_precision_stays_one(shake, images, half):
 
 
 def test_an_image_of_another_precision_is_refused_as_ever(images):
-    net = fold_frozen_norms(ResNet(18, base_channels=8))
+    net = fold_frozen_norms(ResNet(18, base_channels=8)).train()
     with pytest.raises(RuntimeError, match="type"):
         net(images.double())
+    with pytest.raises(RuntimeError, match="type"), torch.autocast("cpu", torch.bfloat16, enabled=False):
+        net(images.bfloat16())
 
 
 def test_necks_and_layers_of_their_own_fold_too(shake):

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import torch._dynamo
 import typer
-from peers import import_torchvision
+from peers import PEERS, Net
 from rich.console import Console
 from torch import Tensor
 
@@ -33,9 +33,7 @@ from resbackbone.benchmarking import about_machine, alternate, markdown_table, m
 from resbackbone.complexity import build_on_meta, measure
 from resbackbone.inference import export, optimize, quantize
 
-Net = Callable[[Tensor], Any]
 PLAIN, OURS = "torch eager", "resbackbone"
-LIKE_PLAIN = ("torchvision", "timm", "transformers")  # the same operators
 SHAPES = {"1x224x224": (1, 224, 224), "8x224x224": (8, 224, 224), "1x800x1216": (1, 800, 1216)}
 FAMILIES = (
     "resnet18",
@@ -64,43 +62,6 @@ class Contestant:
 def channels_last(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return images as a net in channels_last takes them."""
     return x.to(dtype, memory_format=torch.channels_last)
-
-
-def torchvision_net() -> Net:
-    """The ResNet-50 of torchvision with four feature maps."""
-    torchvision = import_torchvision()
-    from torchvision.models._utils import IntermediateLayerGetter
-
-    layers = {f"layer{stage}": str(stage) for stage in (1, 2, 3, 4)}
-    net: Net = IntermediateLayerGetter(torchvision.models.resnet50().eval(), layers)
-    return net
-
-
-def timm_net() -> Net:
-    """The ResNet-50 of timm with four feature maps."""
-    import_torchvision()
-    import timm
-
-    net: Net = timm.create_model("resnet50", features_only=True, out_indices=(1, 2, 3, 4)).eval()
-    return net
-
-
-def transformers_net() -> Net:
-    """The ResNet-50 of Hugging Face with four feature maps."""
-    import_torchvision()  # which transformers imports, too
-    from transformers import ResNetBackbone, ResNetConfig
-
-    config = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
-    net: Net = ResNetBackbone(config).eval()
-    return net
-
-
-def mmdet_net() -> Net:
-    """The ResNet-50 of mmdet, where mmdet is installed."""
-    from mmdet.models.backbones import ResNet
-
-    net: Net = ResNet(50).eval()
-    return net
 
 
 def compiled_net(dtype: torch.dtype = torch.float32, *, freezing: bool = False) -> Net:
@@ -191,10 +152,7 @@ def contestants(config: str, folder: Path) -> dict[str, Contestant]:
         OURS: Contestant(partial(optimize, net)),
         f"{OURS} bfloat16": Contestant(partial(optimize, net, "bfloat16"), "bfloat16"),
         f"{OURS} int8": Contestant(lambda: quantize(net, [torch.randn(2, 3, 224, 224)]), "int8"),
-        "torchvision": Contestant(torchvision_net),
-        "timm": Contestant(timm_net),
-        "transformers": Contestant(transformers_net),
-        "mmdet": Contestant(mmdet_net),
+        **{name: Contestant(make) for name, make in PEERS.items()},
         "torch.compile": Contestant(compiled_net),
         "Inductor freezing": Contestant(partial(compiled_net, freezing=True)),
         "ONNX Runtime": Contestant(partial(onnxruntime_net, folder)),
@@ -377,7 +335,7 @@ def run_all(
     few = [name for name in (PLAIN, OURS, f"{OURS} bfloat16", "torch.compile") if name in ways]
     measures: dict[str, Callable[[], Any]] = {
         "stream": lambda: stream({name: ways[name].make() for name in few}),
-        "alone": lambda: {name: alone(config, name, threads, folder) for name in ways if name not in LIKE_PLAIN},
+        "alone": lambda: {name: alone(config, name, threads, folder) for name in ways if name not in PEERS},
         "families": lambda: families(runs),
         "scaling": lambda: scaling({name: nets[name] for name in few[:3]}, threads, runs),
     }

@@ -1,11 +1,16 @@
-"""Libraries to compare with, where importing them takes more than an import."""
+"""Libraries to compare with: how to import them, and their ResNet-50 with the feature maps of four stages."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
+
+Net = Callable[[Tensor], Any]
 
 # Operators that torchvision declares in compiled code, which does not load beside a CPU-only torch.
 _SCHEMAS = (
@@ -32,3 +37,50 @@ def import_torchvision() -> ModuleType:
     for schema in _SCHEMAS:
         _declarations.define(schema)
     return importlib.import_module("torchvision")
+
+
+def torchvision_net() -> Net:
+    """The ResNet-50 of torchvision."""
+    torchvision = import_torchvision()
+    from torchvision.models._utils import IntermediateLayerGetter
+
+    layers = {f"layer{stage}": str(stage) for stage in (1, 2, 3, 4)}
+    net: Net = IntermediateLayerGetter(torchvision.models.resnet50(), layers).eval()
+    return net
+
+
+def timm_net() -> Net:
+    """The ResNet-50 of timm."""
+    import_torchvision()
+    import timm
+
+    net: Net = timm.create_model("resnet50", features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    return net
+
+
+def transformers_net() -> Net:
+    """The ResNet-50 of Hugging Face."""
+    import_torchvision()  # which transformers imports, too
+    from transformers import ResNetBackbone, ResNetConfig
+
+    config = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+    net: Net = ResNetBackbone(config).eval()
+    return net
+
+
+def mmdet_net(**options: Any) -> Net:
+    """The ResNet-50 of mmdet, with options of its own."""
+    import_torchvision()  # which mmdet imports, too
+    from mmdet.models.backbones import ResNet
+
+    net: Any = ResNet(50, **options)
+    net.eval()  # which returns nothing
+    return net  # type: ignore[no-any-return]
+
+
+PEERS: dict[str, Callable[[], Net]] = {
+    "torchvision": torchvision_net,
+    "timm": timm_net,
+    "transformers": transformers_net,
+    "mmdet": mmdet_net,
+}

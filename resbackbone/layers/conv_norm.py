@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
@@ -12,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from resbackbone.layers.folded_convolution import convolve_folded
 from resbackbone.layers.module import InitConfig, Module
 from resbackbone.layers.norm import FrozenBatchNorm2d
-from resbackbone.layers.tracing import is_recording
+from resbackbone.layers.tracing import is_recording, is_transformed
 from resbackbone.layers.trident_conv import TridentConv2d
 from resbackbone.layers.weight_standardization import ConvAWS2d, ConvWS2d
 
@@ -23,7 +24,9 @@ _CONVOLUTIONS = {nn.Conv2d.forward, ConvWS2d.forward, ConvAWS2d.forward, Trident
 _NORMS = {_BatchNorm.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm2d.forward}
 
 
-def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, dilation: int | None = None) -> Tensor:
+def conv_norm(
+    x: Tensor, conv: nn.Module, norm: nn.Module, dilation: int | None = None, shortcut: Tensor | None = None
+) -> Tensor:
     """Run a convolution and the norm behind it.
 
     Args:
@@ -31,13 +34,17 @@ def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, dilation: int | None 
         conv: The convolution. Where :func:`set_folding` asked it to, and the norm is frozen, both are one convolution.
         norm: Any layer behind it.
         dilation: What the convolution is called with, where it takes another dilation than its own.
+        shortcut: ``(N, out_channels, H', W')``, added at the end.
 
     Returns:
         ``(N, out_channels, H', W')``.
     """
     if getattr(conv, "folds_norm", False) and _can_fold(x, conv, norm):
-        return convolve_folded(x, conv, norm, dilation)  # type: ignore[arg-type]
-    return norm(conv(x) if dilation is None else conv(x, dilation))  # type: ignore[no-any-return]
+        return convolve_folded(x, conv, norm, dilation, shortcut)  # type: ignore[arg-type]
+    out: Tensor = norm(conv(x) if dilation is None else conv(x, dilation))
+    if shortcut is not None:
+        out += shortcut
+    return out
 
 
 def set_folding(net: nn.Module, folding: bool) -> None:
@@ -58,9 +65,19 @@ def _can_fold(x: Any, conv: Any, norm: Any) -> bool:
         and stands_still(norm)
         and isinstance(x, Tensor)
         and x.dim() == 4
+        and not x.is_meta
+        and _fits(x, conv.weight)
         and not is_recording()
+        and not is_transformed()
         and not _is_watched(conv, norm)
     )
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Return whether both have one precision, or autocast gives them one; elsewhere the convolution raises."""
+    if x.dtype is weight.dtype:
+        return True
+    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
 
 
 def stands_still(norm: nn.Module) -> bool:

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 Geometry = tuple[Any, Any, Any, int]  # stride, padding, dilation, groups, as a convolution takes them
 
 
-def convolve_folded(x: Tensor, conv: nn.Conv2d, norm: Any, dilation: int | None = None) -> Tensor:
-    """Compute ``norm(conv(x))`` with weights in which the norm is folded, ``weight * s``, and the bias ``t``.
+def convolve_folded(
+    x: Tensor, conv: nn.Conv2d, norm: Any, dilation: int | None = None, shortcut: Tensor | None = None
+) -> Tensor:
+    """Compute ``norm(conv(x)) + shortcut`` with the norm folded into the weights, ``weight * s``, and the bias ``t``.
 
     ``s = gamma / sqrt(var + eps)`` and ``t = beta + (bias - mean) * s``. Gradients go to what the two layers have; of
     feature maps only ``x`` is kept for the backward pass, which folds the weights again.
@@ -22,6 +24,7 @@ def convolve_folded(x: Tensor, conv: nn.Conv2d, norm: Any, dilation: int | None 
         conv: A plain convolution, or one that standardises its weights.
         norm: A batch norm that normalises by its running statistics.
         dilation: In place of the convolution's dilation and padding, in pixels.
+        shortcut: ``(N, out_channels, H', W')``; None for nothing.
 
     Returns:
         ``(N, out_channels, H', W')``.
@@ -35,8 +38,8 @@ def convolve_folded(x: Tensor, conv: nn.Conv2d, norm: Any, dilation: int | None 
     mean, var = norm.running_mean, norm.running_var
     gamma = torch.ones_like(var) if norm.weight is None else norm.weight
     beta = torch.zeros_like(mean) if norm.bias is None else norm.bias
-    x = _enter(x)
-    tensors = (x, weight, conv.bias, gamma, beta, mean, var)
+    x, shortcut = _enter(x), None if shortcut is None else _enter(shortcut)
+    tensors = (x, weight, conv.bias, gamma, beta, mean, var, shortcut)
     geometry = (conv.stride, padding, dilated, conv.groups)
     if torch.compiler.is_compiling():  # the compiler takes derivatives itself, and chooses what is kept
         return _convolve(*tensors, norm.eps, geometry)
@@ -72,12 +75,36 @@ def _convolve(
     beta: Tensor,
     mean: Tensor,
     var: Tensor,
+    shortcut: Tensor | None,
     eps: float,
     geometry: Geometry,
 ) -> Tensor:
     _, scale = _scales(gamma, var, eps)
     shift = beta + (-mean if bias is None else bias - mean) * scale
-    return F.conv2d(x, _fold(weight, scale, x), shift.to(x.dtype), *geometry)
+    folded, shift = _fold(weight, scale, x), shift.to(x.dtype)
+    if shortcut is None:
+        return F.conv2d(x, folded, shift, *geometry)
+    if not _can_add(x, shortcut, folded, geometry):
+        return F.conv2d(x, folded, shift, *geometry).add_(shortcut)
+    stride, padding, dilation, groups = geometry
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
+        *(x, shortcut, folded, shift, padding, stride, dilation, groups), *("add", 1.0, None, [], None)
+    )
+    return out
+
+
+def _can_add(x: Tensor, shortcut: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Return whether oneDNN adds a shortcut to what it convolves; it neither spreads nor converts it."""
+    stride, padding, dilation, _ = geometry
+    sides = [
+        (side + 2 * p - d * (k - 1) - 1) // s + 1
+        for side, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    if shortcut.shape != (len(x), len(weight), *sides) or shortcut.dtype is not x.dtype:
+        return False
+    if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:
+        return False
+    return x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _FoldedConvolution(torch.autograd.Function):
@@ -89,13 +116,13 @@ class _FoldedConvolution(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        x, weight, bias, gamma, _, mean, var, ctx.eps, ctx.geometry = inputs
+        x, weight, bias, gamma, _, mean, var, _, ctx.eps, ctx.geometry = inputs
         ctx.save_for_backward(x, weight, bias, gamma, mean, var)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, gamma, mean, var = ctx.saved_tensors
-        of_x, of_weight, of_bias, of_gamma, of_beta, *_ = ctx.needs_input_grad
+        of_x, of_weight, of_bias, of_gamma, of_beta, _, _, of_shortcut, *_ = ctx.needs_input_grad
         inverse, scale = _scales(gamma, var, ctx.eps)
         # Whoever goes backward under autocast means the forward pass, which is over.
         with torch.autocast(x.device.type, enabled=False):
@@ -104,17 +131,19 @@ class _FoldedConvolution(torch.autograd.Function):
             )
             grads: list[Any] = [grad_x, None, None, None, None]
             if of_bias or of_gamma or of_beta:
-                grad_shift = grad.sum((0, 2, 3), dtype=scale.dtype)
+                # By columns first: asked for another precision at once, PyTorch would convert the whole map.
+                grad_shift = grad.sum((0, 2)).to(scale.dtype).sum(1)
                 grads[2] = grad_shift * scale if of_bias else None
                 grads[4] = grad_shift if of_beta else None
             if grad_folded is not None:
                 grad_folded = grad_folded.to(scale.dtype)
-                if of_weight:
-                    grads[1] = grad_folded * scale.view(-1, 1, 1, 1)
                 if of_gamma:
                     offset = -mean if bias is None else bias - mean
                     grads[3] = ((grad_folded * weight).sum((1, 2, 3)) + offset * grad_shift) * inverse
-        return (*grads, None, None, None, None)
+                if of_weight:
+                    spread = scale.view(-1, 1, 1, 1)
+                    grads[1] = grad_folded * spread if torch.is_grad_enabled() else grad_folded.mul_(spread)
+        return (*grads, None, None, grad if of_shortcut else None, None, None)
 
 
 def _differentiate(

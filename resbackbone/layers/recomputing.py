@@ -20,7 +20,7 @@ from resbackbone.layers.tracing import is_tracing
 
 WithCp = bool | Literal["norms"]
 
-_CONVOLUTIONS = {"aten::convolution", "torchvision::deform_conv2d"}
+_CONVOLUTIONS = {"aten::convolution", "mkldnn::_convolution_pointwise", "torchvision::deform_conv2d"}
 _Kept = list[tuple[Tensor, int]]  # with the number of changes in place that the tensor has seen
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active  # by torch.func.vmap, jvp and so on
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.7
 
 
