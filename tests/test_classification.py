@@ -401,6 +401,14 @@ def test_targets_say_how_much_of_a_picture_is_whose(kinds):
     torch.testing.assert_close(mixing(images, targets), once, rtol=0, atol=0)
 
 
+def test_no_picture_is_mixed_with_a_copy_of_itself():
+    batch = [draw.item for draw in EpochSampler(range(300), seed=0, repeats=3)][:32]
+    mixing = Mixing(mixup=1.0, cutmix=1.0)
+    for _ in range(10):
+        images, targets = mixing(torch.zeros(32, 3, 64, 64), F.one_hot(torch.tensor(batch), 300).float())
+        assert (targets > 0).sum(1).tolist() == [2] * 32
+
+
 def test_mixing_is_for_training_alone(images):
     model = ImageClassifier(SMALL, num_classes=3, mixing={"mixup": 5.0}).eval()
     labels = torch.tensor([0, 1])

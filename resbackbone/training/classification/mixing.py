@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 class Mixing:
-    """Mixes each picture with the one before it in the batch, and their targets in the same proportion.
+    """Mixes each picture with the one half a batch away, and their targets in the same proportion.
 
-    Where both kinds are asked for, a coin decides for each batch. Random numbers are PyTorch's global ones.
+    That is another one also where a sampler shows each several times in a row. Where both kinds are asked for, a coin
+    decides for each batch. Random numbers are PyTorch's global ones.
 
     Args:
         mixup: Both parameters of the beta distribution that the proportion of mixup comes from; 0 for none. Source:
@@ -43,8 +44,12 @@ class Mixing:
             images, share = _cutmix(images, _beta(self.cutmix))
         else:
             share = _beta(self.mixup)
-            images = images.lerp(images.roll(1, 0), share)
-        return images, targets.lerp(targets.roll(1, 0), share)
+            images = images.lerp(_partners(images), share)
+        return images, targets.lerp(_partners(targets), share)
+
+
+def _partners(batch: Tensor) -> Tensor:
+    return batch.roll(len(batch) // 2, 0)
 
 
 def _beta(alpha: float) -> float:
@@ -59,7 +64,7 @@ def _cutmix(images: Tensor, share: float) -> tuple[Tensor, float]:
     top, bottom = _span(height, side)
     left, right = _span(width, side)
     mixed = images.clone()
-    mixed[:, :, top:bottom, left:right] = images.roll(1, 0)[:, :, top:bottom, left:right]
+    mixed[:, :, top:bottom, left:right] = _partners(images)[:, :, top:bottom, left:right]
     return mixed, (bottom - top) * (right - left) / (height * width)
 
 
