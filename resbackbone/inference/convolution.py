@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 Ints = Sequence[int]
 Convolution = Callable[..., Tensor]  # of one tensor, or of one and what is added
-_PLAIN: tuple[Any, ...] = ("none", [], "")  # neither sum nor ReLU
 
 
 class FoldedConv2d(nn.Module):
@@ -61,44 +60,45 @@ class FusedConv2d(FoldedConv2d):
         """Convolve ``(N, in_channels, H, W)``, and add ``(N, out_channels, H', W')`` or what spreads to that."""
         return self._convolve(self.weight, x, other)
 
+    def plainly(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Compute the same with PyTorch's own operators: oneDNN's ReLU makes zeros of NaN."""
+        return super().forward(x, other)
+
     def specialize(self, x: Tensor, other: Tensor | None) -> Convolution:
         """Return what does the same to tensors of these shapes and layouts, with weights laid out for them."""
         shape = list(x.shape)
         weight: Tensor = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, shape)
-        if not all(map(_is_channels_last, (x, other))) or not (
-            other is None or other.shape == output_shape(x, self.weight, *self.geometry[:3])
-        ):
+        if not all(map(_is_channels_last, (x, other))) or self._spreads(x, other):
             return partial(self._convolve, weight)
-        operator, overwrite = self._operator(other), self.overwrite
-        fixed = (weight, self.bias, *self.geometry, *self._attributes(other))
-        if other is None:
-            return lambda x, other=None: operator(x, *fixed)
-        return lambda x, other=None: operator(*((other, x) if overwrite else (x, other)), *fixed)
+        return self._bind(weight, adds=other is not None, relu=self.relu)
 
     def _convolve(self, weight: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)  # no copy, but behind layers that work in another format
-        if other is not None and other.shape != output_shape(
-            x, self.weight, *self.geometry[:3]
-        ):  # the operator does not broadcast
-            out = self._operator(None)(x, weight, self.bias, *self.geometry, *_PLAIN)
-            return torch.relu(out + other) if self.relu else out + other
-        if other is not None:
-            other = other.contiguous(memory_format=torch.channels_last)  # the operator fuses with no other format
-        operands = (x,) if other is None else (other, x) if self.overwrite else (x, other)
-        summed: Tensor = self._operator(other)(*operands, weight, self.bias, *self.geometry, *self._attributes(other))
-        return summed
+        if other is None:
+            return self._bind(weight, adds=False, relu=self.relu)(x)
+        if self._spreads(x, other):  # which the operator does not
+            out = self._bind(weight, adds=False, relu=False)(x) + other
+            return out.relu_() if self.relu else out
+        other = other.contiguous(memory_format=torch.channels_last)  # the operator fuses with no other format
+        return self._bind(weight, adds=True, relu=self.relu)(x, other)
 
-    def _operator(self, other: Tensor | None) -> Any:
+    def _spreads(self, x: Tensor, other: Tensor | None) -> bool:
+        return other is not None and other.shape != output_shape(x, self.weight, *self.geometry[:3])
+
+    def _bind(self, weight: Tensor, *, adds: bool, relu: bool) -> Convolution:
+        """Return the operator with all that stays the same from call to call."""
         operators: Any = torch.ops.mkldnn
-        if other is None:
-            return operators._convolution_pointwise.default
-        return operators._convolution_pointwise_.binary if self.overwrite else operators._convolution_pointwise.binary
-
-    def _attributes(self, other: Tensor | None) -> tuple[Any, ...]:
-        """What tells the operator to add and to rectify."""
-        if other is None:
-            return ("relu", [], "") if self.relu else _PLAIN
-        return ("add", 1.0, "relu" if self.relu else None, [], None)
+        fixed: tuple[Any, ...] = (weight, self.bias, *self.geometry)
+        if not adds:
+            fixed += ("relu" if relu else "none", [], "")
+            alone = operators._convolution_pointwise.default
+            return lambda x, other=None: alone(x, *fixed)
+        fixed += ("add", 1.0, "relu" if relu else None, [], None)
+        if self.overwrite:
+            in_place = operators._convolution_pointwise_.binary
+            return lambda x, other: in_place(other, x, *fixed)
+        anew = operators._convolution_pointwise.binary
+        return lambda x, other: anew(x, other, *fixed)
 
 
 def output_shape(x: Tensor, weight: Tensor, padding: Ints, stride: Ints, dilation: Ints) -> tuple[int, ...]:

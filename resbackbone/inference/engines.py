@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from resbackbone.backbones.base import check_images
 from resbackbone.features import FeatureInfo
@@ -104,7 +106,7 @@ class Captured(Folded):
 
 
 class Fused(Folded):
-    """A graph that calls operators of oneDNN.
+    """A graph that calls operators of oneDNN, whose ReLU makes zeros of NaN.
 
     Args:
         net: What it is made of.
@@ -112,6 +114,9 @@ class Fused(Folded):
         convolutions: These.
         dtype: What is handed in and out.
         pack_bytes: Bytes that laid-out weights may take; 0 for none.
+
+    Raises:
+        ValueError: If weights are NaN or infinite.
     """
 
     def __init__(
@@ -123,6 +128,11 @@ class Fused(Folded):
         pack_bytes: int,
     ) -> None:
         super().__init__(net, graph, convolutions, dtype)  # type: ignore[arg-type]
+        if not all(_is_tame(tensor) for tensor in self.state_dict().values() if tensor.is_floating_point()):
+            raise ValueError(
+                f"{self.name} has weights or statistics that are NaN, infinite or above 1e19, or negative variances; "
+                "mend them, or use optimize(net, backend='eager'), which computes what such numbers give"
+            )
         self._packs: ReturningSizes[Packs] = ReturningSizes(
             pack_bytes // max(sum(conv.weight.nbytes for conv in convolutions), 1)
         )
@@ -133,11 +143,28 @@ class Fused(Folded):
         return tuple(self._packs)
 
     def _run(self, x: Tensor) -> Any:
+        return self._run_fast(x) if _is_tame(x) else self._run_safely(x)
+
+    def _run_fast(self, x: Tensor) -> Any:
         convolutions: Any = tuple(self.convolutions)
         packs = self._packs.get(tuple(x.shape), lambda: Packs(convolutions))
-        outs = self.graph(x, convolutions if packs is None else packs.calls)
-        spoilt = x.amax((1, 2, 3)).isnan()  # oneDNN's ReLU makes a zero of NaN, which would hide it
-        if spoilt.any():
-            for out in outs if isinstance(outs, (tuple, list)) else (outs,):
-                out[spoilt] = torch.nan
-        return outs
+        return self.graph(x, convolutions if packs is None else packs.calls)
+
+    def _run_safely(self, x: Tensor) -> Any:
+        """Compute images that are not tame."""
+        return self.graph(x, [conv.plainly for conv in self.convolutions])
+
+
+class Quantized(Fused):
+    """A graph that calls operators of bytes, which can be neither NaN nor infinite."""
+
+    def _run_safely(self, x: Tensor) -> Any:
+        spoilt = ~x.isfinite().flatten(1).all(1)
+        return tree_map_only(
+            Tensor, lambda out: out.index_fill_(0, spoilt.nonzero()[:, 0], torch.nan), self._run_fast(x)
+        )
+
+
+def _is_tame(x: Tensor) -> bool:
+    """Whether there is no NaN, no infinity and no number so large, above 1e19, that layers may well make one of it."""
+    return math.isfinite(torch.linalg.vector_norm(x).item())  # its squares are finite

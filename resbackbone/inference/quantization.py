@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from resbackbone.images import find_images, read_image
 from resbackbone.inference.convolution import Convolution, FusedConv2d, output_shape
-from resbackbone.inference.engines import Fused
+from resbackbone.inference.engines import Quantized
 from resbackbone.inference.graph import fuse, fused_call, fused_index, operands, trace
 from resbackbone.inference.optimizing import PACK_BYTES, require_onednn
 from resbackbone.preprocessing import preprocessing_of
@@ -71,7 +71,7 @@ def quantize(net: nn.Module, pictures: str | Path | Iterable[Tensor], *, pack_by
     if not calibration.watch(images):
         raise ValueError("`pictures` is empty; ranges need at least one image to be measured on")
     graph, convolutions = _lower(traced, fused, calibration)
-    return Fused(copied, graph, convolutions, torch.float32, pack_bytes)
+    return Quantized(copied, graph, convolutions, torch.float32, pack_bytes)
 
 
 def _read(net: nn.Module, folder: str | Path) -> Iterable[Tensor]:
