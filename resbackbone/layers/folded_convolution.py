@@ -131,8 +131,8 @@ class _FoldedConvolution(torch.autograd.Function):
             )
             grads: list[Any] = [grad_x, None, None, None, None]
             if of_bias or of_gamma or of_beta:
-                # By columns first: asked for another precision at once, PyTorch would convert the whole map.
-                grad_shift = grad.sum((0, 2)).to(scale.dtype).sum(1)
+                # Row by row first: asked for another precision at once, PyTorch would convert the whole map.
+                grad_shift = grad.permute(0, 2, 3, 1).sum(2).to(scale.dtype).sum((0, 1))
                 grads[2] = grad_shift * scale if of_bias else None
                 grads[4] = grad_shift if of_beta else None
             if grad_folded is not None:
