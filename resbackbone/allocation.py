@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
 
     The C library of Linux returns blocks of more than 32 MiB to the system at once. The feature maps of detectors are
     larger, so each call gets its memory anew, and waits for the system to clear it. This holds for the whole process
-    and until it ends, which is why no other function here does it; the memory that is kept is what was needed at the
-    worst moment.
+    and until it ends, which is why only the command ``resbackbone extract``, whose process is its own, does it unasked.
+    The memory that is kept is what was needed at the worst moment.
 
     Returns:
         Whether it will: False where the C library is another than glibc.

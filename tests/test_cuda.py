@@ -1,7 +1,10 @@
 """On a CUDA device: the same feature maps, captured sizes, half precision."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from torch import nn
 
 from resbackbone import ResNet
 from resbackbone.inference import optimize
@@ -47,6 +50,60 @@ def test_the_caller_may_keep_and_change_what_it_gets(net):
     for out in held:
         out.zero_()
     assert all(torch.equal(*pair) for pair in zip(fast(x), kept, strict=True))
+
+
+def test_captured_sizes_follow_the_weights_and_the_device(net):
+    fast = optimize(net)
+    other = optimize(ResNet(50, base_channels=8).eval().cuda())
+    x = torch.randn(1, 3, 64, 64, device="cuda")
+    for _ in range(3):
+        fast(x)
+    assert {out.device.type for out in fast.cpu()(x.cpu())} == {"cpu"}
+    fast.cuda().load_state_dict(other.state_dict())
+    for _ in range(3):
+        for out, expected in zip(fast(x), other(x), strict=True):
+            assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_many_threads_capture_and_get_the_same(net):
+    nets = [optimize(net), optimize(net)]
+    inputs = [torch.randn(1, 3, 32 + 32 * (index % 3), 64, device="cuda") for index in range(6)]
+    with torch.no_grad():
+        expected = [net(x) for x in inputs]
+
+    def work(index):
+        for _ in range(8):
+            for out, reference in zip(nets[index % 2](inputs[index]), expected[index], strict=True):
+                assert (out - reference).abs().max() <= 1e-5 * reference.abs().max()
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert all(len(fast.packed_sizes) == 3 for fast in nets)
+
+
+def test_what_cannot_be_captured_runs_as_it_is(net):
+    class Waiting(nn.ReLU6):
+        __module__ = "torch.nn"  # so that tracing leaves it whole
+
+        def forward(self, x):
+            torch.cuda.synchronize()  # which no graph can hold
+            return super().forward(x)
+
+    class Leaf(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.last = net, Waiting()
+
+        def forward(self, x):
+            return self.last(self.net(x)[-1])
+
+    fast = optimize(Leaf().eval())
+    x = torch.randn(1, 3, 64, 64, device="cuda")
+    expected = fast(x)
+    with pytest.warns(UserWarning, match="no CUDA graph can be made of this net, it runs without"):
+        fast(x)
+    for _ in range(3):
+        assert torch.equal(fast(x), expected)
 
 
 def test_compiled_it_computes_the_same(net):

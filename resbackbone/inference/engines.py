@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,15 +12,15 @@ from torch.utils._pytree import tree_map_only
 
 from resbackbone.backbones.base import check_images
 from resbackbone.features import FeatureInfo
-from resbackbone.inference.cuda_graph import CudaGraph
+from resbackbone.inference.cuda_graph import Recorder
 from resbackbone.inference.packs import Packable, Packs
 from resbackbone.inference.sizes import ReturningSizes
 
-CUDA_GRAPHS = 16  # sizes that are captured at once; each keeps the memory of its feature maps
+CUDA_GRAPHS = 16  # sizes that are captured at once; each keeps its images and feature maps
 
 
 class Optimized(nn.Module):
-    """What they all have: the promises of the backbone, and the conversion of the input."""
+    """What they all have: the promises of the backbone, evaluation for ever, and the conversion of the input."""
 
     def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -37,7 +37,15 @@ class Optimized(nn.Module):
         """Compute the feature maps of images ``(N, in_channels, H, W)``."""
         if self.in_channels is not None:
             check_images(x, self.name, self.in_channels)
-        return self._run(x.to(self.dtype, memory_format=torch.channels_last))
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._run(x)
+        with torch.autocast(x.device.type, enabled=False):  # the dtype is the one that was asked for
+            return self._run(x)
+
+    def train(self, mode: bool = True) -> Any:
+        """Stay in evaluation, whatever what it is part of does: what is folded cannot train."""
+        return super().train(False)
 
     @property
     def packed_sizes(self) -> tuple[tuple[int, ...], ...]:
@@ -46,6 +54,26 @@ class Optimized(nn.Module):
 
     def _run(self, x: Tensor) -> Any:
         raise NotImplementedError
+
+    def _forget(self) -> None:
+        """Drop what was made of the weights for some sizes."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._check_move(fn(torch.empty(1, dtype=self.dtype)))
+        self._forget()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _check_move(self, moved: Tensor) -> None:
+        """Refuse what the weights shall become."""
+        if moved.dtype != self.dtype:
+            raise TypeError(
+                f"this net was optimised for {self.dtype} and cannot become {moved.dtype}; "
+                "optimize the original for that `dtype`"
+            )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class Compiled(Optimized):
@@ -60,6 +88,11 @@ class Compiled(Optimized):
         super().__init__(net, dtype)
         self.net = net
         self.net.compile()
+        self.eval()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.net.compile()  # which is no part of a module's state
 
     def _run(self, x: Tensor) -> Any:
         return self.net(x)
@@ -81,6 +114,7 @@ class Folded(Optimized):
         super().__init__(net, dtype)
         self.graph = graph
         self.convolutions = nn.ModuleList(convolutions)
+        self.eval()
 
     def _run(self, x: Tensor) -> Any:
         return self.graph(x, tuple(self.convolutions))
@@ -93,7 +127,7 @@ class Captured(Folded):
         self, net: nn.Module, graph: fx.GraphModule, convolutions: Sequence[nn.Module], dtype: torch.dtype
     ) -> None:
         super().__init__(net, graph, convolutions, dtype)
-        self._graphs: ReturningSizes[CudaGraph] = ReturningSizes(CUDA_GRAPHS)
+        self._forget()
 
     @property
     def packed_sizes(self) -> tuple[tuple[int, ...], ...]:
@@ -101,8 +135,13 @@ class Captured(Folded):
         return tuple(self._graphs)
 
     def _run(self, x: Tensor) -> Any:
-        graph = self._graphs.get(tuple(x.shape), lambda: CudaGraph(super(Captured, self)._run, x))
-        return super()._run(x) if graph is None else graph(x)
+        run = super()._run
+        graph = self._graphs.get(tuple(x.shape), lambda: self._recorder.record(run, x)) if x.is_cuda else None
+        return run(x) if graph is None else graph(x)
+
+    def _forget(self) -> None:
+        self._graphs: ReturningSizes[Callable[[Tensor], Any]] = ReturningSizes(CUDA_GRAPHS)
+        self._recorder = Recorder()
 
 
 class Fused(Folded):
@@ -133,9 +172,8 @@ class Fused(Folded):
                 f"{self.name} has weights or statistics that are NaN, infinite or above 1e19, or negative variances; "
                 "mend them, or use optimize(net, backend='eager'), which computes what such numbers give"
             )
-        self._packs: ReturningSizes[Packs] = ReturningSizes(
-            pack_bytes // max(sum(conv.weight.nbytes for conv in convolutions), 1)
-        )
+        self._capacity = pack_bytes // max(sum(conv.weight.nbytes for conv in convolutions), 1)
+        self._forget()
 
     @property
     def packed_sizes(self) -> tuple[tuple[int, ...], ...]:
@@ -153,6 +191,17 @@ class Fused(Folded):
     def _run_safely(self, x: Tensor) -> Any:
         """Compute images that are not tame."""
         return self.graph(x, [conv.plainly for conv in self.convolutions])
+
+    def _forget(self) -> None:
+        self._packs: ReturningSizes[Packs] = ReturningSizes(self._capacity)
+
+    def _check_move(self, moved: Tensor) -> None:
+        super()._check_move(moved)
+        if moved.device.type != "cpu":
+            raise TypeError(
+                f"this net was optimised for oneDNN, which computes on CPUs, and cannot move to {moved.device}; "
+                "optimize the original there"
+            )
 
 
 class Quantized(Fused):
