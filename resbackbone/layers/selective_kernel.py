@@ -13,7 +13,7 @@ from resbackbone.layers.conv import build_conv_layer
 from resbackbone.layers.conv_norm import Sequential, conv_norm
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
-from resbackbone.layers.split_attention import check_norm_of_one_pixel
+from resbackbone.layers.split_attention import add_up, check_norm_of_one_pixel
 
 
 class SelectiveKernelConv2d(nn.Module):
@@ -95,8 +95,7 @@ class SelectiveKernelConv2d(nn.Module):
         shares = x.chunk(len(self.paths), dim=1) if self.split_input else [x] * len(self.paths)
         # By number, since a tracer (torch.fx) cannot iterate over the chunks.
         views = torch.stack([path(shares[index]) for index, path in enumerate(self.paths)], dim=1)
-        out: Tensor = (views * self.attn(views.sum(1))).sum(1)
-        return out
+        return add_up(views * self.attn(add_up(views, len(self.paths))), len(self.paths))
 
 
 class SelectiveKernelAttention(nn.Module):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -105,8 +108,17 @@ class SplitAttentionConv2d(Module):
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
         x = self.relu(conv_norm(x, self.conv, getattr(self, self.norm0_name)))
         splits = torch.unflatten(x, 1, (self.radix, -1))
-        weights = self.attention(F.adaptive_avg_pool2d(splits.sum(1), 1))
-        return (weights * splits).sum(1)
+        weights = self.attention(F.adaptive_avg_pool2d(add_up(splits, self.radix), 1))
+        return add_up(weights * splits, self.radix)
+
+
+def add_up(splits: Tensor, count: int) -> Tensor:
+    """Compute ``splits.sum(1)`` of ``(N, count, C, H, W)``, to the same bits; in channels_last faster."""
+    if count > 4:  # more are added up in another order
+        return splits.sum(1)
+    parts = splits.unbind(1)
+    # By number, since a tracer (torch.fx) cannot iterate over them.
+    return reduce(operator.add, [parts[index] for index in range(count)])
 
 
 def check_norm_of_one_pixel(norm: nn.Module, norm_cfg: Config, layer: str) -> None:
