@@ -49,3 +49,4 @@ def test_the_command_times_every_way_and_writes_json(tmp_path):
 
 def test_the_command_refuses_in_one_line():
     assert "resnet1" in fails("bench", "resnet1")
+    assert "device 'cuda:99' is not there" in fails("bench", "resnet18", "--device", "cuda:99")

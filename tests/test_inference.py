@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, every_case, make
+from mmcv.cnn.bricks import NonLocal2d
 from torch import nn
 
 from resbackbone import ResNet, build_backbone
@@ -333,6 +334,70 @@ def test_autocast_does_not_change_what_was_asked_for(build, images, case, backen
 def test_gradients_are_not_recorded(net, images):
     outs = optimize(net)(images.requires_grad_())
     assert not any(out.requires_grad for out in outs)
+
+
+@pytest.mark.parametrize("backend", ["onednn", "eager"])
+def test_a_layer_that_cannot_be_traced_runs_as_it_is(shake, images, backend):
+    plugin = {"cfg": {"type": "NonLocal2d"}, "stages": (False, True, True, False), "position": "after_conv2"}
+    net = shake(ResNet(50, base_channels=8, plugins=[plugin])).eval()
+    for module in net.modules():
+        if isinstance(module, NonLocal2d):
+            nn.init.normal_(module.conv_out.conv.weight)  # zeros would add nothing
+    fast = optimize(net, backend=backend)
+    with torch.no_grad():
+        assert worst(fast(images), net(images)) < 1e-5
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in fast.modules()) == 0
+
+
+class Branching(ResNet):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_refuses_backbones_that_cannot_be_traced(inside):
+    net = Branching(18, base_channels=8)
+    with pytest.raises(ValueError, match=r"(Branching|Sequential) cannot be traced: "):
+        optimize(nn.Sequential(net) if inside else net)
+
+
+@pytest.mark.parametrize("name", ["layer1.0.conv1", "layer2", ""])
+def test_hooks_stay_behind_with_a_warning(net, images, name):
+    called = []
+    net.get_submodule(name).register_forward_hook(lambda module, args, out: called.append(module))
+    with pytest.warns(UserWarning, match=f"hooks of ResNet are dropped.*: of '{name}' and 0 others"):
+        fast = optimize(net)
+    fast(images)
+    assert called == []
+    net(images)
+    assert len(called) == 1
+
+
+def test_maps_in_a_dict(net, images):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return dict(zip("abcd", self.net(x), strict=True))
+
+    images[0, 0, 5, 5] = math.nan
+    model = Named().eval()
+    with torch.no_grad():
+        expected = model(images)
+    outs = optimize(model)(images)
+    assert list(outs) == list(expected)
+    assert all(torch.equal(outs[key].isnan(), expected[key].isnan()) for key in expected)
+
+
+def test_bfloat16_goes_without_onednn_where_that_has_none(net, images, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert optimize(net, "bfloat16")(images)[0].dtype is torch.bfloat16
+    with pytest.raises(
+        ValueError, match=r"for bfloat16 a processor with AVX-512 or the like; ResNet in torch\.bfloat16"
+    ):
+        optimize(net, "bfloat16", "onednn")
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,27 @@ def test_nan_in_nan_out(net, images, value):
     assert all(out[0].isnan().all() and out[1].isfinite().all() for out in outs)
 
 
+def test_maps_in_a_dict(net, images):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return dict(zip("abcd", self.net(x), strict=True))
+
+    fast = quantize(Named().eval(), images)
+    images[0, 0, 5, 5] = math.nan
+    outs = fast(images)
+    assert list(outs) == list("abcd")
+    assert all(out[0].isnan().all() and out[1].isfinite().all() for out in outs.values())
+
+
+def test_one_tensor_to_measure_on(net, images):
+    outs = quantize(net, images)(images)
+    assert all(torch.equal(*pair) for pair in zip(outs, quantize(net, [images])(images), strict=True))
+
+
 def test_it_can_be_pickled(net, photograph):
     fast = quantize(net, [photograph])
     copied = pickle.loads(pickle.dumps(fast))
@@ -143,7 +164,11 @@ def test_it_can_be_pickled(net, photograph):
 
 @pytest.mark.parametrize(
     ("pictures", "text"),
-    [([], "`pictures` is empty"), ([torch.full((1, 3, 64, 64), math.nan)], "gives NaN or infinity at")],
+    [
+        ([], "`pictures` is empty"),
+        (torch.zeros(3, 64, 64), r"`pictures` must be .* of shape \(N, in_channels, H, W\), got \(3, 64, 64\)"),
+        ([torch.full((1, 3, 64, 64), math.nan)], "gives NaN or infinity at"),
+    ],
 )
 def test_refuses(net, pictures, text):
     with pytest.raises(ValueError, match=text):

@@ -34,6 +34,7 @@ def bench(
 
     from resbackbone import build_backbone
     from resbackbone.benchmarking import about_machine, alternate, matmul_rate, seconds
+    from resbackbone.cli.features import check_device
     from resbackbone.complexity import measure
     from resbackbone.images import parse_size
 
@@ -42,6 +43,7 @@ def bench(
         height, width = (pixels, pixels) if isinstance(pixels, int) else pixels
         if threads is not None:
             torch.set_num_threads(threads)
+        check_device(device)
         net = build_backbone(config).eval().to(device)
         images = torch.randn(batch, net.in_channels, height, width, device=device)
         starts: dict[str, float] = {}

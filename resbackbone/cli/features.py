@@ -54,8 +54,7 @@ class Extractor:
     def __init__(
         self, config: str, *, checkpoint: str | None, device: str, dtype: str, fpn: bool, backend: str = "auto"
     ) -> None:
-        if device not in (available := available_devices()) and f"{device}:0" not in available:
-            raise ValueError(f"device {device!r} is not there; available: {', '.join(available)}")
+        check_device(device)
         backbone_config = load_config(config).backbone
         torch.manual_seed(SEED)
         net = build_backbone(backbone_config)
@@ -174,6 +173,12 @@ def available_devices() -> list[str]:
     """The devices that torch can compute on here."""
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return devices + (["mps"] if torch.backends.mps.is_available() else [])
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not among :func:`available_devices`."""
+    if device not in (available := available_devices()) and f"{device}:0" not in available:
+        raise ValueError(f"device {device!r} is not there; available: {', '.join(available)}")
 
 
 def _configured_weights(config: Mapping[str, Any]) -> str | None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.fx.node import Argument
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from resbackbone.backbones.base import Backbone
 from resbackbone.inference.convolution import FoldedConv2d
 from resbackbone.layers import ConvAWS2d, ConvWS2d, DeformConv2d, DropPath, FrozenBatchNorm2d, SAConv2d, StdConv2d
 
 Conv = TypeVar("Conv", bound=FoldedConv2d)
+_UNTRACEABLE = (fx.proxy.TraceError, TypeError)
 _ADD = {operator.add, operator.iadd, torch.add}
 _CONVOLUTIONS = (nn.Conv2d, ConvWS2d, StdConv2d, ConvAWS2d)  # these, but not what is derived from them
 _WHOLE = (*_CONVOLUTIONS, DeformConv2d, SAConv2d, FrozenBatchNorm2d)
@@ -23,22 +26,47 @@ _ANEW = {*_WHOLE, nn.BatchNorm2d, nn.SyncBatchNorm, nn.MaxPool2d, nn.AvgPool2d}
 
 
 class _Tracer(fx.Tracer):
-    """Takes as one step what is fused as one, and what computes with sizes, which no graph can hold."""
+    """Takes as one step what is fused as one, and layers that compute with sizes, which no graph can hold.
+
+    Args:
+        whole: Classes of such layers.
+    """
+
+    def __init__(self, whole: tuple[type[nn.Module], ...] = _WHOLE) -> None:
+        super().__init__()
+        self.whole = whole
+        self.obstacle: nn.Module | None = None  # the layer that could not be traced
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _WHOLE) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, self.whole) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, *args: Any) -> Any:
+        try:
+            return super().call_module(m, *args)
+        except _UNTRACEABLE:
+            self.obstacle = self.obstacle or m
+            raise
 
 
 def trace(net: nn.Module) -> fx.GraphModule:
-    """Record what a net computes.
+    """Record what a net computes; layers that depend on their input are steps that run as they are.
+
+    Args:
+        net: It loses its hooks.
 
     Raises:
-        ValueError: If its computation depends on its input, so that no graph can hold it.
+        ValueError: If a whole backbone depends on its input, or what calls it does, so that no graph can hold it.
     """
-    try:
-        graph = _Tracer().trace(net)
-    except (fx.proxy.TraceError, TypeError) as error:
-        raise ValueError(f"{type(net).__name__} cannot be traced: {error}") from error
+    _drop_hooks(net)
+    tracer = _Tracer()
+    while True:
+        try:
+            graph = tracer.trace(net)
+            break
+        except _UNTRACEABLE as error:
+            if tracer.obstacle is None or isinstance(tracer.obstacle, (Backbone, tracer.whole)):
+                raise ValueError(f"{type(net).__name__} cannot be traced: {error}") from error
+            tracer = _Tracer((*tracer.whole, type(tracer.obstacle)))
     for node in graph.nodes:
         node.type = None  # annotations come as text, with which no graph can be pickled
     return fx.GraphModule(net, graph)
@@ -137,6 +165,22 @@ def _other_operand(addition: fx.Node, one: fx.Node) -> fx.Node | None:
     if len(operands) != 1 or not isinstance(operands[0], fx.Node) or addition.kwargs:
         return None
     return operands[0]
+
+
+def _drop_hooks(net: nn.Module) -> None:
+    """Take out what is called beside modules, which will not be called, and say so."""
+    hooked = []
+    for name, module in net.named_modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if any(getattr(hook, "__module__", "") != Backbone.__module__ for hook in hooks.values()):
+                hooked.append(name)
+                hooks.clear()
+    if hooked:
+        warnings.warn(
+            f"hooks of {type(net).__name__} are dropped, since operators run in place of its modules: "
+            f"of {hooked[0]!r} and {len(hooked) - 1} others; register them on what is returned",
+            stacklevel=4,
+        )
 
 
 def _drop_idle(traced: fx.GraphModule) -> None:

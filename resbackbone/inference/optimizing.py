@@ -33,17 +33,20 @@ def optimize(
 
     Args:
         net: A backbone, or anything that calls one and can be traced, such as ``nn.Sequential(net, fpn)``. It stays as
-            it is; later changes to it do not reach the result.
+            it is; later changes to it do not reach the result. Its forward hooks stay behind, with a warning, but for
+            ``backend`` "compile".
         dtype: What is computed in, and handed out; "float16" on CUDA devices only.
         backend: "onednn" on CPUs; "eager" for PyTorch's own operators; "compile" for the net through
             ``torch.compile``; "auto" for the first on CPUs, and elsewhere for the second, on CUDA with graphs.
-        pack_bytes: Bytes that laid-out weights may take; 0 for none.
+        pack_bytes: Bytes that the weights laid out for sizes may take with oneDNN; 0 for none. The others lay out none.
 
     Returns:
-        A module: images ``(N, in_channels, H, W)`` to the same feature maps, in channels_last.
+        A module: images ``(N, in_channels, H, W)`` to the same feature maps, in channels_last where the backend leaves
+        them so, which "compile" decides for itself.
 
     Raises:
-        ValueError: If an argument is unknown, ``net`` cannot be traced, or the backend does not run here.
+        ValueError: If an argument is unknown, ``net`` cannot be traced or has weights that are NaN, or the backend does
+            not run here.
     """
     check_choice("dtype", dtype, tuple(_DTYPES))
     check_choice("backend", backend, ("auto", "onednn", "compile", "eager"))
@@ -55,9 +58,9 @@ def optimize(
     number = _DTYPES[dtype]
     if backend == "compile":
         return Compiled(copied.to(number, memory_format=torch.channels_last), number)  # type: ignore[call-overload]
-    with_onednn = backend == "onednn" or (backend == "auto" and _runs_onednn(copied))
+    with_onednn = backend == "onednn" or (backend == "auto" and _runs_onednn(copied, number))
     if with_onednn:
-        require_onednn(copied)
+        require_onednn(copied, number)
     traced = trace(copied)
     if with_onednn:
         fused = fuse(traced, FusedConv2d, number)
@@ -67,16 +70,18 @@ def optimize(
     return engine(copied, traced.to(number), folded, number)
 
 
-def require_onednn(net: nn.Module) -> None:
-    """Refuse a net that the operators of oneDNN cannot compute."""
-    if not _runs_onednn(net):
+def require_onednn(net: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Refuse a net that the operators of oneDNN cannot compute, in a dtype, on this machine."""
+    if not _runs_onednn(net, dtype):
         raise ValueError(
-            f"oneDNN needs weights on the CPU and a PyTorch built with it; {type(net).__name__} has others, or "
-            "this PyTorch is without; use optimize(net, backend='eager')"
+            f"oneDNN needs weights on the CPU, a PyTorch built with it, and for bfloat16 a processor with AVX-512 or "
+            f"the like; {type(net).__name__} in {dtype} lacks one of these; use optimize(net, backend='eager')"
         )
 
 
-def _runs_onednn(net: nn.Module) -> bool:
+def _runs_onednn(net: nn.Module, dtype: torch.dtype) -> bool:
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     on_cpu = all(tensor.device.type == "cpu" for tensor in net.state_dict().values())
-    return available and on_cpu and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    if not (available and on_cpu and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+        return False
+    return dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -41,7 +41,9 @@ class Grid(NamedTuple):
 _FLOATS = Grid(1.0, 0)  # what the operators want for a result in float32
 
 
-def quantize(net: nn.Module, pictures: str | Path | Iterable[Tensor], *, pack_bytes: int = PACK_BYTES) -> nn.Module:
+def quantize(
+    net: nn.Module, pictures: str | Path | Tensor | Iterable[Tensor], *, pack_bytes: int = PACK_BYTES
+) -> nn.Module:
     """Return a net for inference on CPUs whose convolutions compute with bytes.
 
     Norms, sums and ReLUs are part of the convolutions as in :func:`~resbackbone.inference.optimize`. What is no
@@ -50,8 +52,8 @@ def quantize(net: nn.Module, pictures: str | Path | Iterable[Tensor], *, pack_by
     Args:
         net: As for :func:`~resbackbone.inference.optimize`; it stays as it is.
         pictures: What to measure ranges on: a folder of pictures, normalised as
-            :func:`~resbackbone.preprocessing.preprocessing_of` says, or images as the net takes them,
-            ``(N, in_channels, H, W)``. A hundred like those to come are plenty.
+            :func:`~resbackbone.preprocessing.preprocessing_of` says, or images as the net takes them, one or several
+            tensors ``(N, in_channels, H, W)``. A hundred like those to come are plenty.
         pack_bytes: Bytes that laid-out weights may take; 0 for none.
 
     Returns:
@@ -66,12 +68,20 @@ def quantize(net: nn.Module, pictures: str | Path | Iterable[Tensor], *, pack_by
     copied = copy.deepcopy(net).float().eval().requires_grad_(False)
     traced = trace(copied)
     fused = fuse(traced, FusedConv2d, torch.float32)
-    images = _read(net, pictures) if isinstance(pictures, (str, Path)) else pictures
+    images = _read(net, pictures) if isinstance(pictures, (str, Path)) else _as_batches(pictures)
     calibration = _Calibration(traced, [conv.forward for conv in fused])
     if not calibration.watch(images):
         raise ValueError("`pictures` is empty; ranges need at least one image to be measured on")
     graph, convolutions = _lower(traced, fused, calibration)
     return Quantized(copied, graph, convolutions, torch.float32, pack_bytes)
+
+
+def _as_batches(images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    for batch in [images] if isinstance(images, Tensor) else images:
+        if not isinstance(batch, Tensor) or batch.dim() != 4:
+            got = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(f"`pictures` must be a folder, or tensors of shape (N, in_channels, H, W), got {got}")
+        yield batch
 
 
 def _read(net: nn.Module, folder: str | Path) -> Iterable[Tensor]:
@@ -169,7 +179,8 @@ class _Calibration(fx.Interpreter):
         """Run the net on images, and return on how many."""
         count = 0
         for image in images:
-            self.run(image.float().contiguous(memory_format=torch.channels_last), self._calls)
+            with torch.autocast("cpu", enabled=False):
+                self.run(image.float().contiguous(memory_format=torch.channels_last), self._calls)
             count += len(image)
         return count
 
