@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,10 +54,12 @@ class Contestant:
     Attributes:
         make: What builds it.
         dtype: What it computes in.
+        device: What it is for, if not any: "cpu" or "cuda".
     """
 
     make: Callable[[], Net]
     dtype: str = "float32"
+    device: str = ""
 
 
 def channels_last(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -64,11 +67,11 @@ def channels_last(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return x.to(dtype, memory_format=torch.channels_last)
 
 
-def compiled_net(dtype: torch.dtype = torch.float32, *, freezing: bool = False) -> Net:
+def compiled_net(dtype: torch.dtype = torch.float32, *, device: str = "cpu", freezing: bool = False) -> Net:
     """Ours through torch.compile, in channels_last; with freezing, Inductor folds norms and packs weights."""
     import torch._inductor.config
 
-    net = build_backbone("resnet50").eval().to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = build_backbone("resnet50").eval().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     compiled = torch.compile(net, dynamic=False if freezing else None)
 
     def call(x: Tensor) -> Any:
@@ -142,26 +145,33 @@ def openvino_net(folder: Path, precision: str = "f32", *, int8: bool = False) ->
     return lambda x: request.infer([x.numpy()])
 
 
-def contestants(config: str, folder: Path) -> dict[str, Contestant]:
-    """Every way there is; the first is what ratios are of."""
-    net = build_backbone(config).eval()
+def contestants(config: str, folder: Path, device: str) -> dict[str, Contestant]:
+    """Every way there is on a device; the first is what ratios are of."""
+    net = build_backbone(config).eval().to(device)
     bf16 = torch.bfloat16
-    return {
+
+    def on_device(make: Callable[[], Any]) -> Net:
+        return make().to(device)  # type: ignore[no-any-return]
+
+    ways = {
         PLAIN: Contestant(lambda: net),
         f"{OURS} eager": Contestant(partial(optimize, net, backend="eager")),
         OURS: Contestant(partial(optimize, net)),
         f"{OURS} bfloat16": Contestant(partial(optimize, net, "bfloat16"), "bfloat16"),
-        f"{OURS} int8": Contestant(lambda: quantize(net, [torch.randn(2, 3, 224, 224)]), "int8"),
-        **{name: Contestant(make) for name, make in PEERS.items()},
-        "torch.compile": Contestant(compiled_net),
-        "Inductor freezing": Contestant(partial(compiled_net, freezing=True)),
-        "ONNX Runtime": Contestant(partial(onnxruntime_net, folder)),
-        "OpenVINO": Contestant(partial(openvino_net, folder)),
-        "Inductor freezing bfloat16": Contestant(partial(compiled_net, bf16, freezing=True), "bfloat16"),
-        "OpenVINO bfloat16": Contestant(partial(openvino_net, folder, "bf16"), "bfloat16"),
-        "ONNX Runtime int8": Contestant(partial(onnxruntime_net, folder, int8=True), "int8"),
-        "OpenVINO int8": Contestant(partial(openvino_net, folder, int8=True), "int8"),
+        f"{OURS} float16": Contestant(partial(optimize, net, "float16"), "float16", "cuda"),
+        f"{OURS} int8": Contestant(lambda: quantize(net, [torch.randn(2, 3, 224, 224)]), "int8", "cpu"),
+        **{name: Contestant(partial(on_device, make)) for name, make in PEERS.items()},
+        "torch.compile": Contestant(partial(compiled_net, device=device)),
+        "torch.compile bfloat16": Contestant(partial(compiled_net, bf16, device=device), "bfloat16", "cuda"),
+        "Inductor freezing": Contestant(partial(compiled_net, freezing=True), device="cpu"),
+        "ONNX Runtime": Contestant(partial(onnxruntime_net, folder), device="cpu"),
+        "OpenVINO": Contestant(partial(openvino_net, folder), device="cpu"),
+        "Inductor freezing bfloat16": Contestant(partial(compiled_net, bf16, freezing=True), "bfloat16", "cpu"),
+        "OpenVINO bfloat16": Contestant(partial(openvino_net, folder, "bf16"), "bfloat16", "cpu"),
+        "ONNX Runtime int8": Contestant(partial(onnxruntime_net, folder, int8=True), "int8", "cpu"),
+        "OpenVINO int8": Contestant(partial(openvino_net, folder, int8=True), "int8", "cpu"),
     }
+    return {name: way for name, way in ways.items() if way.device in ("", device)}
 
 
 def varying_sizes(count: int = 60) -> list[tuple[int, int]]:
@@ -177,33 +187,34 @@ def varying_sizes(count: int = 60) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def latency(nets: dict[str, Net], runs: int) -> dict[str, dict[str, float]]:
+def latency(nets: dict[str, Net], runs: int, device: str) -> dict[str, dict[str, float]]:
     """Return seconds by shape and contestant."""
-    return {
-        shape: alternate({name: partial(net, torch.randn(batch, 3, *size)) for name, net in nets.items()}, runs=runs)
-        for shape, (batch, *size) in SHAPES.items()
-    }
+    times = {}
+    for shape, (batch, *size) in SHAPES.items():
+        x = torch.randn(batch, 3, *size, device=device)
+        times[shape] = alternate({name: partial(net, x) for name, net in nets.items()}, runs=runs)
+    return times
 
 
 @torch.no_grad()
-def stream(nets: dict[str, Net]) -> dict[str, float]:
+def stream(nets: dict[str, Net], device: str) -> dict[str, float]:
     """Return how long each takes for images of many sizes, each seen for the first time, in turn."""
     taken = dict.fromkeys(nets, 0.0)
     for size in varying_sizes():
-        x = torch.randn(1, 3, *size)
+        x = torch.randn(1, 3, *size, device=device)
         for name, net in nets.items():
             taken[name] += seconds(partial(net, x))
     return taken
 
 
 @torch.no_grad()
-def scaling(nets: dict[str, Net], threads: int, runs: int) -> dict[str, dict[str, float]]:
+def scaling(nets: dict[str, Net], threads: int, runs: int, device: str) -> dict[str, dict[str, float]]:
     """Return images per second at 224x224 by batch and threads."""
     rates: dict[str, dict[str, float]] = {}
-    for count in sorted({1, threads}):
+    for count in sorted({1, threads}) if device == "cpu" else [threads]:
         torch.set_num_threads(count)
         for batch in (1, 2, 4, 8, 16):
-            x = torch.randn(batch, 3, 224, 224)
+            x = torch.randn(batch, 3, 224, 224, device=device)
             times = alternate({name: partial(net, x) for name, net in nets.items()}, runs=runs)
             rates[f"{count} threads, batch {batch}"] = {name: batch / time for name, time in times.items()}
     torch.set_num_threads(threads)
@@ -211,38 +222,44 @@ def scaling(nets: dict[str, Net], threads: int, runs: int) -> dict[str, dict[str
 
 
 @torch.no_grad()
-def families(runs: int) -> dict[str, dict[str, float]]:
+def families(runs: int, device: str) -> dict[str, dict[str, float]]:
     """Return seconds of other architectures, eager and optimised, at 1x224x224 and 1x480x640."""
     figures = {}
     for config in FAMILIES:
-        net = build_backbone(config).eval()
+        net = build_backbone(config).eval().to(device)
         nets = {PLAIN: net, OURS: optimize(net), f"{OURS} bfloat16": optimize(net, "bfloat16")}
         for size in ((224, 224), (480, 640)):
-            x = torch.randn(1, 3, *size)
+            x = torch.randn(1, 3, *size, device=device)
             times = alternate({name: partial(net, x) for name, net in nets.items()}, runs=runs)
             figures[f"{config} {size[0]}x{size[1]}"] = times
     return figures
 
 
-def alone(config: str, name: str, threads: int, folder: Path) -> dict[str, float]:
+def alone(config: str, name: str, threads: int, folder: Path, device: str) -> dict[str, float]:
     """Measure start-up and memory of one contestant in a process of its own."""
     options = ["--config", config, "--alone", name, "--threads", str(threads), "--folder", str(folder)]
-    run = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=True)
+    command = [sys.executable, __file__, *options, "--device", device]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     figures: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
     return figures
 
 
 @torch.no_grad()
-def measure_alone(contestant: Contestant) -> dict[str, float]:
+def measure_alone(contestant: Contestant, device: str) -> dict[str, float]:
     """Measure how long a contestant takes to its first result, and the memory that it needs for a detector's image."""
-    x = torch.randn(1, 3, 224, 224)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    x = torch.randn(1, 3, 224, 224, device=device)
+    before = _peak(device)
     made: list[Net] = []
     first = seconds(lambda: made.append(contestant.make())) + seconds(lambda: made[0](x))
     for _ in range(3):
-        made[0](torch.randn(1, 3, 800, 1216))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"start-up, s": first, "memory, MiB": (after - before) / 1024}
+        made[0](torch.randn(1, 3, 800, 1216, device=device))
+    return {"start-up, s": first, "memory, MiB": (_peak(device) - before) / 2**20}
+
+
+def _peak(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def table(config: str, figures: dict[str, Any], ways: dict[str, Contestant]) -> str:
@@ -296,6 +313,7 @@ def main(
         str, typer.Option(help="Besides latency: any of stream, alone, scaling, families.")
     ] = "stream,alone,scaling,families",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     docs: Annotated[Path | None, typer.Option(help="A page whose section `inference` gets the table.")] = None,
     alone_name: Annotated[str, typer.Option("--alone", hidden=True)] = "",
     folder: Annotated[Path | None, typer.Option(help="Where exported files are, or come to be kept.")] = None,
@@ -308,11 +326,11 @@ def main(
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or Path(temporary)
-        ways = contestants(config, folder)
+        ways = contestants(config, folder, device)
         if alone_name:
-            print(json.dumps(measure_alone(ways[alone_name])))
+            print(json.dumps(measure_alone(ways[alone_name], device)))
             return
-        for figures in run_all(config, _chosen(ways, peers), parts.split(","), runs, threads, folder):
+        for figures in run_all(config, _chosen(ways, peers), parts.split(","), runs, threads, folder, device):
             if out is not None:
                 out.write_text(json.dumps({"config": config, **figures}, indent=1))
     text = table(config, figures, ways)
@@ -322,22 +340,25 @@ def main(
 
 
 def run_all(
-    config: str, ways: dict[str, Contestant], parts: list[str], runs: int, threads: int, folder: Path
+    config: str, ways: dict[str, Contestant], parts: list[str], runs: int, threads: int, folder: Path, device: str
 ) -> Iterator[dict[str, Any]]:
     """Measure everything that is asked for; what there is so far comes after each part."""
     nets = {name: way.make() for name, way in ways.items()}
     figures: dict[str, Any] = {
         "about": about_machine(),
-        "matmul": {"float32": matmul_rate(torch.float32), "bfloat16": matmul_rate(torch.bfloat16)},
-        "seconds": latency(nets, runs),
+        "matmul": {
+            "float32": matmul_rate(torch.float32, device=device),
+            "bfloat16": matmul_rate(torch.bfloat16, device=device),
+        },
+        "seconds": latency(nets, runs, device),
     }
     yield figures
     few = [name for name in (PLAIN, OURS, f"{OURS} bfloat16", "torch.compile") if name in ways]
     measures: dict[str, Callable[[], Any]] = {
-        "stream": lambda: stream({name: ways[name].make() for name in few}),
-        "alone": lambda: {name: alone(config, name, threads, folder) for name in ways if name not in PEERS},
-        "families": lambda: families(runs),
-        "scaling": lambda: scaling({name: nets[name] for name in few[:3]}, threads, runs),
+        "stream": lambda: stream({name: ways[name].make() for name in few}, device),
+        "alone": lambda: {name: alone(config, name, threads, folder, device) for name in ways if name not in PEERS},
+        "families": lambda: families(runs, device),
+        "scaling": lambda: scaling({name: nets[name] for name in few[:3]}, threads, runs, device),
     }
     for part in parts:
         if part:
@@ -348,7 +369,7 @@ def run_all(
 def _chosen(ways: dict[str, Contestant], peers: str) -> dict[str, Contestant]:
     names = [name for name in peers.split(",") if name]
     if peers == "all":
-        names = [name for name in ways if name != "mmdet"]
+        names = [name for name in ways if name not in PEERS or find_spec(name)]
     if unknown := set(names) - set(ways):
         raise typer.BadParameter(f"unknown peer {min(unknown)!r}; known: {', '.join(ways)}", param_hint="--peers")
     return {name: way for name, way in ways.items() if name in names or name.startswith((PLAIN, OURS))}

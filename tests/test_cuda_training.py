@@ -1,0 +1,81 @@
+"""Training on a CUDA device: folded norms under autocast, recomputed norms, synchronised norms."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from resbackbone import ResNetV1d
+from resbackbone.training import fold_frozen_norms, sync_batch_norms
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _exact_products():
+    allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
+
+
+def gradients(net, images, dtype):
+    with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
+        outs = net(images)
+    sum(out.float().square().mean() for out in outs).backward()
+    return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
+
+
+def nets(shake, memory_format=torch.contiguous_format):
+    """The same net twice, plain and folding."""
+    torch.manual_seed(0)
+    net = shake(ResNetV1d(50, base_channels=16, frozen_stages=1)).train().cuda()
+    return net, fold_frozen_norms(copy.deepcopy(net)).to(memory_format=memory_format)
+
+
+def assert_close(got, expected, tolerance):
+    assert list(got) == list(expected)
+    for name, reference in expected.items():
+        assert (got[name] - reference).abs().max() <= tolerance * reference.abs().max(), name
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_folded_norms_have_the_gradients_of_plain_ones(shake, memory_format):
+    plain, folding = nets(shake, memory_format)
+    images = torch.randn(2, 3, 64, 96, device="cuda")
+    assert_close(gradients(folding, images, torch.float32), gradients(plain, images, torch.float32), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_they_are_as_exact(shake, dtype):
+    images = torch.randn(2, 3, 64, 96, device="cuda")
+    exact = gradients(nets(shake)[0], images, torch.float32)
+    errors = []
+    for net in nets(shake):
+        got = gradients(net, images, dtype)
+        errors.append(sum((got[name] - reference).norm() / reference.norm() for name, reference in exact.items()))
+    assert errors[1] <= 1.3 * errors[0]
+
+
+def test_recomputed_norms_have_the_gradients_of_kept_ones(shake):
+    net = shake(ResNetV1d(50, base_channels=16, norm_eval=False)).train().cuda()
+    recomputing = copy.deepcopy(net)
+    recomputing.with_cp = "norms"
+    images = torch.randn(2, 3, 64, 96, device="cuda")
+    expected = gradients(net, images, torch.float32)
+    kept = torch.cuda.memory_allocated()
+    outs = net(images)
+    plain, kept = torch.cuda.memory_allocated() - kept, torch.cuda.memory_allocated()
+    again = recomputing(images)
+    assert torch.cuda.memory_allocated() - kept < 0.75 * plain
+    del outs, again
+    recomputing.load_state_dict(net.state_dict())
+    assert_close(gradients(recomputing, images, torch.float32), expected, 1e-4)
+
+
+def test_batch_norms_of_one_process_stay_plain():
+    with pytest.warns(UserWarning, match="plain, not synchronised"):
+        net = sync_batch_norms(nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4)).cuda())
+    assert type(net[1]) is nn.BatchNorm2d
+    assert net(torch.randn(2, 3, 4, 4, device="cuda")).is_cuda
