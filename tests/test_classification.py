@@ -14,7 +14,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from PIL import Image
 from torch import nn
-from training_runs import CONFIGS, curves, last_checkpoint, prepare, run, train
+from training_runs import CONFIG, CONFIGS, curves, last_checkpoint, prepare, run, train
 
 from resbackbone import MODELS, build_backbone
 from resbackbone.checkpoints import convert_state_dict, load_checkpoint
@@ -405,7 +405,7 @@ def test_no_picture_is_mixed_with_a_copy_of_itself():
     batch = [draw.item for draw in EpochSampler(range(300), seed=0, repeats=3)][:32]
     mixing = Mixing(mixup=1.0, cutmix=1.0)
     for _ in range(10):
-        images, targets = mixing(torch.zeros(32, 3, 64, 64), F.one_hot(torch.tensor(batch), 300).float())
+        _, targets = mixing(torch.zeros(32, 3, 64, 64), F.one_hot(torch.tensor(batch), 300).float())
         assert (targets > 0).sum(1).tolist() == [2] * 32
 
 
@@ -482,6 +482,13 @@ def test_lamb_steps_are_as_long_as_the_rate_times_the_tensor():
 # --- recipes and commands ---------------------------------------------------------------------------------------------
 
 RECIPES = sorted(path.name for path in CONFIGS.glob("[!_]*.py"))
+NUM_CLASSES = {
+    "digits_finetune_all.py": 5,
+    "digits_finetune_head.py": 5,
+    "digits_resnet18.py": 10,
+    "imagenet_resnet50_a2.py": 1000,
+    "imagenet_resnet50_a3.py": 1000,
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -502,10 +509,9 @@ def test_every_recipe_is_complete(name):
             sizes.add(changed.size)
         assert len(sizes) == 1
     assert model.backbone.in_channels == channels
-    assert model.num_classes == len(recipe.train_dataloader.dataset.get("classes", [])) or model.num_classes in (
-        10,
-        1000,
-    )
+    assert model.num_classes == NUM_CLASSES[name]
+    for key in transforms:
+        assert len(recipe[key].dataset.get("classes", range(NUM_CLASSES[name]))) == NUM_CLASSES[name]
     optimizing = {**recipe.optim_wrapper, "type": "OptimWrapper"}  # the one with mixed precision needs a GPU
     with DefaultScope.overwrite_default_scope("resbackbone"):
         optimizer = build_optim_wrapper(model, optimizing).optimizer
@@ -519,6 +525,13 @@ def test_overrides_change_a_recipe_and_typing_errors_are_told():
     assert recipe.train_cfg.max_epochs == 3
     assert recipe.train_dataloader.dataset.classes == [0, 1]
     assert recipe.load_from == "a.pth"
+    for override in (
+        "compile=True",
+        "experiment_name=a",
+        "activation_checkpointing=fc",
+        "efficient_conv_bn_eval=backbone",
+    ):
+        assert override.partition("=")[0] in load_recipe(path, [override])
     with pytest.raises(KeyError, match=r"the config has no 'modle'; did you mean 'model'\?"):
         load_recipe(path, ["modle.num_classes=3"])
     with pytest.raises(ValueError, match=r"an override is KEY=VALUE, such as train_cfg.max_epochs=5; got '3'"):
@@ -554,6 +567,17 @@ def test_train_says_how_far_it_is_and_what_came_of_it(trained):
     assert modes == [("train", step, step / 6) for step in range(1, 19)] + [("val", step, step) for step in (1, 2, 3)]
 
 
+def test_tensorboard_gets_the_curves_that_it_is_asked_for(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    backends = '[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]'
+    prepare(tmp_path, f"{CONFIG}visualizer = dict(vis_backends={backends})\n")
+    train(tmp_path, "run", "train_cfg.max_epochs=1")
+    (events,) = (tmp_path / "run").glob("*/vis_data/events.*")
+    found = accumulator.EventAccumulator(str(events)).Reload()
+    losses = [(record["step"], record["loss"]) for record in curves(tmp_path / "run") if record["mode"] == "train"]
+    assert [(event.step, pytest.approx(event.value)) for event in found.Scalars("loss")] == losses
+
+
 def test_test_measures_what_training_measured(trained):
     folder, _ = trained
     best = last_checkpoint(folder / "run")["message_hub"]["runtime_info"]
@@ -578,7 +602,7 @@ def test_test_measures_what_training_measured(trained):
         ),
         (
             ("config.py", "val_dataloader.dataset.classes=[dark,bright]"),
-            "training and validation have not the same classes",
+            "not the same classes in the same order: label 0 is 'bright' in training, 'dark' in validation; give both",
         ),
         (
             ("config.py", "model.num_class=3"),
@@ -596,14 +620,16 @@ def test_what_the_user_got_wrong_is_one_line(trained, tmp_path, arguments, words
     assert words in said.splitlines()[-1]
 
 
+def accuracy(work_dir):
+    """The last one of a run."""
+    return [record["accuracy/top1"] for record in curves(work_dir) if record["mode"] == "val"][-1]
+
+
 @pytest.mark.slow
 def test_digits_and_fine_tuning(tmp_path):
     write_digits(tmp_path / "data" / "digits")
     said = run(tmp_path, "train", CONFIGS / "digits_resnet18.py")
-    accuracies = [
-        record["accuracy/top1"] for record in curves(tmp_path / "work_dirs/digits_resnet18") if record["mode"] == "val"
-    ]
-    assert accuracies[-1] >= 98, said
+    assert accuracy(tmp_path / "work_dirs/digits_resnet18") >= 98, said
 
     few = [f"{part}_dataloader.dataset.classes=[0,1,2,3,4]" for part in ("train", "val")]
     run(
@@ -621,9 +647,11 @@ def test_digits_and_fine_tuning(tmp_path):
     for key in before:
         if key.startswith(("backbone", "data_preprocessor")):
             assert torch.equal(after[key], before[key]), key
-    accuracies = [
-        record["accuracy/top1"]
-        for record in curves(tmp_path / "work_dirs/digits_finetune_head")
-        if record["mode"] == "val"
-    ]
-    assert accuracies[-1] >= 90
+    assert accuracy(tmp_path / "work_dirs/digits_finetune_head") >= 90
+
+    run(tmp_path, "train", CONFIGS / "digits_finetune_all.py", "--resume")  # begins from the other's weights
+    tuned = last_checkpoint(tmp_path / "work_dirs/digits_finetune_all")
+    assert tuned["meta"]["epoch"] == 10
+    for key in ("backbone.conv1.weight", "backbone.layer4.1.conv2.weight", "fc.weight"):
+        assert not torch.equal(tuned["state_dict"][key], after[key]), key
+    assert accuracy(tmp_path / "work_dirs/digits_finetune_all") >= 95

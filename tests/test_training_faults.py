@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from training_runs import CONFIG, assert_same, last_checkpoint, prepare, start, state, train
+from training_runs import CONFIG, assert_same, last_checkpoint, prepare, run, start, state, train
 
 from resbackbone.training.running import checkpointing, read_checkpoint
 
@@ -137,6 +137,15 @@ def test_another_seed_trains_otherwise_and_is_resumed_without_being_told(folder,
     assert_same(state(tmp_path / "run"), state(tmp_path / "other"))
 
 
+def test_a_sampler_may_have_a_seed_of_its_own(folder, unbroken, tmp_path):
+    own = "train_dataloader.sampler.seed=5"
+    train(folder, tmp_path / "other", own)
+    assert state(tmp_path / "other")["curves"] != unbroken["curves"]
+    train(folder, tmp_path / "run", own, before=partial(die_in_iteration, 10), status=-signal.SIGKILL)
+    train(folder, tmp_path / "run", own, "--resume")
+    assert_same(state(tmp_path / "run"), state(tmp_path / "other"))
+
+
 def test_a_moved_folder_is_resumed_and_old_checkpoints_are_deleted_in_turn(folder, unbroken, tmp_path):
     keep = "default_hooks.checkpoint.max_keep_ckpts=2"
     train(folder, tmp_path / "run", keep, before=partial(die_in_iteration, 12), status=-signal.SIGKILL)
@@ -180,21 +189,26 @@ def test_twenty_kills_at_random_moments(folder, tmp_path):
     duration = time.monotonic() - began
     wanted = state(tmp_path / "unbroken")
 
-    chance, kills, attempt = random.Random(), 0, 0
+    seed, kills, attempt = random.randrange(2**32), 0, 0
+    chance, output = random.Random(seed), folder / "output"
     while kills < 20:
         work_dir = tmp_path / f"run{attempt}"
+        output.unlink(missing_ok=True)
         process = start(folder, "train", "config.py", "--work-dir", work_dir, "--resume", *options)
-        process.join(chance.uniform(0, duration / 2))
+        if kills % 4:  # after the first step; every fourth one while it starts, too
+            while process.is_alive() and not (output.is_file() and "Epoch(train)" in output.read_text()):
+                time.sleep(0.01)
+        process.join(chance.uniform(0, duration / 3))
         if process.is_alive():
             process.kill()
             process.join()
             kills += 1
         else:  # it was through, and the next one begins anew
-            assert process.exitcode == 0, (folder / "output").read_text()
-            assert_same(state(work_dir), wanted)
+            assert process.exitcode == 0, f"seed {seed}: {output.read_text()}"
+            assert_same(state(work_dir), wanted, f"seed {seed}, ")
             attempt += 1
     train(folder, work_dir, "--resume", *options)
-    assert_same(state(work_dir), wanted)
+    assert_same(state(work_dir), wanted, f"seed {seed}, ")
 
 
 def fill_disk(bytes_left):
@@ -334,6 +348,11 @@ def test_a_picture_that_cannot_be_read_ends_the_run_with_its_name(workers, tmp_p
     said = train(tmp_path, "run", f"train_dataloader.num_workers={workers}", *replace)
     assert "cannot read picture 'pictures/dark/3.png': it is no JPEG" in said
     assert "the next one takes its place" in said
+    checkpoint, worker = tmp_path / "run" / "iter_18.pth", f"test_dataloader.num_workers={workers}"
+    said = run(tmp_path, "test", "config.py", checkpoint, worker, status=2).splitlines()[-1]
+    assert said.startswith("error: ")
+    assert "cannot read picture 'pictures/dark/3.png': it is no JPEG" in said
+    assert len(said) < 250
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(folder, tmp_path):

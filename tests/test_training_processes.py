@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -14,6 +15,11 @@ from training_runs import CONFIG, assert_same, free_port, last_checkpoint, prepa
 
 from resbackbone.training.running import read_checkpoint
 
+VARIABLES = {
+    "pytorch": ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+}
 AVERAGED = '    dict(type="EMAHook", momentum=0.1),\n'
 KINDS = {
     "whole": CONFIG,
@@ -21,26 +27,39 @@ KINDS = {
 }
 
 
-def without_what_is_each_process_own(config):
-    """Take away statistics of a part of the batch, mixtures within it, and dropped paths."""
-    config = config.replace("drop_path_rate=0.2", "norm_cfg=dict(type='GN', num_groups=2)")
-    return config.replace("mixing=dict(mixup=0.5, cutmix=1.0)", "mixing=None")
+def without_what_is_each_process_own(config, norm="norm_cfg=dict(type='GN', num_groups=2)"):
+    """Take away statistics of a part of the batch, mixtures within it, and dropped paths.
+
+    And what makes the scale of a gradient nearly irrelevant, such as the sum of two processes' in place of their mean.
+    """
+    for old, new in (
+        ("drop_path_rate=0.2", norm),
+        ("mixing=dict(mixup=0.5, cutmix=1.0)", "mixing=None"),
+        ('type="AdamW", lr=1e-3, weight_decay=0.05', 'type="SGD", lr=0.01, momentum=0.9'),
+        (", clip_grad=dict(max_norm=1.0)", ""),
+    ):
+        assert old in config
+        config = config.replace(old, new)
+    return config
 
 
-def be_rank(rank, port, then=None):
-    """Become one of two processes, as torchrun would have it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def be_rank(rank, port, then=None, launcher="pytorch"):
+    """Become one of two processes, as a launcher would have it."""
+    os.environ |= dict(zip(VARIABLES[launcher], (str(rank), str(rank), "2"), strict=True))
+    os.environ["MASTER_PORT"] = str(port)
+    if launcher == "pytorch":
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
     if then is not None:
         then()
 
 
-def train_by_two(folder, work_dir, *arguments, then=None, status=0):
+def train_by_two(folder, work_dir, *arguments, then=None, launcher="pytorch", status=0):
     """Run ``resbackbone train`` in two processes; return what both said."""
     port = free_port()
-    command = ("train", "config.py", "--work-dir", work_dir, "--launcher", "pytorch", *arguments)
+    command = ("train", "config.py", "--work-dir", work_dir, "--launcher", launcher, *arguments)
     ranks = [
-        start(folder, *command, before=partial(be_rank, rank, port, then), output=f"output{rank}") for rank in range(2)
+        start(folder, *command, before=partial(be_rank, rank, port, then, launcher), output=f"output{rank}")
+        for rank in range(2)
     ]
     for process in ranks:
         process.join()
@@ -61,6 +80,17 @@ def test_two_processes_train_as_one(kind, tmp_path):
         torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5)
     validations = [[record for record in run["curves"] if record["mode"] == "val"] for run in (one, two)]
     assert [record["accuracy/top1"] for record in validations[0]] == [r["accuracy/top1"] for r in validations[1]]
+
+
+def test_the_recipes_norms_see_the_batches_of_all_processes(tmp_path):
+    config = without_what_is_each_process_own(CONFIG, norm="norm_cfg=dict(type='BN')")
+    prepare(tmp_path, config[: config.index("custom_hooks = ")])  # so that they are those of _base_.py
+    assert "batch norms of this ImageClassifier are plain, not synchronised" in train(tmp_path, "one")
+    said = train_by_two(tmp_path, "two", "train_dataloader.batch_size=2")
+    assert "batch norms of this" not in "".join(said)
+    one, two = state(tmp_path / "one")["state_dict"], state(tmp_path / "two")["state_dict"]
+    assert "backbone.bn1.running_var" in one
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,10 +195,36 @@ def test_wrapped_as_mmengine_does(tmp_path):
     assert "broadcast_buffers=False" in said[0]
 
 
+def be_in_slurm():
+    """Have the list of hosts from Slurm, and its command that writes them out."""
+    Path("scontrol").write_text("#!/bin/sh\n[ \"$*\" = 'show hostnames node[1-2]' ] && echo 127.0.0.1 && echo node2")
+    Path("scontrol").chmod(0o755)
+    os.environ |= {"SLURM_NODELIST": "node[1-2]", "PATH": f"{Path.cwd()}{os.pathsep}{os.environ['PATH']}"}
+
+
+def be_under_mpirun():
+    os.environ["OMPI_COMM_WORLD_LOCAL_SIZE"] = "2"
+
+
+@pytest.mark.parametrize(("launcher", "then"), [("slurm", be_in_slurm), ("mpi", be_under_mpirun)])
+def test_other_launchers_start_it_as_torchrun_does(launcher, then, tmp_path):
+    prepare(tmp_path)
+    short = "train_cfg.max_epochs=1"
+    said = train_by_two(tmp_path, launcher, short, launcher=launcher, then=then)
+    assert ["trained: " in text for text in said] == [True, False]
+    train_by_two(tmp_path, "pytorch", short)
+    assert_same(state(tmp_path / launcher), state(tmp_path / "pytorch"))
+
+
 def test_launchers_that_do_not_fit(tmp_path):
     prepare(tmp_path)
     said = train(tmp_path, "run", "--launcher", "pytorch", status=2)
     assert said.startswith("error: --launcher pytorch is for processes that torchrun started: torchrun --nproc")
+    said = train(tmp_path, "run", "--launcher", "slurm", status=2)
+    assert said.startswith("error: --launcher slurm is for processes that srun started: srun --ntasks 2 python -m")
+    lone = partial(be_rank, 0, 1, launcher="mpi")
+    said = train(tmp_path, "run", "--launcher", "mpi", before=lone, status=2)
+    assert said.startswith("error: --launcher mpi needs the name of the first host in MASTER_ADDR")
     said = train(tmp_path, "run", before=partial(be_rank, 0, 1), status=2)
     assert said.startswith("error: this is one of 2 processes, as the environment says; add --launcher pytorch")
     said = train_by_two(tmp_path, "run", "model_wrapper_cfg.type=FSDP3", status=2)

@@ -148,15 +148,15 @@ def curves(work_dir):
     return [{key: value for key, value in record.items() if not key.endswith("time")} for record in records]
 
 
-def assert_same(found, wanted):
+def assert_same(found, wanted, note=""):
     """Assert that two states are alike to the bit."""
-    assert set(found) == set(wanted)
+    assert set(found) == set(wanted), note
     for key in wanted:
         if key in ("param_schedulers", "counts", "curves"):
-            assert found[key] == wanted[key]
+            assert found[key] == wanted[key], f"{note}{key}"
         else:
             torch.testing.assert_close(
-                found[key], wanted[key], rtol=0, atol=0, msg=lambda text, key=key: f"{key}: {text}"
+                found[key], wanted[key], rtol=0, atol=0, msg=lambda text, key=key: f"{note}{key}: {text}"
             )
 
 

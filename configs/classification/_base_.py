@@ -13,7 +13,12 @@ default_hooks = dict(
     checkpoint=dict(type="ResumableCheckpointHook", interval=1, max_keep_ckpts=2, save_best="accuracy/top1"),
     logger=dict(type="LoggerHook", interval=50),
 )
-custom_hooks = [dict(type="ClassesHook"), dict(type="FiniteLossHook"), dict(type="CurvesHook")]
+custom_hooks = [
+    dict(type="ClassesHook"),
+    dict(type="FiniteLossHook"),
+    dict(type="SyncBatchNormHook"),  # of several processes; of one they are plain
+    dict(type="CurvesHook"),
+]
 # For TensorBoard: pip install 'resbackbone[train]', and dict(type="TensorboardVisBackend") beside this one.
 visualizer = dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend")])
 randomness = dict(seed=0)

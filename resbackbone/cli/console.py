@@ -42,8 +42,10 @@ def with_progress(
 
 def one_line(error: BaseException) -> str:
     """Return an error's message in one line."""
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split()) or type(error).__name__
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if "Original Traceback (most recent call last):" in text:  # a data loader's worker has all of it in its message
+        text = text.strip().splitlines()[-1]
+    return " ".join(text.split()) or type(error).__name__
 
 
 @contextmanager

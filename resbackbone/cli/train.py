@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from resbackbone.cli.console import messages, one_line, say, user_errors
+from resbackbone.cli.console import say, user_errors
 
 
 class Launcher(str, Enum):
@@ -71,13 +71,8 @@ def train(
             deterministic=deterministic,
         )
         runner.prepare()
-    try:
-        with user_errors(OSError, ArithmeticError, CheckpointDoesNotFit, ClassesDoNotFit):
-            runner.train()
-    except UnreadablePicture as error:
-        # A worker's exception has its whole traceback in its message.
-        say(f"error: {one_line(ValueError(str(error).strip().splitlines()[-1]))}", style="red", console=messages)
-        raise typer.Exit(2) from error
+    with user_errors(OSError, ArithmeticError, CheckpointDoesNotFit, ClassesDoNotFit, UnreadablePicture):
+        runner.train()
     if is_main_process():
         say(f"trained: {runner.message_hub.get_info('last_ckpt')}", style="green")
         if (best := runner.message_hub.get_info("best_score")) is not None:

@@ -26,12 +26,13 @@ class ClassesHook(Hook):
         training = _check(runner, runner.train_dataloader, "train_dataloader")
         if runner.val_loop is not None:
             validation = _check(runner, runner.val_dataloader, "val_dataloader")
-            if validation != training:
-                odd = sorted(set(training) ^ set(validation))
-                raise ClassesDoNotFit(
-                    f"training and validation have not the same classes in the same order, such as {odd[:5]}; "
-                    "give both data sets the same `classes`"
-                )
+            for label, (one, other) in enumerate(zip(training, validation, strict=True)):
+                if one != other:
+                    raise ClassesDoNotFit(
+                        "training and validation have not the same classes in the same order: label "
+                        f"{label} is {one!r} in training, {other!r} in validation; give both data sets the same "
+                        "`classes`"
+                    )
 
     def before_test(self, runner: Any) -> None:
         """Look at the data set.

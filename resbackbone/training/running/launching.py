@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,10 +19,15 @@ from resbackbone.training.running.runner import ResumableRunner
 Launcher = Literal["none", "pytorch", "slurm", "mpi"]
 # What a config may have beside what stands in it, so that an override with a typo is told from one that adds.
 _OPTIONAL = {
+    "activation_checkpointing",
     "auto_scale_lr",
+    "compile",
     "custom_hooks",
     "custom_imports",
+    "data_preprocessor",
+    "efficient_conv_bn_eval",
     "env_cfg",
+    "experiment_name",
     "find_unused_parameters",
     "launcher",
     "load_from",
@@ -34,6 +40,13 @@ _OPTIONAL = {
     "sync_bn",
     "visualizer",
     "work_dir",
+}
+_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+# How processes are started, and by which variables each learns what torchrun says by those.
+_LAUNCHERS = {
+    "pytorch": ("torchrun --nproc-per-node 2", _RANK),
+    "slurm": ("srun --ntasks 2 python", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")),
+    "mpi": ("mpirun -n 2 python", tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK"))),
 }
 
 
@@ -115,18 +128,41 @@ def build_runner(
 
 def _join(launcher: str) -> None:
     """Check that the processes were started as the launcher says; without GPUs, meet them."""
-    check_choice("launcher", launcher, ("none", "pytorch", "slurm", "mpi"))
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if launcher == "none" and started > 1:
-        raise ValueError(f"this is one of {started} processes, as the environment says; add --launcher pytorch")
-    if launcher == "pytorch" and "RANK" not in os.environ:
+    check_choice("launcher", launcher, ("none", *_LAUNCHERS))
+    if launcher == "none":
+        if (started := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+            raise ValueError(f"this is one of {started} processes, as the environment says; add --launcher pytorch")
+        return
+    command, names = _LAUNCHERS[launcher]
+    if not all(name in os.environ for name in names):
         raise ValueError(
-            "--launcher pytorch is for processes that torchrun started: "
-            "torchrun --nproc-per-node 2 -m resbackbone train CONFIG --launcher pytorch"
+            f"--launcher {launcher} is for processes that {command.split()[0]} started: "
+            f"{command} -m resbackbone train CONFIG --launcher {launcher}"
         )
+    os.environ |= {ours: os.environ[name] for ours, name in zip(_RANK, names, strict=True)}
+    if launcher != "pytorch":
+        os.environ.setdefault("MASTER_PORT", "29500")  # PyTorch's own
+        if "MASTER_ADDR" not in os.environ:
+            os.environ["MASTER_ADDR"] = _first_host(launcher)
     # mmengine's own way begins with choosing a GPU.
-    if launcher == "pytorch" and not torch.cuda.is_available() and not is_distributed():
+    if not torch.cuda.is_available() and not is_distributed():
         distributed.init_process_group("gloo")
+
+
+def _first_host(launcher: str) -> str:
+    """Find where the processes can meet.
+
+    Raises:
+        ValueError: If nobody says it.
+    """
+    if launcher == "slurm" and (hosts := os.environ.get("SLURM_NODELIST")):
+        if not {"[", ","} & set(hosts):
+            return hosts
+        listed = subprocess.run(["scontrol", "show", "hostnames", hosts], check=True, capture_output=True, text=True)
+        return listed.stdout.split()[0]
+    if launcher == "mpi" and os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == os.environ["WORLD_SIZE"]:
+        return "127.0.0.1"  # all are on one machine
+    raise ValueError(f"--launcher {launcher} needs the name of the first host in MASTER_ADDR")
 
 
 def leave_processes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmengine.dist import broadcast, get_rank
@@ -39,6 +40,9 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
                 "ResumableTrainLoop needs train_dataloader=dict(sampler=dict(type='EpochSampler')), "
                 f"got a sampler of type {type(self.sampler).__name__}"
             )
+        # What its config says itself, as mmengine gives every other sampler the run's seed.
+        given = dataloader["sampler"].get("seed") if isinstance(dataloader, Mapping) else self.sampler.given_seed
+        self._sampler_seed: int | None = given
 
     def run(self) -> nn.Module:
         """Train, and validate after every ``val_interval`` epochs.
@@ -50,7 +54,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             CheckpointDoesNotFit: If it was resumed from a run with epochs of another length.
         """
         self.runner.call_hook("before_train")
-        self.sampler.seed = self.runner.seed  # a resumed run's is in its checkpoint
+        # Only now, as a resumed run's seed is in its checkpoint.
+        self.sampler.seed = self.runner.seed if self._sampler_seed is None else self._sampler_seed
         if self._iter > 0 and self._done_in_epoch() == 0:
             self._validate_if_due()  # for the case that the earlier run ended before or during it
         while self._epoch < self._max_epochs and not self.stop_training:

@@ -45,7 +45,7 @@ class EpochSampler(Sampler[Draw]):
 
     Args:
         dataset: What is drawn from.
-        seed: The same in all processes; None for one that they agree on.
+        seed: The same in all processes; None for that of the run, or else one that they agree on.
         repeats: How often an item comes in a row, each time augmented differently, while an epoch stays as long and
             shows so many items less. Source: Hoffer et al., Augment Your Batch, 2020; Berman et al., MultiGrain, 2019.
     """
@@ -56,6 +56,7 @@ class EpochSampler(Sampler[Draw]):
         self.world_size: int
         self.rank, self.world_size = get_dist_info()
         self.dataset = dataset
+        self.given_seed = seed
         self.seed: int = sync_random_seed() if seed is None else seed
         self.repeats = repeats
         self.epoch = 0
