@@ -11,7 +11,7 @@ from torch import nn
 
 from resbackbone import ResNet
 from resbackbone.training import param_groups
-from resbackbone.training.running import ResumableRunner, UnfreezeHook
+from resbackbone.training.running import EpochSampler, ResumableRunner, UnfreezeHook
 
 OPTIMIZER = {"type": "AdamW", "lr": 1e-3, "weight_decay": 0.05}
 CONSTRUCTOR = {"constructor": "resbackbone.LayerDecayConstructor", "optimizer": OPTIMIZER}
@@ -50,7 +50,7 @@ class Notes(Hook):
         self.moved.append({"stem" if name in ("conv1", "bn1") else name for name in names})
 
 
-def train(folder, hooks, *, epochs=3, resume=False, model=None, optim_wrapper=CONSTRUCTOR):
+def train(folder, hooks, *, epochs=3, resume=False, model=None, optim_wrapper=CONSTRUCTOR, sampler=None):
     """Train for epochs of two steps; return the runner."""
     torch.manual_seed(0)
     runner = ResumableRunner(
@@ -59,7 +59,7 @@ def train(folder, hooks, *, epochs=3, resume=False, model=None, optim_wrapper=CO
         train_dataloader={
             "dataset": Pictures(),
             "batch_size": 2,
-            "sampler": {"type": "resbackbone.EpochSampler"},
+            "sampler": sampler or {"type": "resbackbone.EpochSampler"},
             "collate_fn": {"type": "default_collate"},
         },
         train_cfg={"type": "resbackbone.ResumableTrainLoop", "max_epochs": epochs},
@@ -68,7 +68,7 @@ def train(folder, hooks, *, epochs=3, resume=False, model=None, optim_wrapper=CO
         custom_hooks=hooks,
         randomness={"seed": 0},
         resume=resume,
-        experiment_name=f"{folder.name}_{epochs}_{resume}",
+        experiment_name=f"{folder.parent.name}_{folder.name}_{epochs}_{resume}",  # mmengine has one logger for each
         log_level="ERROR",
     )
     runner.train()
@@ -115,6 +115,25 @@ def test_its_plain_name_works_in_our_scope():
 def test_a_config_that_does_not_fit_is_refused(cfg, error, words):
     with pytest.raises(error, match=words):
         build_optim_wrapper(Model(), {**CONSTRUCTOR, **cfg})
+
+
+# Order
+
+
+def test_a_sampler_that_is_there_already_keeps_its_seed(tmp_path):
+    samplers = {
+        "config": {"type": "resbackbone.EpochSampler", "seed": 7},
+        "object": EpochSampler(Pictures(), seed=7),
+        "seed of the run": EpochSampler(Pictures()),
+        "default": None,
+    }
+    weights = {
+        name: train(tmp_path / name, [], epochs=1, sampler=sampler).model.head.weight
+        for name, sampler in samplers.items()
+    }
+    assert torch.equal(weights["config"], weights["object"])
+    assert torch.equal(weights["seed of the run"], weights["default"])
+    assert not torch.equal(weights["config"], weights["default"])
 
 
 # Unfreezing

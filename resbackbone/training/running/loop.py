@@ -41,8 +41,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
                 f"got a sampler of type {type(self.sampler).__name__}"
             )
         # What its config says itself, as mmengine gives every other sampler the run's seed.
-        given = dataloader["sampler"].get("seed") if isinstance(dataloader, Mapping) else self.sampler.given_seed
-        self._sampler_seed: int | None = given
+        sampler = dataloader["sampler"] if isinstance(dataloader, Mapping) else self.sampler
+        self._sampler_seed = sampler.get("seed") if isinstance(sampler, Mapping) else self.sampler.given_seed
 
     def run(self) -> nn.Module:
         """Train, and validate after every ``val_interval`` epochs.
