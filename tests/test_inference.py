@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, every_case, make
+from cases import every_case, make
 from mmcv.cnn.bricks import NonLocal2d
 from torch import nn
 
@@ -71,14 +71,22 @@ def test_compiled_it_computes_the_same(shake):
         assert worst(optimize(net, backend="compile")(x), net(x)) < 1e-5
 
 
-# Standardised filters and squared attention have more digits to lose.
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("ResNetV2-BiT", "DetectoRS-SAC")])
-def test_bfloat16_is_near(build, images, case):
+@every_case
+def test_bfloat16_is_as_near_as_the_net_itself_in_it(build, images, case):
     net = build(case)
     outs = optimize(net, "bfloat16")(images)
     assert {out.dtype for out in outs} == {torch.bfloat16}
     with torch.no_grad():
-        assert worst(outs, net(images)) < 4e-2
+        expected = net(images)
+        own = worst(net.bfloat16()(images.bfloat16()), expected)
+    assert worst(outs, expected) < max(1e-2, 2 * own)  # rounded elsewhere
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "regnetx_400mf"])
+def test_bfloat16_is_near_in_nets_of_ordinary_width(name, images):
+    net = build_backbone(name).eval()
+    with torch.no_grad():
+        assert worst(optimize(net, "bfloat16")(images), net(images)) < 1e-2
 
 
 def test_a_pyramid_behind_it(net, images):
@@ -110,7 +118,9 @@ def test_the_original_stays_as_it_is(net, images):
     net.train()
     state = copy.deepcopy(net.state_dict())
     fast = optimize(net)
-    before = fast(images)
+    for _ in range(2):
+        before = fast(images)
+    assert fast.packed_sizes == (tuple(images.shape),)
     assert net.training
     assert all(parameter.requires_grad for parameter in net.parameters())
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
@@ -239,23 +249,28 @@ def test_sizes_that_come_back_are_packed_within_the_limit(net, images):
 
 
 def test_many_threads_get_the_same(net):
-    fast = optimize(net)
+    weights = sum(p.nbytes for p in net.parameters() if p.dim() == 4)
+    fast = optimize(net, backend="onednn", pack_bytes=2 * weights - 1)  # one size at a time
     inputs = [torch.randn(1, 3, 32 + 32 * (index % 3), 64) for index in range(6)]
     with torch.no_grad():
         expected = [net(x) for x in inputs]
-    are_near = []
+    are_near, packed = [], set()
 
-    def work(index):
-        for _ in range(4):
-            are_near.append(worst(fast(inputs[index]), expected[index]) < 1e-5)
+    def work(first):
+        for index in (*range(first, 6), *range(first)):
+            for _ in range(4):
+                are_near.append(worst(fast(inputs[index]), expected[index]) < 1e-5)
+                packed.update(fast.packed_sizes)
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(are_near) == 24
+    assert len(are_near) == 6 * 6 * 4
     assert all(are_near)
+    assert len(packed) == 3  # so that all have made room for others
+    assert len(fast.packed_sizes) == 1
 
 
 def test_it_can_be_pickled_and_copied(net, images):
