@@ -173,7 +173,34 @@ class ChangedInPlace(Looks):
         return self.b(self.c(y)) + y, same
 
 
-@pytest.mark.parametrize("kind", [OwnInput, LookThatMovesBack, ViewLookedAtLater, ViewHandedOut, ChangedInPlace])
+class ChangedBeforeTheNorm(Looks):
+    def forward(self, x):
+        y = self.a(x)
+        b = self.b(y)
+        same = y.relu_()
+        return self.norm(b), same
+
+
+class ChangedBeforeTheSum(Looks):
+    def forward(self, x):
+        y = self.a(x)
+        b = self.b(y)
+        same = y.relu_()
+        return self.c(b + y), same
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        OwnInput,
+        LookThatMovesBack,
+        ViewLookedAtLater,
+        ViewHandedOut,
+        ChangedInPlace,
+        ChangedBeforeTheNorm,
+        ChangedBeforeTheSum,
+    ],
+)
 def test_nothing_is_written_over_what_is_looked_at_later(kind, shake, images):
     net = shake(kind()).eval()
     with torch.no_grad():

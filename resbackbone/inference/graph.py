@@ -95,15 +95,15 @@ def fuse(traced: fx.GraphModule, kind: type[Conv], dtype: torch.dtype) -> list[C
         conv = _module(traced, node)
         if not _is_fusible(conv):
             continue
-        last = _behind(node, lambda user: _is_foldable(_module(traced, user)))
+        last = _behind(traced, node, lambda user: _is_foldable(_module(traced, user)))
         module = kind(conv, None if last is node else _module(traced, last), dtype)
-        addition = _behind(last, lambda user: user.op == "call_function" and user.target in _ADD)
+        addition = _behind(traced, last, lambda user: user.op == "call_function" and user.target in _ADD)
         other = None if addition is last else _other_operand(addition, last)
         if other is not None and order[other] < order[node]:
             last = addition
         else:
             other = None
-        rectified = _behind(last, lambda user: isinstance(_module(traced, user), nn.ReLU))
+        rectified = _behind(traced, last, lambda user: isinstance(_module(traced, user), nn.ReLU))
         module.relu, last = rectified is not last, rectified
         with graph.inserting_before(last):
             replacement = fused_call(graph, calls, len(fused), [node.args[0], *([] if other is None else [other])])
@@ -133,10 +133,20 @@ def operands(call: fx.Node) -> list[fx.Node]:
     return list(call.args[1:])  # type: ignore[arg-type]
 
 
-def _behind(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> fx.Node:
-    """Return the only user of a node, if it is what is wanted; otherwise the node itself."""
+def _behind(traced: fx.GraphModule, node: fx.Node, wanted: Callable[[fx.Node], bool]) -> fx.Node:
+    """Return the only user of a node, if it is what is wanted and can be waited for; otherwise the node itself.
+
+    What waits sees what is changed in place meanwhile.
+    """
     users = list(node.users)
-    return users[0] if len(users) == 1 and wanted(users[0]) else node
+    if len(users) != 1 or not wanted(users[0]):
+        return node
+    between = node.next
+    while between is not users[0]:
+        if not (_is_anew(traced, between) or between.target is operator.getitem):
+            return node
+        between = between.next
+    return users[0]
 
 
 def _erase(graph: fx.Graph, node: fx.Node, stop: set[fx.Node | None]) -> None:
@@ -191,10 +201,14 @@ def _drop_idle(traced: fx.GraphModule) -> None:
             traced.graph.erase_node(node)
 
 
+def _is_anew(traced: fx.GraphModule, node: fx.Node) -> bool:
+    return fused_index(node) is not None or type(_module(traced, node)) in _ANEW
+
+
 def _let_overwrite(traced: fx.GraphModule, fused: Sequence[FoldedConv2d]) -> None:
     """Let sums be written over a tensor that nobody looks at later: neither the caller, nor through a view."""
     order = {node: position for position, node in enumerate(traced.graph.nodes)}
-    anew = {n for n in order if fused_index(n) is not None or type(_module(traced, n)) in _ANEW}
+    anew = {node for node in order if _is_anew(traced, node)}
     for call in order:
         index = fused_index(call)
         if index is not None and len(operands(call)) == 2:
