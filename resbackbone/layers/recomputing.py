@@ -20,8 +20,14 @@ from resbackbone.layers.tracing import is_tracing
 
 WithCp = bool | Literal["norms"]
 
-_CONVOLUTIONS = {"aten::convolution", "mkldnn::_convolution_pointwise", "torchvision::deform_conv2d"}
-_Kept = list[tuple[Tensor, int]]  # with the number of changes in place that the tensor has seen
+# Convolutions, and the pooling of the stem, which takes as long as several norms and hands out a quarter.
+_KEPT = {
+    "aten::convolution",
+    "aten::max_pool2d_with_indices",
+    "mkldnn::_convolution_pointwise",
+    "torchvision::deform_conv2d",
+}
+_Kept = list[list[tuple[Tensor, int]]]  # with the number of changes in place that each tensor has seen
 
 
 def check_with_cp(with_cp: object) -> None:
@@ -40,9 +46,9 @@ def needs_backward(x: Any, modules: Sequence[nn.Module]) -> bool:
 
 
 def recompute_norms(function: Callable[[Tensor], Tensor], x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
-    """Run ``function(x)``, and of its activations keep only ``x`` and what convolutions hand out.
+    """Run ``function(x)``, and of its activations keep only ``x`` and what convolutions and max pooling hand out.
 
-    The backward pass computes the others, those of norms, ReLUs, sums and poolings, once more, to the same bits.
+    The backward pass computes the others, those of norms, ReLUs and sums, once more, to the same bits.
     A compiler decides for itself what it keeps; under it, and where nothing is kept or there is no norm but such as are
     folded into convolutions, this is ``function(x)``.
 
@@ -85,12 +91,12 @@ def _checkpoint(function: Any, x: Any, first: AbstractContextManager[Any], again
 
 
 @cache
-def _is_convolution(operator: torch._ops.OpOverload[..., Any]) -> bool:
-    return operator._schema.name in _CONVOLUTIONS
+def _is_kept(operator: torch._ops.OpOverload[..., Any]) -> bool:
+    return operator._schema.name in _KEPT
 
 
 class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what convolutions hand out."""
+    """Notes what such operators hand out."""
 
     def __init__(self, kept: _Kept) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -98,28 +104,33 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if _is_convolution(func):
+        if _is_kept(func):
             # Without its graph, which would hold itself in a circle; but with the count of its changes, which a tensor
             # loses here, below autograd, unless it is asked to keep it, as in torch's own selective checkpointing.
             with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-                detached = out.detach()
-            self.kept.append((detached, detached._version))
+                detached = [tensor.detach() for tensor in _each(out)]
+            self.kept.append([(tensor, tensor._version) for tensor in detached])
         return out
 
 
 class _Reuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Hands out again what convolutions handed out before, unless it was overwritten since."""
+    """Hands out again what they handed out before, unless it was overwritten since."""
 
     def __init__(self, kept: _Kept) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kept = iter(kept)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _is_convolution(func):
-            out, version = next(self.kept)
-            if out._version == version:
-                return out.detach()
+        if _is_kept(func):
+            kept = next(self.kept)
+            if all(tensor._version == version for tensor, version in kept):
+                outs = tuple(tensor.detach() for tensor, _ in kept)
+                return outs if len(outs) > 1 else outs[0]
         return func(*args, **(kwargs or {}))
+
+
+def _each(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else out
 
 
 class _Again(AbstractContextManager[None]):
