@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from resbackbone.checks import nearest
+from resbackbone.whole_files import whole_file
 
 _PICKLE_PROTOCOL = 2  # which every reader of Detectron's, detectron2's and PaddlePaddle's files knows
 
@@ -36,12 +36,8 @@ def save_weights(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {str(path.parent)!r} to write {path.name} into")
     owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
+    with whole_file(path) as temporary:
         _WRITERS[path.suffix](owned, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from resbackbone.cli.features import Features
+from resbackbone.whole_files import delete_parts, whole_file
 
 OVERVIEW = "pyramid.png"
 KEY = "resbackbone"  # of the record among the overview's texts
@@ -66,21 +66,12 @@ class ResultFiles:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / OVERVIEW).unlink(missing_ok=True)
         for name in (*self.writers, OVERVIEW):
-            for left_over in folder.glob(f".{name}.*.tmp"):  # by a run that was killed
-                left_over.unlink(missing_ok=True)
+            delete_parts(folder / name)
         for name, write in self.writers.items():
-            _write(folder / name, partial(write, features))
+            with whole_file(folder / name) as path:
+                write(features, path)
         texts = PngInfo()
         texts.add_text(KEY, record)
         # Stronger compression takes several times as long as drawing, for a tenth of the bytes.
-        _write(folder / OVERVIEW, partial(overview.save, format="PNG", compress_level=1, pnginfo=texts))
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Let a file appear under its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with whole_file(folder / OVERVIEW) as path:
+            overview.save(path, format="PNG", compress_level=1, pnginfo=texts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import os
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from resbackbone.checks import check_choice, check_ints, check_type
 from resbackbone.features import FeatureInfo
 from resbackbone.inference.export_formats import FORMATS, Axes, ExportFormat
 from resbackbone.preprocessing import preprocessing_of
+from resbackbone.whole_files import whole_file
 
 if TYPE_CHECKING:  # takes a second to import
     from torch.export import ExportedProgram
@@ -99,7 +99,7 @@ def export(
     model = copy.deepcopy(exact).to(getattr(torch, dtype))
     recorded, *checked = _shapes(backbone.in_channels, size)
     axes = AXES if size is None else {0: AXES[0]}
-    with torch.no_grad(), _whole_file(path) as temporary:
+    with torch.no_grad(), whole_file(path) as temporary:
         examples = [_compute(exact, model, shape, levels) for shape in checked]
         cannot = f"{type(net).__name__} cannot be exported to {to}"
         with _in_words(cannot):
@@ -244,17 +244,6 @@ def _difference(out: Tensor, wanted: Tensor) -> float:
     """The largest difference, relative to the largest number."""
     largest = wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny)
     return ((out.float() - wanted).abs().max() / largest).item()
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """Hand out another path beside it; what is there at the end takes its name, unless the block raises."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
