@@ -17,7 +17,7 @@ from resbackbone.checkpoints.files import check_weights
 from resbackbone.checkpoints.loading import read_tensors
 from resbackbone.checks import check_choice, check_int, check_mapping
 from resbackbone.config import construct_backbone, load_config
-from resbackbone.preprocessing import Preprocessing, preprocessing_for
+from resbackbone.preprocessing import Preprocessing, preprocessing_of
 from resbackbone.registry import MODELS
 from resbackbone.training.classification.losses import CrossEntropy
 from resbackbone.training.classification.mixing import Mixing
@@ -96,7 +96,7 @@ class ImageClassifier(BaseModel):
         check_mapping("preprocessing", preprocessing)
         net = construct_backbone({"norm_eval": False, **load_config(backbone).backbone})
         given = None if preprocessing is None else Preprocessing(**preprocessing)
-        usual = given or preprocessing_for(in_channels=net.in_channels, style=getattr(net, "style", "pytorch"))
+        usual = given or preprocessing_of(net)
         super().__init__(Normalize(usual), init_cfg)
         self.backbone = net
         self.fc = nn.Linear(net.out_channels[-1], num_classes)
