@@ -21,5 +21,6 @@ train_dataloader = dict(dataset=dict(classes=classes))
 val_dataloader = dict(dataset=dict(classes=classes))
 test_dataloader = val_dataloader
 
-param_scheduler = [dict(type="CosineAnnealingLR", begin=0, end=5, convert_to_iter_based=True)]
-train_cfg = dict(max_epochs=5)
+optim_wrapper = dict(optimizer=dict(lr=0.5, weight_decay=0))
+param_scheduler = [dict(type="CosineAnnealingLR", begin=0, end=20, convert_to_iter_based=True)]
+train_cfg = dict(max_epochs=20)
