@@ -57,6 +57,19 @@ def matmul_rate(dtype: torch.dtype, *, device: str = "cpu", side: int = 2048) ->
     return 2 * side**3 / min(seconds(multiply) for _ in range(6))
 
 
+def peak_memory(device: str = "cpu") -> int:
+    """Return the most bytes that this process has taken so far, from the system or on the CUDA device."""
+    if device == "cuda":
+        return torch.cuda.max_memory_reserved()
+    try:  # `getrusage` would begin with what the parent process had
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        import resource  # not on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
 def about_machine() -> dict[str, str]:
     """Say what figures were measured on: processor, devices, threads and versions."""
     facts = {"processor": _processor(), "threads": str(torch.get_num_threads())}

@@ -1,6 +1,8 @@
 """Contestants run in turn, and figures get to where they are read."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -22,6 +24,17 @@ def test_the_machine_is_described():
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == str(torch.get_num_threads())
     assert matmul_rate(torch.float32, side=64) > 0
+
+
+def test_the_peak_of_memory_is_the_process_own():
+    parent = torch.ones(1 << 26)  # 256 MiB, which a child that was asked of `getrusage` would begin with
+    code = (
+        "import torch; from resbackbone.benchmarking import peak_memory; before = peak_memory(); "
+        "del (big := [torch.ones(1 << 25)])[:]; print(peak_memory() - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.9 * (1 << 27) < int(run.stdout) < 2 * (1 << 27)
+    assert parent[0] == 1
 
 
 def test_a_table_replaces_a_section_of_a_page(tmp_path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,15 @@ from torch import Tensor
 
 from resbackbone import build_backbone
 from resbackbone.allocation import keep_freed_memory
-from resbackbone.benchmarking import about_machine, alternate, markdown_table, matmul_rate, seconds, write_section
+from resbackbone.benchmarking import (
+    about_machine,
+    alternate,
+    markdown_table,
+    matmul_rate,
+    peak_memory,
+    seconds,
+    write_section,
+)
 from resbackbone.complexity import build_on_meta, measure
 from resbackbone.inference import export, optimize, quantize
 
@@ -199,6 +206,7 @@ def latency(nets: dict[str, Net], runs: int, device: str) -> dict[str, dict[str,
 @torch.no_grad()
 def stream(nets: dict[str, Net], device: str) -> dict[str, float]:
     """Return how long each takes for images of many sizes, each seen for the first time, in turn."""
+    torch._dynamo.reset()  # what was compiled for another copy of the net would do
     taken = dict.fromkeys(nets, 0.0)
     for size in varying_sizes():
         x = torch.randn(1, 3, *size, device=device)
@@ -248,18 +256,12 @@ def alone(config: str, name: str, threads: int, folder: Path, device: str) -> di
 def measure_alone(contestant: Contestant, device: str) -> dict[str, float]:
     """Measure how long a contestant takes to its first result, and the memory that it needs for a detector's image."""
     x = torch.randn(1, 3, 224, 224, device=device)
-    before = _peak(device)
+    before = peak_memory(device)
     made: list[Net] = []
     first = seconds(lambda: made.append(contestant.make())) + seconds(lambda: made[0](x))
     for _ in range(3):
         made[0](torch.randn(1, 3, 800, 1216, device=device))
-    return {"start-up, s": first, "memory, MiB": (_peak(device) - before) / 2**20}
-
-
-def _peak(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_reserved()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"start-up, s": first, "memory, MiB": (peak_memory(device) - before) / 2**20}
 
 
 def table(config: str, figures: dict[str, Any], ways: dict[str, Contestant]) -> str:
@@ -314,6 +316,9 @@ def main(
     ] = "stream,alone,scaling,families",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    keep_freed: Annotated[
+        bool, typer.Option("--keep-freed-memory", help="Call keep_freed_memory first, which speeds up all.")
+    ] = False,
     docs: Annotated[Path | None, typer.Option(help="A page whose section `inference` gets the table.")] = None,
     alone_name: Annotated[str, typer.Option("--alone", hidden=True)] = "",
     folder: Annotated[Path | None, typer.Option(help="Where exported files are, or come to be kept.")] = None,
@@ -323,7 +328,8 @@ def main(
     torch._dynamo.config.recompile_limit = 1000  # or several compiled nets share eight, and then run uncompiled
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    keep_freed_memory()
+    if keep_freed:
+        keep_freed_memory()
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or Path(temporary)
         ways = contestants(config, folder, device)

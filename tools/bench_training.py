@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-import resource
 import subprocess
 import sys
 import warnings
@@ -31,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from resbackbone import build_backbone
 from resbackbone.allocation import keep_freed_memory
-from resbackbone.benchmarking import about_machine, alternate, markdown_table, write_section
+from resbackbone.benchmarking import about_machine, alternate, markdown_table, peak_memory, write_section
 
 FROZEN, TRAINED = "frozen statistics", "norms in train mode"
 STEP_SIZE, MEMORY_SIZE = (640, 640), (800, 1216)
@@ -179,17 +178,10 @@ def kept_bytes(way: Contestant, net: Callable[[Tensor], Any], images: Tensor) ->
 def measure_alone(way: Contestant, size: tuple[int, int], device: str) -> dict[str, float]:
     """Measure the memory that steps take from the system, in a process that did nothing else before."""
     net, images = way.prepare(device), way.images(size, device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_memory(device)
     for _ in range(2):
         way.step(net, images)  # type: ignore[arg-type]
-    if device == "cuda":
-        after = torch.cuda.max_memory_allocated()
-    else:
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    after = peak_memory(device)
     return {"kept": kept_bytes(way, net, images), "peak": after - before}
 
 
@@ -234,6 +226,9 @@ def main(
     step_size: Annotated[tuple[int, int], typer.Option(help="Height and width of images that are timed.")] = STEP_SIZE,
     memory_size: Annotated[tuple[int, int], typer.Option(help="Of those whose memory is measured.")] = MEMORY_SIZE,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    keep_freed: Annotated[
+        bool, typer.Option("--keep-freed-memory", help="Call keep_freed_memory first, which speeds up all.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     docs: Annotated[Path | None, typer.Option(help="A page whose section `training` gets the table.")] = None,
     alone_name: Annotated[str, typer.Option("--alone", hidden=True)] = "",
@@ -254,7 +249,8 @@ def main(
         "memory size": memory_size,
         "memory": {name: alone(name, options) for name in ways},
     }
-    keep_freed_memory()
+    if keep_freed:
+        keep_freed_memory()
     steps = {
         name: partial(way.step, way.prepare(device), way.images(step_size, device))  # type: ignore[arg-type]
         for name, way in ways.items()
