@@ -178,14 +178,15 @@ class Fused(Folded):
     @property
     def packed_sizes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of images for which weights are laid out, that of longest ago first."""
-        return tuple(self._packs)
+        return tuple(dict.fromkeys(shape for shape, _ in self._packs))
 
     def _run(self, x: Tensor) -> Any:
         return self._run_fast(x) if _is_tame(x) else self._run_safely(x)
 
     def _run_fast(self, x: Tensor) -> Any:
         convolutions: Any = tuple(self.convolutions)
-        packs = self._packs.get(tuple(x.shape), lambda: Packs(convolutions))
+        # Laid out for another number of threads, weights would be laid out anew in each call.
+        packs = self._packs.get((tuple(x.shape), torch.get_num_threads()), lambda: Packs(convolutions))
         return self.graph(x, convolutions if packs is None else packs.calls)
 
     def _run_safely(self, x: Tensor) -> Any:

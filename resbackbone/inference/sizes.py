@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-Size = tuple[int, ...]
+Size = tuple[Any, ...]  # a shape, or more that what is made depends on
 T = TypeVar("T")
 
 
