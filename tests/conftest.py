@@ -49,6 +49,18 @@ def shake() -> Callable[[nn.Module], Any]:
 
 
 @pytest.fixture
+def exact_products() -> Iterator[None]:
+    """Keep CUDA devices from rounding to TF32."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    allowed = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    yield
+    for backend, before in zip(backends, allowed, strict=True):
+        backend.allow_tf32 = before
+
+
+@pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with a small backbone's config."""
     from command_line import write_config
