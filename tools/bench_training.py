@@ -2,8 +2,8 @@
 
 All of them run in one process, in turn, on the same images; medians are compared, not single runs. They train as
 detectors do, with the stem, the first stage and all statistics frozen; a second group has batch norms in train mode. A
-step is a forward and a backward pass; the optimizer's is the same for all.
-``python tools/bench_training.py --docs docs/benchmarks.md``; mmdet is measured where it is installed.
+step is a forward and a backward pass; the optimizer's is the same for all. mmdet is measured where it is installed.
+``python tools/bench_training.py --keep-freed-memory --docs docs/benchmarks.md``
 """
 
 from __future__ import annotations
@@ -164,11 +164,12 @@ def kept_bytes(way: Contestant, net: Callable[[Tensor], Any], images: Tensor) ->
     """Count what a forward pass leaves in memory, the feature maps included, until the backward pass has run."""
     way.step(net, images)  # type: ignore[arg-type]  # compiled, and with what it keeps for good
     gc.collect()
-    cuda = images.device.type == "cuda"
-    if cuda:
+    if images.device.type == "cuda":
         before = torch.cuda.memory_allocated()
         outs = way.forward(net, images)
-        return torch.cuda.memory_allocated() - before + 0 * len(outs)
+        kept = torch.cuda.memory_allocated() - before
+        del outs  # only now
+        return kept
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
         outs = way.forward(net, images)
     del outs  # only now

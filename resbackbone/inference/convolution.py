@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Ints = Sequence[int]
+from resbackbone.layers.folded_convolution import output_shape
+
 Convolution = Callable[..., Tensor]  # of one tensor, or of one and what is added
 
 
@@ -99,15 +100,6 @@ class FusedConv2d(FoldedConv2d):
             return lambda x, other: in_place(other, x, *fixed)
         anew = operators._convolution_pointwise.binary
         return lambda x, other: anew(x, other, *fixed)
-
-
-def output_shape(x: Tensor, weight: Tensor, padding: Ints, stride: Ints, dilation: Ints) -> tuple[int, ...]:
-    """Return the shape of what a convolution makes of a tensor."""
-    sides = [
-        (side + 2 * p - d * (k - 1) - 1) // s + 1
-        for side, k, p, s, d in zip(x.shape[2:], weight.shape[2:], padding, stride, dilation, strict=True)
-    ]
-    return (x.shape[0], weight.shape[0], *sides)
 
 
 def _is_channels_last(x: Tensor | None) -> bool:

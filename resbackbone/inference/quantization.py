@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from resbackbone.images import find_images, read_image
-from resbackbone.inference.convolution import Convolution, FusedConv2d, output_shape
+from resbackbone.inference.convolution import Convolution, FusedConv2d
 from resbackbone.inference.engines import Quantized
 from resbackbone.inference.graph import fuse, fused_call, fused_index, operands, trace
 from resbackbone.inference.optimizing import PACK_BYTES, require_onednn
+from resbackbone.layers.folded_convolution import output_shape
 from resbackbone.preprocessing import preprocessing_of
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Ints = Sequence[int]
 Geometry = tuple[Any, Any, Any, int]  # stride, padding, dilation, groups, as a convolution takes them
 
 
@@ -96,15 +98,20 @@ def _convolve(
 def _can_add(x: Tensor, shortcut: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Return whether oneDNN adds a shortcut to what it convolves; it neither spreads nor converts it."""
     stride, padding, dilation, _ = geometry
-    sides = [
-        (side + 2 * p - d * (k - 1) - 1) // s + 1
-        for side, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
-    if shortcut.shape != (len(x), len(weight), *sides) or shortcut.dtype is not x.dtype:
+    if shortcut.shape != output_shape(x, weight, padding, stride, dilation) or shortcut.dtype is not x.dtype:
         return False
     if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:
         return False
     return x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def output_shape(x: Tensor, weight: Tensor, padding: Ints, stride: Ints, dilation: Ints) -> tuple[int, ...]:
+    """Return the shape of what a convolution makes of a tensor."""
+    sides = [
+        (side + 2 * p - d * (k - 1) - 1) // s + 1
+        for side, k, p, s, d in zip(x.shape[2:], weight.shape[2:], padding, stride, dilation, strict=True)
+    ]
+    return (x.shape[0], weight.shape[0], *sides)
 
 
 class _FoldedConvolution(torch.autograd.Function):
