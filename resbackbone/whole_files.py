@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 
@@ -21,5 +22,5 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def delete_parts(path: Path) -> None:
     """Delete what processes that were killed left beside a file that nobody else is writing."""
-    for part in path.parent.glob(f".{path.stem}.*{path.suffix}"):
+    for part in path.parent.glob(f".{escape(path.stem)}.*{escape(path.suffix)}"):
         part.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from resbackbone.registry import HOOKS
 from resbackbone.training.running.agreement import fail_together
+from resbackbone.whole_files import delete_parts, whole_file
 
 _LAST = "last_checkpoint"  # the file's name is mmengine's
 _CONTAINERS = (dict, OrderedDict, list, tuple, set)
@@ -219,17 +220,13 @@ class ResumableCheckpointHook(CheckpointHook):
 
 def _replace(path: Path, content: bytes | memoryview) -> None:
     """Put a file in another's place in one step, once its bytes are on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        delete_parts(path)
+        with whole_file(path) as temporary, temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+    except OSError as error:
         raise CheckpointNotSaved(
             f"cannot save {path}: {error.strerror}; checkpoints that were saved before are whole: make room and go on "
             "with --resume"
