@@ -433,15 +433,6 @@ def test_maps_in_a_dict(net, images):
     assert all(torch.equal(outs[key].isnan(), expected[key].isnan()) for key in expected)
 
 
-def test_bfloat16_goes_without_onednn_where_that_has_none(net, images, monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert optimize(net, "bfloat16")(images)[0].dtype is torch.bfloat16
-    with pytest.raises(
-        ValueError, match=r"for bfloat16 a processor with AVX-512 or the like; ResNet in torch\.bfloat16"
-    ):
-        optimize(net, "bfloat16", "onednn")
-
-
 @pytest.mark.parametrize(
     ("options", "text"),
     [

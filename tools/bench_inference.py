@@ -27,7 +27,7 @@ from peers import PEERS, Net
 from rich.console import Console
 from torch import Tensor
 
-from resbackbone import build_backbone
+from resbackbone import build_backbone, processor
 from resbackbone.allocation import keep_freed_memory
 from resbackbone.benchmarking import (
     about_machine,
@@ -353,8 +353,9 @@ def run_all(
     figures: dict[str, Any] = {
         "about": about_machine(),
         "matmul": {
-            "float32": matmul_rate(torch.float32, device=device),
-            "bfloat16": matmul_rate(torch.bfloat16, device=device),
+            name: matmul_rate(getattr(torch, name), device=device)
+            for name in ("float32", "bfloat16")
+            if device != "cpu" or processor.computes_natively(getattr(torch, name))
         },
         "seconds": latency(nets, runs, device),
     }

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resbackbone.cli.console import results, say, user_errors
+from resbackbone.cli.console import say, user_errors
 
 if TYPE_CHECKING:
     from torch import nn
+
+_COLUMNS = ("ms", "images/s", "times as fast", "GFLOP/s", "start-up, s")
 
 
 def bench(
@@ -29,13 +30,17 @@ def bench(
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile too, which takes a minute.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Time a backbone in turn with what `optimize` and `quantize` make of it, in one process, on the same images."""
+    """Time a backbone, and in turn with it, on the same images, what `optimize` and `quantize` make of it.
+
+    A row appears as soon as it is measured. What this processor has no instructions for is skipped.
+    """
     import torch
 
-    from resbackbone import build_backbone
-    from resbackbone.benchmarking import about_machine, alternate, matmul_rate, seconds
+    from resbackbone import build_backbone, processor
+    from resbackbone.benchmarking import about_machine, matmul_rate
     from resbackbone.cli.features import check_device
     from resbackbone.complexity import measure
+    from resbackbone.config import load_config
     from resbackbone.images import parse_size
 
     with user_errors():
@@ -44,68 +49,75 @@ def bench(
         if threads is not None:
             torch.set_num_threads(threads)
         check_device(device)
+        load_config(config)
+        names = _names(device, compiled)
+        say(f"{config}, {batch} images of {height}x{width} on {device}, {runs} runs each: {'; '.join(names)}")
         net = build_backbone(config).eval().to(device)
         images = torch.randn(batch, net.in_channels, height, width, device=device)
-        starts: dict[str, float] = {}
-        calls: dict[str, Callable[[], Any]] = {}
-        with torch.no_grad():
-            for name, make in _ways(net, images, compiled).items():
-                made: list[Callable[..., Any]] = []
-                starts[name] = seconds(lambda make=make, made=made: made.append(make()))  # type: ignore[misc]
-                starts[name] += seconds(partial(made[0], images))
-                calls[name] = partial(made[0], images)
-            medians = alternate(calls, runs=runs)
+        dtypes = ["float32", "bfloat16"]
+        if device == "cpu" and not processor.computes_natively(torch.bfloat16):
+            names.remove("optimize, bfloat16")
+            dtypes.remove("bfloat16")
+            say("bfloat16 is skipped: this processor has no instructions for it, and `optimize` computes in float32")
+        say("{:<20}{:>10}{:>12}{:>16}{:>10}{:>14}".format("way", *_COLUMNS))
         operations = 2 * batch * measure(net, size=(height, width)).macs
-        peaks = {name: matmul_rate(getattr(torch, name), device=device) for name in ("float32", "bfloat16")}
-    figures = {
-        name: {
-            "seconds": taken,
-            "images per second": batch / taken,
-            "times as fast": medians["as it is"] / taken,
-            "operations per second": operations / taken,
-            "start-up seconds": starts[name],
-        }
-        for name, taken in medians.items()
-    }
-    _print(f"{config}, {batch}x{net.in_channels}x{height}x{width}", figures)
-    say(", ".join(f"{key} {value}" for key, value in about_machine().items()))
-    say("matrix products: " + ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in peaks.items()))
-    if out is not None:
-        about = {"config": config, "shape": list(images.shape), "machine": about_machine(), "matmul": peaks}
-        out.write_text(json.dumps(about | {"ways": figures}, indent=1))
+        figures = {}
+        for name in names:
+            figures[name] = _time(net, name, images, runs, operations)
+            say(_row(name, figures[name]))
+        say(", ".join(f"{key} {value}" for key, value in about_machine().items()))
+        peaks = {}
+        for name in dtypes:
+            peaks[name] = matmul_rate(getattr(torch, name), device=device)
+            say(f"matrix products, {name}: {peaks[name] / 1e9:.0f} GFLOP/s")
+        if out is not None:
+            about = {"config": config, "shape": list(images.shape), "machine": about_machine(), "matmul": peaks}
+            out.write_text(json.dumps(about | {"ways": figures}, indent=1))
 
 
-def _ways(net: nn.Module, images: Any, compiled: bool) -> dict[str, Callable[[], Any]]:
+def _names(device: str, compiled: bool) -> list[str]:
     """What is timed; the first is the net itself."""
+    last = "optimize, float16" if device.startswith("cuda") else "quantize, int8"
+    names = ["as it is", "optimize, float32", "optimize, bfloat16", last]
+    return [*names, "torch.compile"] if compiled else names
+
+
+def _make(net: nn.Module, name: str, images: Any) -> nn.Module:
     from resbackbone.inference import optimize, quantize
 
-    ways: dict[str, Callable[[], Any]] = {
-        "as it is": lambda: net,
-        "optimize, float32": partial(optimize, net),
-        "optimize, bfloat16": partial(optimize, net, "bfloat16"),
+    if name == "as it is":
+        return net
+    if name == "torch.compile":
+        return optimize(net, backend="compile")
+    if name == "quantize, int8":
+        return quantize(net, [images])
+    return optimize(net, name.removeprefix("optimize, "))  # type: ignore[arg-type]
+
+
+def _time(net: nn.Module, name: str, images: Any, runs: int, operations: int) -> dict[str, float]:
+    """Time what is made of a net in turn with the net, so that what disturbs the machine disturbs both."""
+    import torch
+
+    from resbackbone.benchmarking import alternate, seconds
+
+    made: list[nn.Module] = []
+    with torch.no_grad():
+        start = seconds(lambda: made.append(_make(net, name, images)))
+        start += seconds(partial(made[0], images))
+        medians = alternate({"as it is": partial(net, images), name: partial(made[0], images)}, runs=runs)
+    taken = medians[name]
+    return {
+        "seconds": taken,
+        "images per second": len(images) / taken,
+        "times as fast": medians["as it is"] / taken,
+        "operations per second": operations / taken,
+        "start-up seconds": start,
     }
-    if images.is_cuda:
-        ways["optimize, float16"] = partial(optimize, net, "float16")
-    else:
-        ways["quantize, int8"] = partial(quantize, net, [images])
-    if compiled:
-        ways["torch.compile"] = partial(optimize, net, backend="compile")
-    return ways
 
 
-def _print(title: str, figures: dict[str, dict[str, float]]) -> None:
-    from rich.table import Table
-
-    table = Table("way", title=title)
-    for column in ("ms", "images/s", "times as fast", "GFLOP/s", "start-up, s"):
-        table.add_column(column, justify="right")
-    for name, row in figures.items():
-        table.add_row(
-            name,
-            f"{row['seconds'] * 1e3:.1f}",
-            f"{row['images per second']:.1f}",
-            f"{row['times as fast']:.2f}",
-            f"{row['operations per second'] / 1e9:.0f}",
-            f"{row['start-up seconds']:.2f}",
-        )
-    results.print(table)
+def _row(name: str, figures: dict[str, float]) -> str:
+    return (
+        f"{name:<20}{figures['seconds'] * 1e3:>10.1f}{figures['images per second']:>12.1f}"
+        f"{figures['times as fast']:>16.2f}{figures['operations per second'] / 1e9:>10.0f}"
+        f"{figures['start-up seconds']:>14.2f}"
+    )

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resbackbone import build_backbone
+from resbackbone import build_backbone, processor
 from resbackbone.backbones import Backbone
 from resbackbone.checkpoints import load_checkpoint
 from resbackbone.cli.pyramid import Level, draw_pyramid
@@ -70,7 +70,8 @@ class Extractor:
         self.levels = {info.name: info.stride for info in net.feature_info}
         model = self._with_fpn(net) if fpn else net
         self.one_by_one = _mixes_pictures(model)
-        self.device, self.dtype = torch.device(device), getattr(torch, dtype)
+        self.device = torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, dtype)
         self.settings = {
             "config": backbone_config,
             "weights": _digest(model),
@@ -78,7 +79,8 @@ class Extractor:
             "fpn": fpn,
             "dtype": dtype,
         }
-        self.model = self._prepare(model.to(self.device).eval(), dtype, backend)
+        self.computed_dtype = self._choose_dtype()
+        self.model = self._prepare(model.to(self.device).eval(), backend)
 
     def _with_fpn(self, net: Backbone) -> nn.Module:
         torch.manual_seed(SEED)
@@ -92,23 +94,36 @@ class Extractor:
             self.levels[f"p{infos[-1].stage + 2 + extra}"] = infos[-1].stride * 2**extra
         return nn.Sequential(net, fpn)
 
-    def _prepare(self, model: nn.Module, dtype: Any, backend: Any) -> nn.Module:
+    def _choose_dtype(self) -> torch.dtype:
+        """Return what to compute in: float32 where a CPU has no instructions for the dtype."""
+        if self.device.type != "cpu" or processor.computes_natively(self.dtype):
+            return self.dtype
+        name = str(self.dtype).removeprefix("torch.")
+        self.settings["computed dtype"] = "float32"
+        self.about.append(
+            f"computed in float32 and written in {name}: this processor has no instructions for {name}, and would be "
+            "several times slower in it"
+        )
+        return torch.float32
+
+    def _prepare(self, model: nn.Module, backend: Any) -> nn.Module:
         """Return what computes: the model optimised, or as it is in the dtype."""
         self.settings["backend"] = backend
         if backend != "plain":
             try:
-                return optimize(model, dtype, backend)
+                return optimize(model, str(self.computed_dtype).removeprefix("torch."), backend)  # type: ignore[arg-type]
             except ValueError as error:
                 if backend != "auto":
                     raise
                 self.about.append(f"computed by the plain net: {error}")
         self.settings["backend"] = "plain"
-        return model.to(self.dtype)
+        return model.to(self.computed_dtype)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> list[Features]:
         """Compute the feature maps of pictures, normalised, ``(N, in_channels, H, W)``; one entry for each."""
-        outputs = [output.cpu() for output in self.model(images.to(self.device, self.dtype))]
+        outputs = self.model(images.to(self.device, self.computed_dtype))
+        outputs = [output.to(self.dtype).cpu() for output in outputs]
         return [
             Features({name: output[index] for name, output in zip(self.levels, outputs, strict=True)}, self.levels)
             for index in range(len(images))

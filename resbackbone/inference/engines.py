@@ -20,11 +20,16 @@ CUDA_GRAPHS = 16  # sizes that are captured at once; each keeps its images and f
 
 
 class Optimized(nn.Module):
-    """What they all have: the promises of the backbone, evaluation for ever, and the conversion of the input."""
+    """What they all have: the promises of the backbone, evaluation for ever, and the conversion of the input.
+
+    Attributes:
+        dtype: What is computed in.
+        out_dtype: Of the feature maps; another one only where the processor has no instructions for it.
+    """
 
     def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype = self.out_dtype = dtype
         self.name = type(net).__name__
         self.in_channels: int | None = getattr(net, "in_channels", None)  # None if it is not a backbone alone
         self.feature_info: tuple[FeatureInfo, ...] = getattr(net, "feature_info", ())
@@ -39,9 +44,14 @@ class Optimized(nn.Module):
             check_images(x, self.name, self.in_channels)
         x = x.to(self.dtype, memory_format=torch.channels_last)
         if not torch.is_autocast_enabled(x.device.type):
-            return self._run(x)
+            return self._convert(self._run(x))
         with torch.autocast(x.device.type, enabled=False):  # the dtype is the one that was asked for
-            return self._run(x)
+            return self._convert(self._run(x))
+
+    def _convert(self, outs: Any) -> Any:
+        if self.out_dtype is self.dtype:
+            return outs
+        return tree_map_only(Tensor, lambda out: out.to(self.out_dtype) if out.is_floating_point() else out, outs)
 
     def train(self, mode: bool = True) -> Any:
         """Stay in evaluation, whatever what it is part of does: what is folded cannot train."""
@@ -59,15 +69,18 @@ class Optimized(nn.Module):
         """Drop what was made of the weights for some sizes."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._check_move(fn(torch.empty(1, dtype=self.dtype)))
+        moved = fn(torch.empty(1, dtype=self.dtype))
+        self._check_move(moved)
         self._forget()
+        if moved.dtype is not self.dtype:  # but `out_dtype`, in which it does not compute
+            return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _check_move(self, moved: Tensor) -> None:
         """Refuse what the weights shall become."""
-        if moved.dtype != self.dtype:
+        if moved.dtype not in (self.dtype, self.out_dtype):
             raise TypeError(
-                f"this net was optimised for {self.dtype} and cannot become {moved.dtype}; "
+                f"this net was optimised for {self.out_dtype} and cannot become {moved.dtype}; "
                 "optimize the original for that `dtype`"
             )
 

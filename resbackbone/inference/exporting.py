@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from resbackbone import processor
 from resbackbone.backbones.base import Backbone
 from resbackbone.checks import check_choice, check_ints, check_type
 from resbackbone.features import FeatureInfo
@@ -90,6 +91,12 @@ def export(
     path = Path(path)
     _check_path(path, form)
     _check_packages(form)
+    if to == "aoti" and not processor.computes_natively(getattr(torch, dtype)):
+        warnings.warn(
+            f"this processor has no instructions for {dtype}: the compiled file, which is for processors like it, will "
+            "be several times slower than in float32; pass dtype='float32'",
+            stacklevel=2,
+        )
     backbone = _backbone_of(net)
     levels = _check_levels(backbone.feature_info if levels is None else levels)
     facts = _facts(backbone, levels, dtype, metadata or {})

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Literal
 
 import torch
 from torch import nn
 
+from resbackbone import processor
 from resbackbone.checks import check_choice, check_int
 from resbackbone.inference.convolution import FoldedConv2d, FusedConv2d
-from resbackbone.inference.engines import Captured, Compiled, Folded, Fused
+from resbackbone.inference.engines import Captured, Compiled, Folded, Fused, Optimized
 from resbackbone.inference.graph import fuse, trace
 
 Backend = Literal["auto", "onednn", "compile", "eager"]
@@ -35,7 +37,9 @@ def optimize(
         net: A backbone, or anything that calls one and can be traced, such as ``nn.Sequential(net, fpn)``. It stays as
             it is; later changes to it do not reach the result. Its forward hooks stay behind, with a warning, but for
             ``backend`` "compile".
-        dtype: What is computed in, and handed out; "float16" on CUDA devices only.
+        dtype: Of the computation and the feature maps; "float16" on CUDA devices only. A CPU without instructions for
+            bfloat16 (on x86 AVX-512 BF16 or AMX) computes in float32, which is faster there, and returns feature maps
+            in bfloat16; a warning says so.
         backend: "onednn" on CPUs; "eager" for PyTorch's own operators; "compile" for the net through
             ``torch.compile``; "auto" for the first on CPUs, and elsewhere for the second, on CUDA with graphs.
         pack_bytes: Bytes that the weights laid out for sizes may take with oneDNN; 0 for none. The others lay out none.
@@ -51,37 +55,59 @@ def optimize(
     check_choice("dtype", dtype, tuple(_DTYPES))
     check_choice("backend", backend, ("auto", "onednn", "compile", "eager"))
     check_int("pack_bytes", pack_bytes, low=0)
-    copied = copy.deepcopy(net).eval().requires_grad_(False)
-    on_cuda = any(tensor.is_cuda for tensor in copied.state_dict().values())
-    if dtype == "float16" and not on_cuda:
-        raise ValueError("`dtype`='float16' is for nets on a CUDA device, move it there; on a CPU use 'bfloat16'")
-    number = _DTYPES[dtype]
-    if backend == "compile":
-        return Compiled(copied.to(number, memory_format=torch.channels_last), number)  # type: ignore[call-overload]
-    with_onednn = backend == "onednn" or (backend == "auto" and _runs_onednn(copied, number))
-    if with_onednn:
-        require_onednn(copied, number)
-    traced = trace(copied)
-    if with_onednn:
-        fused = fuse(traced, FusedConv2d, number)
-        return Fused(copied, traced.to(number), fused, number, pack_bytes)
-    folded = fuse(traced, FoldedConv2d, number)
-    engine = Captured if backend == "auto" and on_cuda else Folded
-    return engine(copied, traced.to(number), folded, number)
-
-
-def require_onednn(net: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Refuse a net that the operators of oneDNN cannot compute, in a dtype, on this machine."""
-    if not _runs_onednn(net, dtype):
+    if dtype == "float16" and not any(tensor.is_cuda for tensor in net.state_dict().values()):
         raise ValueError(
-            f"oneDNN needs weights on the CPU, a PyTorch built with it, and for bfloat16 a processor with AVX-512 or "
-            f"the like; {type(net).__name__} in {dtype} lacks one of these; use optimize(net, backend='eager')"
+            "`dtype`='float16' is for nets on a CUDA device, move it there; on a CPU use 'float32' or 'bfloat16'"
+        )
+    computed = _computed_dtype(net, _DTYPES[dtype])
+    optimized = _optimize(copy.deepcopy(net).eval().requires_grad_(False), computed, backend, pack_bytes)
+    optimized.out_dtype = _DTYPES[dtype]
+    return optimized
+
+
+def _computed_dtype(net: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Return what to compute in: float32, with a warning, where a CPU has no instructions for the dtype."""
+    if not _is_on_cpu(net) or processor.computes_natively(dtype):
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    warnings.warn(
+        f"this processor has no instructions for {name} and would be several times slower in it than in float32: "
+        f"{type(net).__name__} computes in float32 and returns feature maps in {name}; "
+        "pass dtype='float32' if those may be float32",
+        stacklevel=3,
+    )
+    return torch.float32
+
+
+def _optimize(net: nn.Module, dtype: torch.dtype, backend: Backend, pack_bytes: int) -> Optimized:
+    if backend == "compile":
+        return Compiled(net.to(dtype, memory_format=torch.channels_last), dtype)  # type: ignore[call-overload]
+    with_onednn = backend == "onednn" or (backend == "auto" and _runs_onednn(net))
+    if with_onednn:
+        require_onednn(net)
+    traced = trace(net)
+    if with_onednn:
+        fused = fuse(traced, FusedConv2d, dtype)
+        return Fused(net, traced.to(dtype), fused, dtype, pack_bytes)
+    folded = fuse(traced, FoldedConv2d, dtype)
+    on_cuda = any(tensor.is_cuda for tensor in net.state_dict().values())
+    engine = Captured if backend == "auto" and on_cuda else Folded
+    return engine(net, traced.to(dtype), folded, dtype)
+
+
+def require_onednn(net: nn.Module) -> None:
+    """Refuse a net that the operators of oneDNN cannot compute on this machine."""
+    if not _runs_onednn(net):
+        raise ValueError(
+            f"oneDNN needs weights on the CPU and a PyTorch built with it; {type(net).__name__} lacks one of these; "
+            "use optimize(net, backend='eager')"
         )
 
 
-def _runs_onednn(net: nn.Module, dtype: torch.dtype) -> bool:
+def _runs_onednn(net: nn.Module) -> bool:
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    on_cpu = all(tensor.device.type == "cpu" for tensor in net.state_dict().values())
-    if not (available and on_cpu and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
-        return False
-    return dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return available and _is_on_cpu(net) and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def _is_on_cpu(net: nn.Module) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in net.state_dict().values())

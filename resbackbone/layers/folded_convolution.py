@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resbackbone import processor
+
 Ints = Sequence[int]
 Geometry = tuple[Any, Any, Any, int]  # stride, padding, dilation, groups, as a convolution takes them
 
@@ -102,7 +104,7 @@ def _can_add(x: Tensor, shortcut: Tensor, weight: Tensor, geometry: Geometry) ->
         return False
     if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:
         return False
-    return x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.dtype in (torch.float32, torch.bfloat16) and processor.computes_natively(x.dtype)
 
 
 def output_shape(x: Tensor, weight: Tensor, padding: Ints, stride: Ints, dilation: Ints) -> tuple[int, ...]:
