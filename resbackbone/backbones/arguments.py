@@ -20,6 +20,16 @@ from resbackbone.layers import build_norm_layer
 from resbackbone.layers.recomputing import check_with_cp
 from resbackbone.registry import find_type, split_type
 
+_FLAGS = (
+    "deep_stem",
+    "avg_down",
+    "norm_eval",
+    "fold_frozen_norms",
+    "zero_init_residual",
+    "contract_dilation",
+    "project_first_block",
+)
+
 
 def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Sequence[int]]], **given: Any) -> None:
     """Raise unless the arguments of a ResNet fit each other.
@@ -34,7 +44,7 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
         TypeError, ValueError: If another argument does not fit.
     """
     check_depth(name, given["depth"], arch_settings)
-    for flag in ("deep_stem", "avg_down", "norm_eval", "fold_frozen_norms", "zero_init_residual", "contract_dilation"):
+    for flag in _FLAGS:
         check_flag(flag, given[flag])
     check_with_cp(given["with_cp"])
     for channels in ("in_channels", "base_channels"):

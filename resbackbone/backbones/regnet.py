@@ -83,6 +83,7 @@ class RegNet(ResNet):
         multi_grid: Sequence[int] | None = None,
         contract_dilation: bool = False,
         drop_path_rate: float = 0.0,
+        project_first_block: bool = False,
         fold_frozen_norms: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in _OWN}

@@ -34,6 +34,8 @@ class ResLayer(Sequential):
         first_block: Further arguments for the first block alone.
         last_block: Further arguments for the last block alone.
         shortcut_norm: Whether there is a norm behind the shortcut's convolution.
+        project_first_block: Project in the shortcut of the first block (the last, for Hourglass) also where the shapes
+            agree.
         kwargs: Further arguments for every block.
 
     Raises:
@@ -61,6 +63,7 @@ class ResLayer(Sequential):
         first_block: Mapping[str, Any] | None = None,
         last_block: Mapping[str, Any] | None = None,
         shortcut_norm: bool = True,
+        project_first_block: bool = False,
         **kwargs: Any,
     ) -> None:
         check_int("num_blocks", num_blocks, low=1)
@@ -79,9 +82,11 @@ class ResLayer(Sequential):
         blocks = []
         for index, arguments in enumerate(per_block):
             if index == changing:
-                shortcut = make_shortcut(
-                    inplanes, out_channels, stride, avg_down, conv_cfg, norm_cfg if shortcut_norm else None
-                )
+                shortcut = None
+                if project_first_block or stride != 1 or inplanes != out_channels:
+                    shortcut = make_shortcut(
+                        inplanes, out_channels, stride, avg_down, conv_cfg, norm_cfg if shortcut_norm else None
+                    )
                 arguments.update(inplanes=inplanes, planes=planes, stride=stride, downsample=shortcut)
             elif index < changing:
                 arguments.update(inplanes=inplanes, planes=inplanes // block.expansion, stride=1)
@@ -96,15 +101,13 @@ class ResLayer(Sequential):
 
 def make_shortcut(
     in_channels: int, out_channels: int, stride: int, avg_down: bool, conv_cfg: Config | None, norm_cfg: Config | None
-) -> nn.Sequential | None:
-    """Make the projection beside a block, or None where the identity fits.
+) -> nn.Sequential:
+    """Make the projection beside a block.
 
     Returns:
         ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H/stride), ceil(W/stride))``. With ``avg_down`` there is
         a pooling first even at stride 1, so that the parameters' keys do not depend on the stride.
     """
-    if stride == 1 and in_channels == out_channels:
-        return None
     pooling: list[nn.Module] = []
     if avg_down:
         pooling = [nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)]

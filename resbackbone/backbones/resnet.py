@@ -62,6 +62,9 @@ class ResNet(Backbone):
             have less, in proportion to their place.
         stage_blocks: Number of blocks of each stage, in place of those of ``depth``, which then says no more than which
             kind they are.
+        project_first_block: Give the first block of every stage a projection, a 1x1 convolution and a norm, in its
+            shortcut, also where the shapes agree: in the first stage of depth 18 and 34. RT-DETR's and
+            PaddleDetection's nets have it.
         fold_frozen_norms: Fold norms that stand still into the convolutions before them while training, too, as
             :func:`~resbackbone.training.fold_frozen_norms` does.
 
@@ -120,6 +123,7 @@ class ResNet(Backbone):
         contract_dilation: bool = False,
         drop_path_rate: float = 0.0,
         stage_blocks: Sequence[int] | None = None,
+        project_first_block: bool = False,
         fold_frozen_norms: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -149,6 +153,7 @@ class ResNet(Backbone):
         self.multi_grid = None if multi_grid is None else tuple(multi_grid)
         self.contract_dilation = contract_dilation
         self.drop_path_rate = drop_path_rate
+        self.project_first_block = project_first_block
         self.block, default_blocks = blocks_by_depth[depth]
         self.stage_blocks = default_blocks[:num_stages] if stage_blocks is None else tuple(stage_blocks)
         self.inplanes = self.stem_channels
@@ -206,6 +211,8 @@ class ResNet(Backbone):
                 optional["contract_dilation"] = True
             if self.drop_path_rate:
                 optional["drop_path_rate"] = rates[index]
+            if self.project_first_block:
+                optional["project_first_block"] = True
             stage = self.make_res_layer(
                 block=self.block,
                 inplanes=self.inplanes,
