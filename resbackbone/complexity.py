@@ -27,7 +27,8 @@ class Part:
     """What one part of a backbone costs and hands on.
 
     Attributes:
-        name: ``"stem"`` (whatever lies in no stage), ``"layer1"``, ...
+        name: ``"stem"`` (whatever lies in no stage), ``"layer1"``, ... Where the stem's map is an output and is pooled
+            afterwards, ``"maxpool"`` is a part of its own.
         channels: Channels that it hands on.
         stride: Input pixels per feature pixel at its output.
         height: Feature pixels, top to bottom.
@@ -98,7 +99,7 @@ def measure(net: Backbone, *, size: int | tuple[int, int] = 224) -> Complexity:
         size: Side of the image in pixels, or (height, width).
 
     Returns:
-        The cost of the stem and of each stage, whether handed out or not.
+        The cost of the stem and of each stage, whether they are outputs or not.
 
     Raises:
         TypeError, ValueError: If ``net`` is no backbone of this library, or the size no positive integer or pair.
@@ -110,9 +111,10 @@ def measure(net: Backbone, *, size: int | tuple[int, int] = 224) -> Complexity:
     check_type("net", net, Backbone, "a backbone of resbackbone")
     height, width = _pair(size)
     net = _shapes_only(net)
-    stages: list[nn.Module] = [getattr(net, name) for name in net.res_layers]
+    names = [*_pooling_behind_an_output(net), *net.res_layers]
+    layers: list[nn.Module] = [getattr(net, name) for name in names]
     macs: Counter[nn.Module] = Counter()
-    shapes: list[torch.Size] = []  # what the stem and each stage hand on
+    shapes: list[torch.Size] = []  # what the stem and each layer after it pass on
 
     def count(module: Any, _: Any, out: Tensor) -> None:
         # Each output number takes one kernel's worth: in_channels / groups * height * width, or in_features.
@@ -125,27 +127,33 @@ def measure(net: Backbone, *, size: int | tuple[int, int] = 224) -> Complexity:
     for module in net.modules():
         if isinstance(module, _COUNTED):
             module.register_forward_hook(count)
-    for stage in stages:
-        stage.register_forward_hook(note_shape)
+    for layer in layers:
+        layer.register_forward_hook(note_shape)
     with torch.inference_mode():
         net(torch.empty(1, net.in_channels, height, width, device="meta"))
 
-    params = _stem_and_stages(_num_params(net), [_num_params(stage) for stage in stages])
-    all_macs = _stem_and_stages(macs.total(), [sum(macs[module] for module in stage.modules()) for stage in stages])
-    infos = zip(("stem", *net.res_layers), _strides(net), shapes, params, all_macs, strict=True)
+    params = _with_stem(_num_params(net), [_num_params(layer) for layer in layers])
+    all_macs = _with_stem(macs.total(), [sum(macs[module] for module in layer.modules()) for layer in layers])
+    infos = zip(("stem", *names), _strides(net, names), shapes, params, all_macs, strict=True)
     return Complexity(tuple(Part(name, c, stride, h, w, p, m) for name, stride, (_, c, h, w), p, m in infos))
+
+
+def _pooling_behind_an_output(net: Backbone) -> list[str]:
+    """The name of the stem's pooling, if there is one and what it pools is an output."""
+    pooling = getattr(net, "maxpool", None)
+    return [] if "stem" not in net.out_indices or isinstance(pooling, (nn.Identity, type(None))) else ["maxpool"]
 
 
 def _num_params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _stem_and_stages(total: int, stages: list[int]) -> list[int]:
-    return [total - sum(stages), *stages]
+def _with_stem(total: int, layers: list[int]) -> list[int]:
+    return [total - sum(layers), *layers]
 
 
 def _shapes_only(net: Backbone) -> Backbone:
-    """Copy a backbone onto the meta device, in eval mode, all stages handed out, without copying its weights."""
+    """Copy a backbone onto the meta device, in eval mode, all stages outputs, without copying its weights."""
     memo: dict[int, Any] = {id(parameter): nn.Parameter(parameter.to("meta"), False) for parameter in net.parameters()}
     memo |= {id(buffer): buffer.to("meta") for buffer in net.buffers()}
     shapes = copy.deepcopy(net, memo).eval()
@@ -153,13 +161,16 @@ def _shapes_only(net: Backbone) -> Backbone:
     for module in modules:
         if hasattr(module, "backend"):
             module.backend = "torch"  # compiled operators of deformable convolution want memory
-    shapes.out_indices = tuple(range(len(shapes.res_layers)))
+    stem = (index for index in net.out_indices if index == "stem")
+    shapes.out_indices = (*stem, *range(len(shapes.res_layers)))
     return shapes
 
 
-def _strides(net: Backbone) -> list[int]:
-    stem = (child for name, child in net.named_children() if name not in net.res_layers)
-    return [total_stride(stem), *(info.stride for info in net.feature_info if info.name in net.res_layers)]
+def _strides(net: Backbone, names: list[str]) -> list[int]:
+    """The strides of the stem and, after it, of the pooling, if it is a part, and the stages."""
+    stem = total_stride(child for name, child in net.named_children() if name not in names)
+    pooled = [stem * total_stride([getattr(net, name)]) for name in names if name not in net.res_layers]
+    return [stem, *pooled, *(info.stride for info in net.feature_info if info.name in net.res_layers)]
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

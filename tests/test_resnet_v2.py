@@ -271,8 +271,8 @@ def test_it_has_as_many_parameters_as_timms(timm, name):
 
 @pytest.mark.parametrize("name", ["resnetv2_18d", "resnetv2_50x1_bit"])
 def test_features_are_those_before_the_last_norm(timm, shake, images, name):
-    ours = shake(build_backbone(name)).eval()
-    theirs = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    ours = shake(build_backbone(name, out_indices=("stem", 0, 1, 2, 3))).eval()
+    theirs = timm.create_model(name, features_only=True).eval()
     theirs.load_state_dict({timms_key(key): value for key, value in ours.state_dict().items()})
     with torch.no_grad():
         for feature, reference in zip(ours(images), theirs(images), strict=True):

@@ -16,6 +16,7 @@ from resbackbone.checks import (
     check_sequence,
     check_type,
 )
+from resbackbone.features import OutIndex
 from resbackbone.layers import build_norm_layer
 from resbackbone.layers.recomputing import check_with_cp
 from resbackbone.registry import find_type, split_type
@@ -71,22 +72,37 @@ def check_depth(name: str, depth: object, arch_settings: Mapping[int, Any]) -> N
         raise KeyError(f"`depth` of {name} must be one of {allowed}; got {depth!r}")
 
 
-def resolve_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:
-    """Return the stages that are handed out, counted from 0, ascending.
+def resolve_out_indices(out_indices: Sequence[OutIndex], num_stages: int) -> tuple[OutIndex, ...]:
+    """Return what is output: "stem", if it is named, and the stages, counted from 0, ascending.
 
     Raises:
-        TypeError: If ``out_indices`` is no list or tuple of integers.
+        TypeError: If ``out_indices`` is no list or tuple of integers and "stem".
         ValueError: If it is empty, or an entry is out of range or named twice.
     """
-    given = check_ints("out_indices", out_indices, low=-num_stages)
+    given = check_sequence("out_indices", out_indices)
     if not given:
         raise ValueError("`out_indices` must name at least one stage, got (); the last one alone is (-1,)")
-    if max(given) >= num_stages:
+    for index, entry in enumerate(given):
+        if isinstance(entry, str) and entry != "stem":
+            raise TypeError(
+                f"`out_indices[{index}]` must be an integer, got {entry!r}; stages are counted from 0 (layer1 is 0), "
+                "and only the stem's map has a name, 'stem'"
+            )
+    stages = [
+        _check_stage(f"out_indices[{index}]", entry, num_stages) for index, entry in enumerate(given) if entry != "stem"
+    ]
+    if stages and max(stages) >= num_stages:
         raise ValueError(f"`out_indices` must be below `num_stages` (={num_stages}), got {given}")
-    resolved = sorted(index % num_stages for index in given)
+    stem: list[OutIndex] = ["stem"] * given.count("stem")
+    resolved = (*stem, *sorted(stage % num_stages for stage in stages))
     if len(set(resolved)) < len(resolved):
-        raise ValueError(f"`out_indices` must name each stage once, got {given}, which is {tuple(resolved)}")
-    return tuple(resolved)
+        raise ValueError(f"`out_indices` must name each stage once, got {given}, which is {resolved}")
+    return resolved
+
+
+def _check_stage(name: str, stage: Any, num_stages: int) -> int:
+    check_int(name, stage, low=-num_stages)
+    return int(stage)
 
 
 def _check_stages(given: Mapping[str, Any], default_blocks: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resbackbone.backbones.initialisation import PretrainedModule
 from resbackbone.checks import check_int
-from resbackbone.features import FeatureInfo
+from resbackbone.features import FeatureInfo, OutIndex
 from resbackbone.layers.module import InitConfig
 from resbackbone.layers.tracing import is_tracing
 
@@ -20,24 +20,35 @@ from resbackbone.layers.tracing import is_tracing
 class Backbone(PretrainedModule):
     """The base of the backbones.
 
-    A subclass sets ``in_channels``, ``out_indices``, ``frozen_stages`` and ``norm_eval``, reports each stage with
-    :meth:`add_stage` as it builds it, and says in :meth:`frozen_modules` what freezing means.
+    A subclass sets ``in_channels``, ``out_indices``, ``frozen_stages`` and ``norm_eval``, reports its stem with
+    :meth:`set_stem` and each stage with :meth:`add_stage` as it builds them, and says in :meth:`frozen_modules` what
+    freezing means.
 
     Args:
         init_cfg: As for :class:`~resbackbone.backbones.initialisation.PretrainedModule`.
     """
 
     in_channels: int
-    out_indices: tuple[int, ...]
+    out_indices: tuple[OutIndex, ...]
     frozen_stages: int
     norm_eval: bool
 
     def __init__(self, init_cfg: InitConfig | None = None) -> None:
         super().__init__(init_cfg)
         self.res_layers: list[str] = []
+        self._stem_info: FeatureInfo | None = None
         self._stages: list[FeatureInfo] = []
         self._held_still: set[str] = set()  # parameters that would train, were it not for `frozen_stages`
         self.register_forward_pre_hook(_check_input)
+
+    def set_stem(self, *, channels: int, stride: int) -> None:
+        """Set what the map of ``"stem"`` in ``out_indices`` is: the stem's, before its pooling.
+
+        Args:
+            channels: Its number of channels.
+            stride: Input pixels per feature pixel.
+        """
+        self._stem_info = FeatureInfo("stem", -1, channels, stride)
 
     def add_stage(self, stage: nn.Module, *, channels: int, stride: int) -> None:
         """Add the next stage as ``layer1``, ``layer2``, ...
@@ -56,7 +67,10 @@ class Backbone(PretrainedModule):
     @property
     def feature_info(self) -> tuple[FeatureInfo, ...]:
         """What each output is, in output order."""
-        return tuple(self._stages[index] for index in self.out_indices)
+        infos: dict[OutIndex, FeatureInfo] = dict(enumerate(self._stages))
+        if self._stem_info is not None:
+            infos["stem"] = self._stem_info
+        return tuple(infos[index] for index in self.out_indices)
 
     @property
     def out_channels(self) -> tuple[int, ...]:

@@ -100,7 +100,7 @@ class DetectoRS_ResNet(ResNet):
                 nor are any behind the last stage's, which a neck with further levels has.
 
         Returns:
-            One ``(N, C, H/s, W/s)`` per stage of ``out_indices``; never the images.
+            One ``(N, C, H/s, W/s)`` per entry of ``out_indices``; never the images.
 
         Raises:
             ValueError: If the backbone was built without ``rfp_inplanes``, or a stage has no entry.
@@ -111,8 +111,7 @@ class DetectoRS_ResNet(ResNet):
             raise ValueError(
                 f"`rfp_feats` must have one entry per stage, at least {self.num_stages}, got {len(rfp_feats)}"
             )
-        x = self.run_part(self._run_stem, x, self._stem())
-        outs = []
+        x, outs = self._enter(x)
         for index, (name, rfp_feat) in enumerate(zip(self.res_layers, rfp_feats, strict=False)):
             stage = getattr(self, name)
             x = self.run_part(partial(_run_stage, stage, rfp_feat), x, [stage])

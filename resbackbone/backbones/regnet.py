@@ -11,6 +11,7 @@ from torch import nn
 from resbackbone.backbones.regnet_archs import ARCHS, Arch, plan_stages, resolve_arch
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks import RegNetBottleneck
+from resbackbone.features import OutIndex
 from resbackbone.layers import build_norm_layer
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.recomputing import WithCp
@@ -63,7 +64,7 @@ class RegNet(ResNet):
         base_channels: int = _BASE_CHANNELS,
         strides: Sequence[int] = (2, 2, 2, 2),
         dilations: Sequence[int] = (1, 1, 1, 1),
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: Sequence[OutIndex] = (0, 1, 2, 3),
         style: str = "pytorch",
         deep_stem: bool = False,
         avg_down: bool = False,

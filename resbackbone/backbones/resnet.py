@@ -16,6 +16,7 @@ from resbackbone.backbones.initialisation import resolve_init_cfg
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.stem import make_deep_stem
 from resbackbone.blocks import BasicBlock, Bottleneck
+from resbackbone.features import OutIndex
 from resbackbone.layers import FrozenBatchNorm2d, build_conv_layer, build_norm_layer
 from resbackbone.layers.conv_norm import conv_norm, set_folding
 from resbackbone.layers.module import Config, InitConfig
@@ -39,8 +40,9 @@ class ResNet(Backbone):
         num_stages: Number of stages, 1 to 4.
         strides: Step of each stage's first block, in pixels.
         dilations: Dilation of each stage, in pixels.
-        out_indices: Stages whose feature maps are handed out; negative ones count from the end. The outputs come in
-            ascending order whatever the order here.
+        out_indices: Stages whose feature maps are returned, counted from 0, negative ones from the end; and "stem" for
+            the stem's map after its last activation, before the pooling. The outputs come in ascending order, the
+            stem's first, whatever the order here.
         style: Where a bottleneck strides: "pytorch" in the 3x3, "caffe" in the first 1x1.
         deep_stem: Three 3x3 convolutions in place of the stem's 7x7.
         avg_down: Average pooling in the shortcuts in place of a strided convolution.
@@ -103,7 +105,7 @@ class ResNet(Backbone):
         num_stages: int = 4,
         strides: Sequence[int] = (1, 2, 2, 2),
         dilations: Sequence[int] = (1, 1, 1, 1),
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: Sequence[OutIndex] = (0, 1, 2, 3),
         style: str = "pytorch",
         deep_stem: bool = False,
         avg_down: bool = False,
@@ -159,6 +161,7 @@ class ResNet(Backbone):
         self.inplanes = self.stem_channels
 
         self._make_stem_layer(in_channels, self.stem_channels)
+        self.set_stem(channels=self.inplanes, stride=total_stride(self._before_pool()))
         self._make_stages(stride=total_stride(self._stem()))
         self._freeze_stages()
         if fold_frozen_norms:
@@ -198,6 +201,10 @@ class ResNet(Backbone):
     def _stem(self) -> list[nn.Module]:
         """What ``_make_stem_layer`` added, which is everything before the first stage, in the order it runs."""
         return [child for _, child in takewhile(lambda item: item[0] not in self.res_layers, self.named_children())]
+
+    def _before_pool(self) -> list[nn.Module]:
+        """The stem's layers before its pooling, whose output is the map of "stem" in ``out_indices``."""
+        return [layer for layer in self._stem() if layer is not getattr(self, "maxpool", None)]
 
     def _make_stages(self, stride: int) -> None:
         """Add ``layer1``, ... behind a stem that takes ``stride`` input pixels to one."""
@@ -300,8 +307,7 @@ class ResNet(Backbone):
         Returns:
             One ``(N, C, H/s, W/s)`` per entry of ``feature_info``, in its order.
         """
-        x = self.run_part(self._run_stem, x, self._stem())
-        outs = []
+        x, outs = self._enter(x)
         for index, name in enumerate(self.res_layers):
             stage = getattr(self, name)
             x = self.run_part(stage, x, [stage])
@@ -309,9 +315,18 @@ class ResNet(Backbone):
                 outs.append(x)
         return tuple(outs)
 
+    def _enter(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run the stem; return what the first stage gets, and the outputs so far: the stem's map, or none."""
+        if "stem" not in self.out_indices:  # in one part, so that with_cp="norms" need not keep the map
+            return self.run_part(self._run_stem, x, self._stem()), []
+        x = self.run_part(self._run_before_pool, x, self._before_pool())
+        return self.run_part(self.maxpool, x, [self.maxpool]), [x]
+
     def _run_stem(self, x: Tensor) -> Tensor:
-        x = self.stem(x) if self.deep_stem else self.relu(conv_norm(x, self.conv1, self.norm1))
-        return self.maxpool(x)  # type: ignore[no-any-return]
+        return self.maxpool(self._run_before_pool(x))  # type: ignore[no-any-return]
+
+    def _run_before_pool(self, x: Tensor) -> Tensor:
+        return self.stem(x) if self.deep_stem else self.relu(conv_norm(x, self.conv1, self.norm1))  # type: ignore[no-any-return]
 
     def run_part(self, part: Callable[[Tensor], Tensor], x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
         """Run the stem or a stage, which consists of ``layers``; with ``with_cp="norms"`` in its way."""

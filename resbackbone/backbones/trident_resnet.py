@@ -12,6 +12,7 @@ from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks.trident import TridentBottleneck
 from resbackbone.checks import check_int, check_ints
+from resbackbone.features import OutIndex
 from resbackbone.registry import MODELS
 
 
@@ -86,7 +87,7 @@ class TridentResNet(ResNet):
         num_stages: int = 3,
         strides: Sequence[int] = (1, 2, 2),
         dilations: Sequence[int] = (1, 1, 1),
-        out_indices: Sequence[int] = (2,),
+        out_indices: Sequence[OutIndex] = (2,),
         **kwargs: Any,
     ) -> None:
         check_int("num_branch", num_branch, low=1)

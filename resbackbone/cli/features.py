@@ -84,13 +84,14 @@ class Extractor:
 
     def _with_fpn(self, net: Backbone) -> nn.Module:
         torch.manual_seed(SEED)
-        fpn = FPN(in_channels=net.out_channels, out_channels=FPN_CHANNELS, num_outs=FPN_LEVELS)
+        infos = net.feature_info
+        num_levels = max(FPN_LEVELS, len(infos))
+        fpn = FPN(in_channels=net.out_channels, out_channels=FPN_CHANNELS, num_outs=num_levels)
         fpn.init_weights()
         self.about.append("weights of the FPN: random")
         self.title += "   FPN, random"
-        infos = net.feature_info
-        self.levels = {f"p{info.stage + 2}": info.stride for info in infos}
-        for extra in range(1, FPN_LEVELS - len(infos) + 1):
+        self.levels = {"p0" if info.name == "image" else f"p{info.stage + 2}": info.stride for info in infos}
+        for extra in range(1, num_levels - len(infos) + 1):
             self.levels[f"p{infos[-1].stage + 2 + extra}"] = infos[-1].stride * 2**extra
         return nn.Sequential(net, fpn)
 

@@ -16,6 +16,7 @@ from resbackbone import backbones
 from resbackbone.backbones.layer_depth import layer_depth
 from resbackbone.checkpoints.layouts.mmpretrain import MMPRETRAIN
 from resbackbone.checks import check_int
+from resbackbone.features import OutIndex
 from resbackbone.integrations._hosts import replace_in_registry
 
 
@@ -29,7 +30,9 @@ class MmpretrainDefaults(backbones.ResNet):
         kwargs: As for the backbone.
     """
 
-    def __init__(self, *args: Any, out_indices: Sequence[int] = (3,), norm_eval: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, out_indices: Sequence[OutIndex] = (3,), norm_eval: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, out_indices=out_indices, norm_eval=norm_eval, **kwargs)  # type: ignore[misc]
         self.register_load_state_dict_pre_hook(rename_keys)  # type: ignore[no-untyped-call]
 
