@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,8 @@ from torch import nn
 
 from resbackbone.backbones import Backbone
 from resbackbone.checks import check_sequence, check_type, nearest
-from resbackbone.registry import find_type, split_type
+from resbackbone.lookup import import_modules
+from resbackbone.registry import construct, find_type, scoped, split_type
 
 BackboneSource = str | Path | Mapping[str, Any]
 
@@ -33,7 +34,13 @@ class BackboneConfig:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def build_backbone(config: BackboneSource, *, checkpoint: str | Path | None = None, **overrides: Any) -> Backbone:
+def build_backbone(
+    config: BackboneSource,
+    *,
+    checkpoint: str | Path | None = None,
+    imports: Sequence[str] = (),
+    **overrides: Any,
+) -> Backbone:
     """Build a backbone and initialise its weights.
 
     Args:
@@ -41,6 +48,8 @@ def build_backbone(config: BackboneSource, *, checkpoint: str | Path | None = No
             constructor's arguments. It is not changed.
         checkpoint: Weights to load after the initialisation: a file, a URL or a name, as for
             :func:`resbackbone.checkpoints.load_checkpoint`.
+        imports: Modules of your own that register the types that the config names, such as ``["my_variant"]``. A
+            config cannot name them itself: except for a .py file, it is data and imports nothing.
         overrides: Constructor arguments that replace those of the config, such as ``frozen_stages=1``.
 
     Returns:
@@ -51,12 +60,14 @@ def build_backbone(config: BackboneSource, *, checkpoint: str | Path | None = No
         TypeError: If an argument is unknown, missing or of the wrong type.
         ValueError: If an argument's value does not fit.
         FileNotFoundError: If the path or the checkpoint does not exist.
+        ImportError: If a module of ``imports`` cannot be imported.
 
     >>> build_backbone("resnet18", frozen_stages=1).out_channels
     (64, 128, 256, 512)
     >>> build_backbone(dict(type="ResNet", depth=50, out_indices=(-1,))).feature_info
     (FeatureInfo(name='layer4', stage=3, channels=2048, stride=32),)
     """
+    import_modules(imports)
     backbone = construct_backbone(config, **overrides)
     if hasattr(backbone, "init_weights") and not any(p.is_meta for p in backbone.parameters()):
         backbone.init_weights()
@@ -75,12 +86,9 @@ def load_pretrained(net: nn.Module, source: str | Path, *, prefix: str | None = 
 def construct_backbone(config: BackboneSource, **overrides: Any) -> Backbone:
     """Build a backbone as :func:`build_backbone` does, but leave its weights as the layers' constructors drew them."""
     type_, arguments = split_type({**load_config(config).backbone, **overrides}, "backbone config")
-    scope = arguments.pop("_scope_", None)
-    if scope and isinstance(type_, str) and "." not in type_:
-        type_ = f"{scope}.{type_}"
-    backbone_class = find_type(type_, "backbone")
+    backbone_class = find_type(scoped(type_, arguments.pop("_scope_", None)), "backbone")
     check_arguments(backbone_class, arguments)
-    backbone: Backbone = backbone_class(**arguments)
+    backbone: Backbone = construct(backbone_class, **arguments)
     return backbone
 
 

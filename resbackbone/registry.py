@@ -6,8 +6,13 @@ OpenMMLab config without an import.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.modules import activation, batchnorm, conv, loss
 
 from resbackbone.checks import check_mapping, nearest
 
@@ -22,16 +27,44 @@ except ImportError as error:
         "pip install 'resbackbone[openmmlab]' (mmengine and mmcv-lite)"
     ) from error
 
+from resbackbone.lookup import (
+    default_registry,
+    find_scope,
+    import_plugins,
+    is_registered,
+    is_restricted,
+    look_up,
+    registered_only,
+)
+
+Built = TypeVar("Built")
+Kind = TypeVar("Kind", bound=type)
+
 
 def _build(cfg: Any, registry: Registry, default_args: Any = None) -> Any:
-    """Build as mmengine does, but answer an unknown type with its nearest match."""
-    type_name = cfg.get("type") if hasattr(cfg, "get") else None
-    if isinstance(type_name, str):
-        find_type(type_name)
-    return build_model_from_cfg(cfg, registry, default_args)
+    """Build as mmengine does, but import no name, and answer an unknown one with its nearest match."""
+    for one in cfg if isinstance(cfg, list) else [cfg]:
+        given = [source for source in (one, default_args) if hasattr(source, "get")]
+        type_, scope = (next((g.get(key) for g in given if g.get(key)), None) for key in ("type", "_scope_"))
+        if type_ is not None:
+            find_type(scoped(type_, scope))
+    return construct(build_model_from_cfg, cfg, registry, default_args)
 
 
-MODELS = Registry(
+class _Models(Registry):  # type: ignore[misc]  # mmengine is not annotated
+    """A registry whose ``get`` imports nothing that is not registered."""
+
+    def get(self, key: str) -> Any:
+        """Return what is registered under a name, or the class at a dotted path that a config may name; or None."""
+        if not isinstance(key, str) or is_restricted():
+            return super().get(key)
+        found = look_up(key, self)
+        if found is not None:
+            _check_kind(found, key, "model", nn.Module)
+        return found
+
+
+MODELS = _Models(
     "model",
     parent=ROOT_MODELS,
     scope="resbackbone",
@@ -63,39 +96,144 @@ RUNNERS = _CHILDREN["RUNNERS"]
 TRANSFORMS = _CHILDREN["TRANSFORMS"]
 
 
-def find_type(type_or_name: Any, what: str = "model") -> Any:
-    """Find the class behind a config's ``type``.
+# The classes of each kind. What a class of another package is, only its author knows.
+_KINDS: dict[str, list[type]] = {
+    "norm": [batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm],
+    "convolution": [conv._ConvNd],
+    "activation": [getattr(activation, name) for name in activation.__all__ if name != "MultiheadAttention"],
+    "loss": [loss._Loss],
+}
+_NEVER_PLUGINS = ("backbone", "neck", "classifier", "shared head", "loss")
+
+
+def of_kind(kind: str) -> Callable[[Kind], Kind]:
+    """Decorate a class to say what it and those derived from it are, such as "norm"."""
+
+    def note(cls: Kind) -> Kind:
+        _KINDS.setdefault(kind, []).append(cls)
+        return cls
+
+    return note
+
+
+def find_type(
+    type_or_name: Any, what: str = "model", *, registry: Registry = MODELS, base: type | tuple[type, ...] = nn.Module
+) -> Any:
+    """Find the class behind a config's ``type``; nothing is imported but what :mod:`resbackbone.lookup` may import.
 
     Names are looked up here, then in mmengine's root, then in the registry of the current default scope (where an
-    mmdet or mmseg user registered a layer of their own), and last in mmcv, which is imported only now.
+    mmdet or mmseg user registered a layer of their own), in installed plugins, and last in mmcv, which is imported only
+    now.
 
     Args:
-        type_or_name: A class, returned as it is, or a registered name, with or without a scope prefix.
-        what: What kind of thing is wanted, for the error.
+        type_or_name: A class; or a registered name, with or without a scope prefix; or the dotted path of a class.
+        what: What kind of thing is wanted: "backbone", "norm", "convolution", "activation", "plugin" or "loss", or a
+            word for the error.
+        registry: Where names are looked up.
+        base: What the class must be derived from.
 
     Returns:
         The class.
 
     Raises:
-        TypeError: If it is neither a class nor a string.
+        TypeError: If it is neither a class nor a string, or the class is none of this kind.
         KeyError: If nothing of that name is registered.
     """
-    if inspect.isclass(type_or_name) or callable(type_or_name):
-        return type_or_name
-    if not isinstance(type_or_name, str):
+    if isinstance(type_or_name, str):
+        found = _find_name(type_or_name, what, registry)
+    elif inspect.isclass(type_or_name):
+        found = type_or_name
+    else:
         raise TypeError(
             f"`type` of a {what} must be a registered name or a class, "
             f"got {type_or_name!r} of type {type(type_or_name).__name__}"
         )
-    found = _look_up(type_or_name)
-    where = "`print(resbackbone.MODELS)` lists what is registered"
+    _check_kind(found, type_or_name, what, base)
+    return found
+
+
+def scoped(type_or_name: Any, scope: Any) -> Any:
+    """Return a name with its config's ``_scope_`` in front, where that has one and the name has none.
+
+    Raises:
+        KeyError: If no registry has this scope.
+    """
+    if scope is None or scope == "":
+        return type_or_name
+    if not isinstance(scope, str) or find_scope(scope, MODELS) is None:
+        raise KeyError(f"unknown scope {scope!r} in `_scope_`; a scope is that of a registry, such as 'mmdet'")
+    return f"{scope}.{type_or_name}" if isinstance(type_or_name, str) and "." not in type_or_name else type_or_name
+
+
+def construct(builder: Callable[..., Built], *args: Any, **kwargs: Any) -> Built:
+    """Call a class with arguments from a config, and hold it to :func:`find_type` for the configs inside them.
+
+    Raises:
+        TypeError: If one of them names anything but a class of layers.
+        KeyError: If one of them names what is not registered.
+    """
+    _check_inner_types([args, kwargs])
+    with registered_only(_find_inner):
+        return builder(*args, **kwargs)
+
+
+def _find_inner(name: str, registry: Registry) -> Any:
+    found = _find_name(name, "layer", registry)
+    if registry.root is ROOT_MODELS:
+        _check_kind(found, name, "layer", nn.Module)
+    elif not is_registered(found, registry):
+        raise KeyError(f"unknown type {name!r}; it is in no {registry.name} registry")
+    return found
+
+
+def _check_inner_types(value: Any) -> None:
+    """Raise TypeError where a dict inside has a ``type`` that is neither a name nor a class of layers."""
+    if isinstance(value, Mapping):
+        if "type" in value and callable(value["type"]):
+            _check_kind(value["type"], value["type"], "layer", nn.Module)
+        for key, item in value.items():
+            if key != "init_cfg":  # has initializers in it
+                _check_inner_types(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_inner_types(item)
+
+
+def _find_name(name: str, what: str, registry: Registry) -> Any:
+    found = _look_up(name, registry)
+    where = (
+        "`print(resbackbone.MODELS)` lists what is registered; a module of yours is imported by --import or `imports`"
+    )
+    if found is None:
+        import_plugins()
+        found = _look_up(name, registry)
     if found is None and _import_mmcv():
-        found = _look_up(type_or_name)
+        found = _look_up(name, registry)
     elif found is None:
         where += "; mmcv, which has more layers, is not installed: pip install 'resbackbone[mm]'"
     if found is None:
-        raise KeyError(f"unknown {what} type {type_or_name!r}" + nearest(type_or_name, _known_names(), list_all=where))
+        raise KeyError(f"unknown {what} type {name!r}" + nearest(name, _known_names(registry), list_all=where))
     return found
+
+
+def _check_kind(found: Any, given: Any, what: str, base: type | tuple[type, ...]) -> None:
+    """Raise TypeError unless ``found`` is a class of the kind ``what``, as far as can be said."""
+    name = repr(given) if isinstance(given, str) else getattr(given, "__name__", repr(given))
+    if not inspect.isclass(found):
+        raise TypeError(f"`type` of a {what} must name a class, got {name}, which is a {type(found).__name__}")
+    if not issubclass(found, base):
+        bases = " or ".join(item.__name__ for item in (base if isinstance(base, tuple) else (base,)))
+        raise TypeError(f"`type` of a {what} must be a class derived from {bases}, got {name}")
+    kind = next((kind for kind, classes in _KINDS.items() if issubclass(found, tuple(classes))), None)
+    if what == "plugin":
+        wrong = kind in _NEVER_PLUGINS
+    elif what in _KINDS:
+        foreign = not found.__module__.startswith("torch.") or (found is nn.Identity and what in ("norm", "activation"))
+        wrong = kind != what and not (kind is None and foreign)
+    else:
+        wrong = False
+    if wrong:
+        raise TypeError(f"`type` of a {what} must name a {what}, got {name}" + (f", a {kind}" if kind else ""))
 
 
 def split_type(cfg: Any, argument: str) -> tuple[Any, dict[str, Any]]:
@@ -112,22 +250,18 @@ def split_type(cfg: Any, argument: str) -> tuple[Any, dict[str, Any]]:
     return rest.pop("type"), rest
 
 
-def _known_names() -> set[str]:
-    return {*MODELS.module_dict, *ROOT_MODELS.module_dict}
+def _known_names(registry: Registry) -> set[str]:
+    return {*registry.module_dict, *registry.root.module_dict}
 
 
-def _look_up(name: str) -> Any:
-    try:
-        found = MODELS.get(name)
-    except RuntimeError:  # how mmengine answers a name that looks like a module path and is none
-        found = None
-    if found is None:
-        with MODELS.switch_scope_and_registry(None) as current:
-            if current is not MODELS:
-                found = current.get(name)
+def _look_up(name: str, registry: Registry) -> Any:
+    found = look_up(name, registry)
+    if found is None and (current := default_registry(registry)) is not None:
+        found = look_up(name, current)
     return found
 
 
+@functools.lru_cache(maxsize=1)
 def _import_mmcv() -> bool:
     """Import the part of mmcv that registers layers without compiled operators; False where there is no mmcv."""
     try:

@@ -13,7 +13,7 @@ PACKAGE = Path(resbackbone.__file__).parent
 # From the bottom up; a module may import from its own part and from the rows below its own, never from its own row.
 ROWS = [
     {"allocation", "benchmarking", "checks", "features", "processor", "whole_files"},
-    {"images", "preprocessing"},
+    {"images", "lookup", "preprocessing"},
     {"registry"},
     {"layers"},
     {"blocks"},

@@ -15,8 +15,10 @@ from resbackbone.checks import check_int
 from resbackbone.features import FeatureInfo, OutIndex
 from resbackbone.layers.module import InitConfig
 from resbackbone.layers.tracing import is_tracing
+from resbackbone.registry import of_kind
 
 
+@of_kind("backbone")
 class Backbone(PretrainedModule):
     """The base of the backbones.
 

@@ -17,10 +17,11 @@ from resbackbone.checks import check_choice, check_flag, check_int
 from resbackbone.layers.conv_norm import set_folding
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.recomputing import WithCp, check_with_cp, recompute_norms
-from resbackbone.registry import MODELS, find_type, split_type
+from resbackbone.registry import MODELS, find_type, of_kind, split_type
 
 
 # The name is mmdet's, in whose configs it stands as `shared_head=dict(type="ResLayer", ...)`.
+@of_kind("shared head")
 @MODELS.register_module("ResLayer")
 class SharedHead(PretrainedModule):
     """One stage of a ResNet, run on the features of regions; the bounding-box and mask heads share it.

@@ -12,7 +12,7 @@ from resbackbone.checks import check_int
 from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
-from resbackbone.registry import MODELS
+from resbackbone.registry import MODELS, of_kind
 
 BATCH_NORM: Config = {"type": "BN"}  # read, never written to
 
@@ -63,6 +63,7 @@ class SpatialAttention(nn.Module):
         return out
 
 
+@of_kind("plugin")
 @MODELS.register_module()
 class CBAM(nn.Module):
     """Convolutional block attention module: :class:`ChannelAttention`, then :class:`SpatialAttention`.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
-from resbackbone.registry import MODELS, find_type, split_type
+from resbackbone.registry import MODELS, construct, find_type, split_type
 
 MODELS.register_module("Conv2d", module=nn.Conv2d)
 MODELS.register_module("Conv", module=nn.Conv2d)
@@ -35,7 +35,7 @@ def build_conv_layer(cfg: Config | None, *args: Any, **kwargs: Any) -> nn.Module
     if cfg is None:
         return nn.Conv2d(*args, **kwargs)
     type_, rest = split_type(cfg, "conv_cfg")
-    layer: nn.Module = find_type(type_, "convolution")(*args, **kwargs, **rest)
+    layer: nn.Module = construct(find_type(type_, "convolution"), *args, **kwargs, **rest)
     return layer
 
 
@@ -76,7 +76,7 @@ class ConvNormAct(nn.Module):
         self.activate = None
         if act_cfg is not None:
             type_, rest = split_type(act_cfg, "act_cfg")
-            self.activate = find_type(type_, "activation")(**rest)
+            self.activate = construct(find_type(type_, "activation"), **rest)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from resbackbone.checks import check_flag, check_int, check_ints
 from resbackbone.layers.deform_operator import Backend, available_backends, check_backend, deform_conv2d
-from resbackbone.registry import MODELS
+from resbackbone.registry import MODELS, of_kind
 
 __all__ = ["DeformConv2d", "ModulatedDeformConv2d", "Pair", "available_backends", "deform_conv2d", "rename_old_offsets"]
 
 Pair = int | tuple[int, int]
 
 
+@of_kind("convolution")
 @MODELS.register_module("DCN")
 class DeformConv2d(nn.Module):
     """A convolution that learns where to look: a second, plain one predicts a shift for every point of its kernel.

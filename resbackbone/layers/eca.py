@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from resbackbone.checks import check_int
-from resbackbone.registry import MODELS
+from resbackbone.registry import MODELS, of_kind
 
 
+@of_kind("plugin")
 @MODELS.register_module()
 class ECALayer(nn.Module):
     """Multiply each channel by a gate from 0 to 1, a convolution along the channels' means.

@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from resbackbone.checks import check_int
 from resbackbone.layers.module import Config
-from resbackbone.registry import MODELS, find_type, split_type
+from resbackbone.registry import MODELS, construct, find_type, of_kind, split_type
 
 for _name, _norm in {
     "BN": nn.BatchNorm2d,
@@ -34,6 +34,7 @@ _ABBREVIATIONS: tuple[tuple[type, str], ...] = (
 )
 
 
+@of_kind("norm")
 @MODELS.register_module("FrozenBN")
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm with fixed statistics and a fixed affine map: four buffers, nothing to train.
@@ -110,7 +111,7 @@ def build_norm_layer(cfg: Config, num_features: int, postfix: int | str = "") ->
             )
         norm = norm_class(num_channels=num_features, **arguments)
     else:
-        norm = norm_class(num_features, **arguments)
+        norm = construct(norm_class, num_features, **arguments)
     for parameter in norm.parameters():
         parameter.requires_grad = requires_grad
     return _abbreviation(norm_class) + str(postfix), norm

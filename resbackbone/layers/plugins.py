@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from resbackbone.layers.module import Config
-from resbackbone.registry import find_type, split_type
+from resbackbone.registry import construct, find_type, split_type
 
 
 def build_plugin_layer(
@@ -34,7 +34,8 @@ def build_plugin_layer(
         KeyError: If it has no ``type`` or an unknown one.
     """
     type_, rest = split_type(cfg, "plugin cfg")
-    return plugin_name(cfg, postfix), find_type(type_, "plugin")(in_channels=in_channels, **kwargs, **rest)
+    plugin_class = find_type(type_, "plugin")
+    return plugin_name(cfg, postfix), construct(plugin_class, in_channels=in_channels, **kwargs, **rest)
 
 
 def plugin_name(cfg: Config, postfix: int | str = "") -> str:

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from resbackbone.checks import check_int
 from resbackbone.layers.conv import ConvNormAct
-from resbackbone.registry import MODELS
+from resbackbone.registry import MODELS, of_kind
 
 
+@of_kind("plugin")
 @MODELS.register_module()
 class SELayer(nn.Module):
     """Scale each channel by a number from 0 to 1, which two 1x1 convolutions compute from the means of all channels.

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from resbackbone.checks import check_choice, check_flag, check_int, check_ints, check_mapping
 from resbackbone.layers import ConvNormAct, Module
 from resbackbone.layers.module import Config, InitConfig
-from resbackbone.registry import MODELS, find_type, split_type
+from resbackbone.registry import MODELS, find_type, of_kind, split_type
 
 XAVIER: Config = {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}  # read, never written to
 NEAREST: Config = {"mode": "nearest"}
@@ -19,6 +19,7 @@ KINDS = {"conv_cfg": "convolution", "norm_cfg": "norm", "act_cfg": "activation"}
 EXTRA_SOURCES = ("on_input", "on_lateral", "on_output")
 
 
+@of_kind("neck")
 @MODELS.register_module()
 class FPN(Module):
     """Feature pyramid network with the arguments, keys and numbers of mmdet's.

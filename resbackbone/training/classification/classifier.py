@@ -18,7 +18,7 @@ from resbackbone.checkpoints.loading import read_tensors
 from resbackbone.checks import check_choice, check_int, check_mapping
 from resbackbone.config import construct_backbone, load_config
 from resbackbone.preprocessing import Preprocessing, preprocessing_of
-from resbackbone.registry import MODELS
+from resbackbone.registry import MODELS, find_type, of_kind, split_type
 from resbackbone.training.classification.losses import CrossEntropy
 from resbackbone.training.classification.mixing import Mixing
 
@@ -62,6 +62,7 @@ class Normalize(BaseDataPreprocessor):
         return {**batch, "inputs": (pictures - self.mean) / self.std}
 
 
+@of_kind("classifier")
 @MODELS.register_module()
 class ImageClassifier(BaseModel):
     """Classifies pictures.
@@ -92,6 +93,8 @@ class ImageClassifier(BaseModel):
     ) -> None:
         check_int("num_classes", num_classes, low=1)
         check_mapping("loss", loss)
+        if loss is not None:
+            find_type(split_type(loss, "loss")[0], "loss")
         check_mapping("mixing", mixing)
         check_mapping("preprocessing", preprocessing)
         net = construct_backbone({"norm_eval": False, **load_config(backbone).backbone})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resbackbone.registry import MODELS
+from resbackbone.registry import MODELS, of_kind
 
 
 def _check_label_smoothing(value: float) -> float:
@@ -14,6 +14,7 @@ def _check_label_smoothing(value: float) -> float:
     return value
 
 
+@of_kind("loss")
 @MODELS.register_module()
 class CrossEntropy(nn.Module):
     """Softmax cross-entropy.
@@ -37,6 +38,7 @@ class CrossEntropy(nn.Module):
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
 
+@of_kind("loss")
 @MODELS.register_module()
 class BinaryCrossEntropy(nn.Module):
     """A yes or no for every class by itself, so that a mixed picture may be two classes at once.
