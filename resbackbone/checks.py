@@ -2,9 +2,57 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
+from typing import Any, TypeVar, cast
+
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
+
+
+def plain(value: Any) -> Any:
+    """Return a config's value in Python's own types: what OmegaConf, NumPy and others have for dict, list and int.
+
+    Mappings become dicts; other sequences than text become lists, or tuples where they cannot be changed; NumPy's
+    scalars and vectors, and tensors of at most one dimension, become numbers and lists; and what can be an index is an
+    integer. What is plain already is returned as it is.
+
+    >>> plain({"out_indices": range(2, 4), "depth": 50})
+    {'out_indices': (2, 3), 'depth': 50}
+    """
+    if isinstance(value, (str, bytes, bytearray, memoryview, type)) or value is None:
+        return value
+    if isinstance(value, Mapping):
+        items = {key: plain(item) for key, item in value.items()}
+        if not isinstance(value, dict):
+            return items
+        if all(items[key] is item for key, item in value.items()):
+            return value
+        changed = copy.copy(value)
+        changed.update(items)
+        return changed
+    if isinstance(value, Sequence):
+        entries = [plain(item) for item in value]
+        if isinstance(value, (list, tuple)) and all(a is b for a, b in zip(entries, value, strict=True)):
+            return value
+        return entries if isinstance(value, MutableSequence) else tuple(entries)
+    if hasattr(value, "dtype") and getattr(value, "ndim", None) in (0, 1) and not getattr(value, "is_meta", False):
+        return value.tolist()
+    if hasattr(value, "__index__") and not hasattr(value, "ndim") and not isinstance(value, int):
+        return operator.index(value)
+    return value
+
+
+def plain_arguments(constructor: Constructor) -> Constructor:
+    """Decorate a constructor to receive its arguments in Python's own types, as :func:`plain` returns them."""
+
+    @functools.wraps(constructor)
+    def construct(self: object, *args: Any, **kwargs: Any) -> None:
+        constructor(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+
+    return cast(Constructor, construct)
 
 
 def nearest(name: object, known: Iterable[str], *, list_all: str = "") -> str:
@@ -37,21 +85,23 @@ def check_type(name: str, value: object, allowed: type | tuple[type, ...], expec
 
 def check_flag(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is True or False."""
-    check_type(name, value, bool, "True or False")
+    check_type(name, plain(value), bool, "True or False")
 
 
-def check_int(name: str, value: object, *, low: int, high: int | None = None) -> None:
-    """Raise unless ``value`` is an integer in ``low..high``.
+def check_int(name: str, value: object, *, low: int, high: int | None = None) -> int:
+    """Return ``value`` as an int, or raise unless it is an integer in ``low..high``.
 
     Raises:
         TypeError: If it is no integer.
         ValueError: If it is out of range.
     """
-    check_type(name, value, int, "an integer")
-    assert isinstance(value, int)
-    if value < low or (high is not None and value > high):
+    number = plain(value)
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}")
+    if number < low or (high is not None and number > high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"`{name}` must be {allowed}, got {value}")
+        raise ValueError(f"`{name}` must be {allowed}, got {number}")
+    return number
 
 
 def check_choice(name: str, value: object, allowed: Sequence[Any]) -> None:
@@ -72,20 +122,21 @@ def check_sequence(name: str, value: object, *, length: int | None = None, why: 
 
     Args:
         name: The argument's name.
-        value: A list or tuple.
+        value: A list or tuple, or another sequence that is no text.
         length: How many entries it must have, if that is fixed.
         why: Where the length comes from, such as "one per stage, `num_stages`=3".
 
     Raises:
-        TypeError: If it is no list or tuple.
+        TypeError: If it is none.
         ValueError: If its length is wrong.
     """
-    if not isinstance(value, (list, tuple)):
+    entries = plain(value)
+    if not isinstance(entries, (list, tuple)):
         raise TypeError(f"`{name}` must be a list or tuple, got {value!r} of type {type(value).__name__}")
-    if length is not None and len(value) != length:
+    if length is not None and len(entries) != length:
         reason = f" ({why})" if why else ""
-        raise ValueError(f"`{name}` must have {length} entries{reason}, got {len(value)}: {tuple(value)!r}")
-    return tuple(value)
+        raise ValueError(f"`{name}` must have {length} entries{reason}, got {len(entries)}: {tuple(entries)!r}")
+    return tuple(entries)
 
 
 def check_ints(name: str, value: object, *, low: int, length: int | None = None, why: str = "") -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from resbackbone.backbones import Backbone
-from resbackbone.checks import check_sequence, check_type, nearest
+from resbackbone.checks import check_sequence, check_type, nearest, plain
 from resbackbone.lookup import import_modules
 from resbackbone.registry import construct, find_type, scoped, split_type
 
@@ -85,7 +85,7 @@ def load_pretrained(net: nn.Module, source: str | Path, *, prefix: str | None = 
 
 def construct_backbone(config: BackboneSource, **overrides: Any) -> Backbone:
     """Build a backbone as :func:`build_backbone` does, but leave its weights as the layers' constructors drew them."""
-    type_, arguments = split_type({**load_config(config).backbone, **overrides}, "backbone config")
+    type_, arguments = split_type({**load_config(config).backbone, **_plain(overrides)}, "backbone config")
     backbone_class = find_type(scoped(type_, arguments.pop("_scope_", None)), "backbone")
     check_arguments(backbone_class, arguments)
     backbone: Backbone = construct(backbone_class, **arguments)
@@ -257,9 +257,10 @@ def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Copy nested dicts (mmengine's among them), lists and tuples; anything else is kept as it is."""
+    """Copy dicts (mmengine's and OmegaConf's among them), lists and numbers as Python's own; the rest is kept."""
+    value = plain(value)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
+        return (list if isinstance(value, list) else tuple)(map(_plain, value))
     return value

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.modules import activation, batchnorm, conv, loss
 
-from resbackbone.checks import check_mapping, nearest
+from resbackbone.checks import check_mapping, nearest, plain
 
 try:
     from mmengine import registry as roots
@@ -174,7 +174,7 @@ def construct(builder: Callable[..., Built], *args: Any, **kwargs: Any) -> Built
     """
     _check_inner_types([args, kwargs])
     with registered_only(_find_inner):
-        return builder(*args, **kwargs)
+        return builder(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
 
 
 def _find_inner(name: str, registry: Registry) -> Any:
@@ -246,7 +246,7 @@ def split_type(cfg: Any, argument: str) -> tuple[Any, dict[str, Any]]:
     check_mapping(argument, cfg, optional=False)
     if "type" not in cfg:
         raise KeyError(f"`{argument}` needs a `type`, got {dict(cfg)!r}")
-    rest = dict(cfg)
+    rest = dict(plain(cfg))
     return rest.pop("type"), rest
 
 

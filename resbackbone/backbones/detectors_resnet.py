@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks.detectors import DetectorsBottleneck, DetectorsResNeXtBottleneck
-from resbackbone.checks import check_flag, check_int, check_sequence
+from resbackbone.checks import check_flag, check_int, check_sequence, plain_arguments
 from resbackbone.features import FeatureInfo
 from resbackbone.layers.module import Config
 from resbackbone.registry import MODELS, find_type, split_type
@@ -49,6 +49,7 @@ class DetectoRS_ResNet(ResNet):
         depth: (DetectorsBottleneck, ResNet.arch_settings[depth][1]) for depth in (50, 101, 152)
     }
 
+    @plain_arguments
     def __init__(
         self,
         depth: int,

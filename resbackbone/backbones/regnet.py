@@ -11,6 +11,7 @@ from torch import nn
 from resbackbone.backbones.regnet_archs import ARCHS, Arch, plan_stages, resolve_arch
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks import RegNetBottleneck
+from resbackbone.checks import plain_arguments
 from resbackbone.features import OutIndex
 from resbackbone.layers import build_norm_layer
 from resbackbone.layers.module import Config, InitConfig
@@ -56,6 +57,7 @@ class RegNet(ResNet):
     arch_settings: ClassVar[dict[str, dict[str, Any]]] = ARCHS  # type: ignore[assignment]  # by name, as in mmdet
     stage_widths: tuple[int, ...]
 
+    @plain_arguments
     def __init__(
         self,
         arch: str | Arch,
@@ -97,7 +99,7 @@ class RegNet(ResNet):
         if base_channels != _BASE_CHANNELS:
             warnings.warn(
                 f"`base_channels` (={base_channels}) does nothing in a RegNet; its widths come from `arch`",
-                stacklevel=2,
+                stacklevel=3,
             )
         num_stages = len(self.stage_widths)
         super().__init__(sum(self.stage_blocks), base_channels=self.stage_widths[0], num_stages=num_stages, **given)

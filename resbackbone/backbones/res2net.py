@@ -9,6 +9,7 @@ from torch import nn
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnet_v1 import ResNetV1d
 from resbackbone.blocks.res2 import Bottle2neck, check_splits
+from resbackbone.checks import plain_arguments
 from resbackbone.registry import MODELS
 
 
@@ -43,6 +44,7 @@ class Res2Net(ResNetV1d):
         depth: (Bottle2neck, ResNet.arch_settings[depth][1]) for depth in (50, 101, 152)
     }
 
+    @plain_arguments
     def __init__(
         self,
         depth: int,

@@ -9,7 +9,7 @@ from torch import nn
 from resbackbone.backbones.resnet_v1 import ResNetV1d
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks.split import SplitAttentionBottleneck
-from resbackbone.checks import check_flag, check_int
+from resbackbone.checks import check_flag, check_int, plain_arguments
 from resbackbone.registry import MODELS
 
 
@@ -51,6 +51,7 @@ class ResNeSt(ResNeXt, ResNetV1d):
         269: (SplitAttentionBottleneck, (3, 30, 48, 8)),
     }
 
+    @plain_arguments
     def __init__(
         self,
         depth: int,

@@ -16,6 +16,7 @@ from resbackbone.backbones.initialisation import resolve_init_cfg
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.stem import make_deep_stem
 from resbackbone.blocks import BasicBlock, Bottleneck
+from resbackbone.checks import plain_arguments
 from resbackbone.features import OutIndex
 from resbackbone.layers import FrozenBatchNorm2d, build_conv_layer, build_norm_layer
 from resbackbone.layers.conv_norm import conv_norm, set_folding
@@ -96,6 +97,7 @@ class ResNet(Backbone):
         269: (Bottleneck, (3, 30, 48, 8)),
     }
 
+    @plain_arguments
     def __init__(
         self,
         depth: int,

@@ -10,7 +10,7 @@ from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.anti_aliased import AntiAliasedBasicBlock, AntiAliasedBottleneck, AntiAliasedResNeXtBottleneck
-from resbackbone.checks import check_choice
+from resbackbone.checks import check_choice, plain_arguments
 from resbackbone.layers.blur_pool import AntiAliasing, make_downsampling
 from resbackbone.registry import MODELS
 
@@ -44,6 +44,7 @@ class ResNetAA(ResNet):
         for depth, (block, blocks) in ResNet.arch_settings.items()
     }
 
+    @plain_arguments
     def __init__(self, depth: int, *, anti_aliasing: AntiAliasing = "blur", **kwargs: Any) -> None:
         check_choice("anti_aliasing", anti_aliasing, get_args(AntiAliasing))
         self.anti_aliasing = anti_aliasing

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
+from resbackbone.checks import plain_arguments
 from resbackbone.layers import build_conv_layer, build_norm_layer
 from resbackbone.registry import MODELS
 
@@ -31,6 +32,7 @@ class ResNet_CIFAR(ResNet):
     (1, 2, 4, 8)
     """
 
+    @plain_arguments
     def __init__(self, depth: int, *, deep_stem: bool = False, **kwargs: Any) -> None:
         if deep_stem:
             raise ValueError(

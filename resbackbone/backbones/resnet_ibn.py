@@ -10,7 +10,7 @@ from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.ibn import InstanceNormBasicBlock, InstanceNormBottleneck, InstanceNormResNeXtBottleneck
-from resbackbone.checks import check_choice
+from resbackbone.checks import check_choice, plain_arguments
 from resbackbone.layers.ibn import make_instance_norm
 from resbackbone.registry import MODELS
 
@@ -43,6 +43,7 @@ class ResNetIBN(ResNet):
         for depth, (block, blocks) in ResNet.arch_settings.items()
     }
 
+    @plain_arguments
     def __init__(self, depth: int, *, ibn: Literal["a", "b"] = "a", **kwargs: Any) -> None:
         check_choice("ibn", ibn, ("a", "b"))
         if ibn == "b" and kwargs.get("deep_stem"):

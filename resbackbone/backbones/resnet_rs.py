@@ -8,6 +8,7 @@ from resbackbone.backbones.resnet_v1 import ResNetV1d
 from resbackbone.backbones.seresnet import SEResNet
 from resbackbone.backbones.stem import conv_norm_relu
 from resbackbone.blocks import Bottleneck
+from resbackbone.checks import plain_arguments
 from resbackbone.layers import Sequential
 from resbackbone.registry import MODELS
 
@@ -44,6 +45,7 @@ class ResNetRS(SEResNet, ResNetV1d):
         420: (Bottleneck, (4, 44, 87, 4)),
     }
 
+    @plain_arguments
     def __init__(self, depth: int, *, se_ratio: int = 4, **kwargs: Any) -> None:
         super().__init__(depth, se_ratio=se_ratio, **kwargs)
 

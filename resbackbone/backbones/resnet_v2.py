@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.preact import PreActBasicBlock, PreActBottleneck
-from resbackbone.checks import check_flag
+from resbackbone.checks import check_flag, plain_arguments
 from resbackbone.layers import ConvWS2d, Sequential, build_norm_layer
 from resbackbone.layers.module import Config
 from resbackbone.registry import MODELS, find_type
@@ -54,6 +54,7 @@ class ResNetV2(ResNet):
         for depth, (block, blocks) in ResNet.arch_settings.items()
     }
 
+    @plain_arguments
     def __init__(
         self,
         depth: int,

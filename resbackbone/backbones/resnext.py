@@ -8,7 +8,7 @@ from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks import ResNeXtBottleneck
-from resbackbone.checks import check_int
+from resbackbone.checks import check_int, plain_arguments
 from resbackbone.registry import MODELS
 
 
@@ -32,6 +32,7 @@ class ResNeXt(ResNet):
         depth: (ResNeXtBottleneck, ResNet.arch_settings[depth][1]) for depth in (26, 50, 101, 152)
     }
 
+    @plain_arguments
     def __init__(self, depth: int, *, groups: int = 1, base_width: int = 4, **kwargs: Any) -> None:
         check_int("groups", groups, low=1)
         check_int("base_width", base_width, low=1)

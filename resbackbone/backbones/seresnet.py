@@ -9,7 +9,7 @@ from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnext import ResNeXt
-from resbackbone.checks import check_int
+from resbackbone.checks import check_int, plain_arguments
 from resbackbone.layers import SELayer
 from resbackbone.layers.module import Config
 from resbackbone.registry import MODELS
@@ -36,6 +36,7 @@ class SEResNet(ResNet):
     Conv2d(256, 16, kernel_size=(1, 1), stride=(1, 1))
     """
 
+    @plain_arguments
     def __init__(self, depth: int, *, se_ratio: int = 16, **kwargs: Any) -> None:
         check_int("se_ratio", se_ratio, low=1)
         self.se_ratio = se_ratio
@@ -61,5 +62,6 @@ class SEResNeXt(SEResNet, ResNeXt):
 
     arch_settings = ResNeXt.arch_settings
 
+    @plain_arguments
     def __init__(self, depth: int, *, groups: int = 32, **kwargs: Any) -> None:
         super().__init__(depth, groups=groups, **kwargs)

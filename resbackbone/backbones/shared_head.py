@@ -13,7 +13,7 @@ from resbackbone.backbones.initialisation import PretrainedModule, check_initial
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks.base import check_dcn
-from resbackbone.checks import check_choice, check_flag, check_int
+from resbackbone.checks import check_choice, check_flag, check_int, plain_arguments
 from resbackbone.layers.conv_norm import set_folding
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.recomputing import WithCp, check_with_cp, recompute_norms
@@ -56,6 +56,7 @@ class SharedHead(PretrainedModule):
     (1024, 2048)
     """
 
+    @plain_arguments
     def __init__(
         self,
         depth: int,

@@ -14,6 +14,7 @@ from resbackbone.blocks.selective_kernel import (
     SelectiveKernelBottleneck,
     SelectiveKernelResNeXtBottleneck,
 )
+from resbackbone.checks import plain_arguments
 from resbackbone.layers.module import Config
 from resbackbone.layers.selective_kernel import check_selective_kernel
 from resbackbone.registry import MODELS
@@ -45,6 +46,7 @@ class SKResNet(ResNet):
         for depth, (block, blocks) in ResNet.arch_settings.items()
     }
 
+    @plain_arguments
     def __init__(
         self,
         depth: int,

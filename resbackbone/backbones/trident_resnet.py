@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks.trident import TridentBottleneck
-from resbackbone.checks import check_int, check_ints
+from resbackbone.checks import check_int, check_ints, plain_arguments
 from resbackbone.features import OutIndex
 from resbackbone.registry import MODELS
 
@@ -25,6 +25,7 @@ class TridentLayer(ResLayer):
         kwargs: As for :class:`ResLayer`.
     """
 
+    @plain_arguments
     def __init__(self, *, trident_dilations: Sequence[int], test_branch_idx: int, **kwargs: Any) -> None:
         dilation = trident_dilations[test_branch_idx]
         super().__init__(dilation=dilation, trident_dilations=trident_dilations, **kwargs)
@@ -77,6 +78,7 @@ class TridentResNet(ResNet):
         depth: ResNet.arch_settings[depth] for depth in (50, 101, 152)
     }
 
+    @plain_arguments
     def __init__(
         self,
         depth: int,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
-from resbackbone.checks import check_int
+from resbackbone.checks import check_int, plain_arguments
 from resbackbone.registry import MODELS
 
 
@@ -31,6 +31,7 @@ class WideResNet(ResNet):
         depth: ResNet.arch_settings[depth] for depth in (50, 101, 152)
     }
 
+    @plain_arguments
     def __init__(self, depth: int, *, widening_factor: int = 2, **kwargs: Any) -> None:
         check_int("widening_factor", widening_factor, low=1)
         self.widening_factor = widening_factor

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resbackbone.checks import check_choice, check_flag, check_int, check_ints, check_mapping
+from resbackbone.checks import check_choice, check_flag, check_int, check_ints, check_mapping, plain_arguments
 from resbackbone.layers import ConvNormAct, Module
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.registry import MODELS, find_type, of_kind, split_type
@@ -55,6 +55,7 @@ class FPN(Module):
     [(256, 16, 16), (256, 8, 8), (256, 4, 4), (256, 2, 2), (256, 1, 1)]
     """
 
+    @plain_arguments
     def __init__(
         self,
         in_channels: Sequence[int],

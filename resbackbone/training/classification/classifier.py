@@ -15,7 +15,7 @@ from resbackbone.checkpoints import load_checkpoint
 from resbackbone.checkpoints.conversion import find_backbone
 from resbackbone.checkpoints.files import check_weights
 from resbackbone.checkpoints.loading import read_tensors
-from resbackbone.checks import check_choice, check_int, check_mapping
+from resbackbone.checks import check_choice, check_int, check_mapping, plain_arguments
 from resbackbone.config import construct_backbone, load_config
 from resbackbone.preprocessing import Preprocessing, preprocessing_of
 from resbackbone.registry import MODELS, find_type, of_kind, split_type
@@ -81,6 +81,7 @@ class ImageClassifier(BaseModel):
         init_cfg: As for mmengine's ``BaseModule``. Pretrained weights of the backbone are better named in its own.
     """
 
+    @plain_arguments
     def __init__(
         self,
         backbone: str | Path | Mapping[str, Any],
