@@ -13,6 +13,7 @@ from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks.detectors import DetectorsBottleneck, DetectorsResNeXtBottleneck
 from resbackbone.checks import check_flag, check_int, check_sequence, plain_arguments
 from resbackbone.features import FeatureInfo
+from resbackbone.layers.memory_format import restore_format
 from resbackbone.layers.module import Config
 from resbackbone.registry import MODELS, find_type, split_type
 
@@ -112,6 +113,10 @@ class DetectoRS_ResNet(ResNet):
             raise ValueError(
                 f"`rfp_feats` must have one entry per stage, at least {self.num_stages}, got {len(rfp_feats)}"
             )
+        run = self._run_again
+        return restore_format(self, run, (x, rfp_feats), {}) if self.folds_norms else run(x, rfp_feats)
+
+    def _run_again(self, x: Tensor, rfp_feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
         x, outs = self._enter(x)
         for index, (name, rfp_feat) in enumerate(zip(self.res_layers, rfp_feats, strict=False)):
             stage = getattr(self, name)

@@ -242,6 +242,8 @@ class ResNet(Backbone):
             self.inplanes = planes * self.block.expansion
             stride *= getattr(stage, "stride", self.strides[index])
             self.add_stage(stage, channels=getattr(stage, "out_channels", self.inplanes), stride=stride)
+            for last_block in list(stage.children())[-1:]:
+                last_block.is_output = index in self.out_indices  # type: ignore[assignment]
 
     def _drop_path_rates(self) -> list[list[float]]:
         """One rate per block, from 0 at the first to ``drop_path_rate`` at the last."""

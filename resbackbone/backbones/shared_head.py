@@ -97,6 +97,7 @@ class SharedHead(PretrainedModule):
             with_cp=with_cp is True,
             dcn=copy.deepcopy(dcn),
         )
+        layer[-1].is_output = True  # type: ignore[assignment]
         self.add_module(f"layer{stage + 1}", layer)
         if fold_frozen_norms:
             set_folding(self, True)

@@ -11,6 +11,7 @@ from resbackbone.checks import check_choice, check_mapping, check_sequence, chec
 from resbackbone.layers import DropPath, Module, build_conv_layer, build_norm_layer, build_plugin_layer, plugin_name
 from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.deform_conv import rename_old_offsets
+from resbackbone.layers.memory_format import to_output_format
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.recomputing import needs_backward, recompute_in_backward
 from resbackbone.registry import find_type, split_type
@@ -50,6 +51,7 @@ class ResidualBlock(Module):
 
     expansion: ClassVar[int]
     num_convs: ClassVar[int]
+    is_output = False  # whether the backbone returns what this block computes
 
     def __init__(
         self,
@@ -259,7 +261,8 @@ class ResidualBlock(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)``."""
-        return self.relu(self.residual(x))  # type: ignore[no-any-return]
+        x = self.residual(x)
+        return self.relu(to_output_format(x) if self.is_output else x)  # type: ignore[no-any-return]
 
     def residual(self, x: Any) -> Any:
         """Compute branch plus shortcut, before the last ReLU; with ``with_cp`` again in the backward pass."""

@@ -15,6 +15,7 @@ from resbackbone.features import FeatureInfo
 from resbackbone.inference.cuda_graph import Recorder
 from resbackbone.inference.packs import Packable, Packs
 from resbackbone.inference.sizes import ReturningSizes
+from resbackbone.layers.memory_format import is_channels_last, to_contiguous
 
 CUDA_GRAPHS = 16  # sizes that are captured at once; each keeps its images and feature maps
 
@@ -39,19 +40,21 @@ class Optimized(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
-        """Compute the feature maps of images ``(N, in_channels, H, W)``."""
+        """Compute the feature maps of images ``(N, in_channels, H, W)``, in the memory format of the images."""
         if self.in_channels is not None:
             check_images(x, self.name, self.in_channels)
+        contiguous = not is_channels_last(x)
         x = x.to(self.dtype, memory_format=torch.channels_last)
         if not torch.is_autocast_enabled(x.device.type):
-            return self._convert(self._run(x))
+            return self._convert(self._run(x), contiguous=contiguous)
         with torch.autocast(x.device.type, enabled=False):  # the dtype is the one that was asked for
-            return self._convert(self._run(x))
+            return self._convert(self._run(x), contiguous=contiguous)
 
-    def _convert(self, outs: Any) -> Any:
-        if self.out_dtype is self.dtype:
-            return outs
-        return tree_map_only(Tensor, lambda out: out.to(self.out_dtype) if out.is_floating_point() else out, outs)
+    def _convert(self, outs: Any, *, contiguous: bool) -> Any:
+        """Bring what was computed into the dtype and the memory format that were asked for."""
+        if self.out_dtype is not self.dtype:
+            outs = tree_map_only(Tensor, lambda out: out.to(self.out_dtype) if out.is_floating_point() else out, outs)
+        return to_contiguous(outs) if contiguous else outs
 
     def train(self, mode: bool = True) -> Any:
         """Stay in evaluation, whatever what it is part of does: what is folded cannot train."""

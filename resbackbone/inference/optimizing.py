@@ -45,8 +45,8 @@ def optimize(
         pack_bytes: Bytes that the weights laid out for sizes may take with oneDNN; 0 for none. The others lay out none.
 
     Returns:
-        A module: images ``(N, in_channels, H, W)`` to the same feature maps, in channels_last where the backend leaves
-        them so, which "compile" decides for itself.
+        A module: images ``(N, in_channels, H, W)`` to the same feature maps. They are contiguous, as the net's are,
+        unless the images are in channels_last, which saves the conversion.
 
     Raises:
         ValueError: If an argument is unknown, ``net`` cannot be traced or has weights that are NaN, or the backend does

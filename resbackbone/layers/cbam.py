@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from resbackbone.checks import check_int
 from resbackbone.layers.conv_norm import conv_norm
+from resbackbone.layers.memory_format import FormatKeeper
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
 from resbackbone.registry import MODELS, of_kind
@@ -40,7 +41,7 @@ class ChannelAttention(nn.Module):
         return out
 
 
-class SpatialAttention(nn.Module):
+class SpatialAttention(FormatKeeper):
     """Multiply each pixel by a gate, a convolution over the mean and the maximum of all channels.
 
     Args:
@@ -65,7 +66,7 @@ class SpatialAttention(nn.Module):
 
 @of_kind("plugin")
 @MODELS.register_module()
-class CBAM(nn.Module):
+class CBAM(FormatKeeper):
     """Convolutional block attention module: :class:`ChannelAttention`, then :class:`SpatialAttention`.
 
     As a plugin: ``dict(cfg=dict(type="CBAM"), position="after_conv3")``; behind the last convolution is where the

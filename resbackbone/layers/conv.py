@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from resbackbone.layers.conv_norm import conv_norm
+from resbackbone.layers.memory_format import FormatKeeper
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
 from resbackbone.registry import MODELS, construct, find_type, split_type
@@ -39,7 +40,7 @@ def build_conv_layer(cfg: Config | None, *args: Any, **kwargs: Any) -> nn.Module
     return layer
 
 
-class ConvNormAct(nn.Module):
+class ConvNormAct(FormatKeeper):
     """A convolution with the norm and activation behind it, under the key names of mmcv's ``ConvModule``.
 
     Args:

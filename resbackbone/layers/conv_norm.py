@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from resbackbone.layers.folded_convolution import convolve_folded
+from resbackbone.layers.memory_format import FormatKeeper
 from resbackbone.layers.module import InitConfig, Module
 from resbackbone.layers.norm import FrozenBatchNorm2d
 from resbackbone.layers.tracing import is_recording, is_transformed
@@ -54,6 +55,8 @@ def set_folding(net: nn.Module, folding: bool) -> None:
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
             layer.folds_norm = folding  # type: ignore[assignment]
+        if isinstance(layer, FormatKeeper):
+            layer.folds_norms = folding
 
 
 def _can_fold(x: Any, conv: Any, norm: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resbackbone import processor
+from resbackbone.layers.memory_format import is_channels_last, map_to_contiguous
 
 Ints = Sequence[int]
 Geometry = tuple[Any, Any, Any, int]  # stride, padding, dilation, groups, as a convolution takes them
@@ -52,11 +53,19 @@ def convolve_folded(
 
 
 def _enter(x: Tensor) -> Tensor:
-    """Bring a feature map into the precision and the memory format that is computed in."""
+    """Bring a feature map into the precision that is computed in."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    return x.contiguous(memory_format=torch.channels_last) if device == "cpu" else x
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _lay_out_input(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """Bring what is convolved on a CPU into channels_last; of what is contiguous, only the pixels that are seen."""
+    stride, padding, dilation, groups = geometry
+    if weight.shape[2:] == (1, 1) and padding == (0, 0) and not x.is_contiguous(memory_format=torch.channels_last):
+        x, geometry = x[..., :: stride[0], :: stride[1]], ((1, 1), padding, dilation, groups)
+    return x.contiguous(memory_format=torch.channels_last), geometry
 
 
 def _scales(gamma: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -86,6 +95,9 @@ def _convolve(
     _, scale = _scales(gamma, var, eps)
     shift = beta + (-mean if bias is None else bias - mean) * scale
     folded, shift = _fold(weight, scale, x), shift.to(x.dtype)
+    if x.device.type == "cpu":
+        x, geometry = _lay_out_input(x, folded, geometry)
+        shortcut = None if shortcut is None else shortcut.contiguous(memory_format=torch.channels_last)
     if shortcut is None:
         return F.conv2d(x, folded, shift, *geometry)
     if not _can_add(x, shortcut, folded, geometry):
@@ -139,6 +151,8 @@ class _FoldedConvolution(torch.autograd.Function):
                 grad, x, _fold(weight, scale, x), ctx.geometry, of_x=of_x, of_weight=of_weight or of_gamma
             )
             grads: list[Any] = [grad_x, None, None, None, None]
+            if grad_x is not None and not is_channels_last(x):  # sums of gradients in several formats are slow
+                grads[0] = map_to_contiguous(grad_x)
             if of_bias or of_gamma or of_beta:
                 # Row by row first: asked for another precision at once, PyTorch would convert the whole map.
                 grad_shift = grad.permute(0, 2, 3, 1).sum(2).to(scale.dtype).sum((0, 1))
@@ -178,7 +192,7 @@ def _differentiate_1x1(
     if of_x:
         grad_x = (_rows(grad) @ weight.flatten(1)).view(grad.shape[0], *grad.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
         if stride != (1, 1):
-            of_seen, grad_x = grad_x, torch.zeros_like(x)
+            of_seen, grad_x = grad_x, torch.zeros_like(x, memory_format=torch.channels_last)
             grad_x[seen] = of_seen
     if of_weight:
         # With the weight's strides even where a side of 1 pixel allows others: DistributedDataParallel warns of those.

@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+from resbackbone.layers.memory_format import FormatKeeper
 
 Config = dict[str, Any]
 InitConfig = Config | list[Config]
 
 
-class Module(nn.Module):
+class Module(FormatKeeper):
     """An ``nn.Module`` with an ``init_cfg`` that ``init_weights()`` carries out.
 
     Args:

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 from resbackbone.checks import check_flag, check_int
 from resbackbone.layers.conv import build_conv_layer
 from resbackbone.layers.conv_norm import Sequential, conv_norm
+from resbackbone.layers.memory_format import FormatKeeper
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
 from resbackbone.layers.split_attention import add_up, check_norm_of_one_pixel
 
 
-class SelectiveKernelConv2d(nn.Module):
+class SelectiveKernelConv2d(FormatKeeper):
     """``num_paths`` 3x3 convolutions, the k-th dilated k times as far; their sum, with weights that all decide on.
 
     The weights, one per path and channel, sum to 1 over the paths. The keys are timm's: ``paths.0.conv``,
@@ -98,7 +99,7 @@ class SelectiveKernelConv2d(nn.Module):
         return add_up(views * self.attn(add_up(views, len(self.paths))), len(self.paths))
 
 
-class SelectiveKernelAttention(nn.Module):
+class SelectiveKernelAttention(FormatKeeper):
     """The weights of the paths, from the means of their sum.
 
     Args:
