@@ -1,6 +1,7 @@
 """Importing this module makes plain ``type="ResNet"`` and its variants in mmdet's registry ours.
 
 In a config: ``custom_imports = dict(imports=["resbackbone.integrations.mmdet"], allow_failed_imports=False)``.
+mmcv's compiled operators then read feature maps in any memory format.
 ``"ResLayer"`` in that registry is the shared head of C4 detectors, :class:`resbackbone.backbones.SharedHead`.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from resbackbone import backbones
 from resbackbone.integrations._hosts import replace_in_registry
+from resbackbone.integrations._mmcv import guard_operators
 
 _BACKBONES = (
     backbones.ResNet,
@@ -32,3 +34,4 @@ replace_in_registry(
         "mmcv must have its compiled operators, which mmcv-lite lacks"
     ),
 )
+guard_operators()

@@ -18,6 +18,7 @@ from resbackbone.checkpoints.layouts.mmpretrain import MMPRETRAIN
 from resbackbone.checks import check_int
 from resbackbone.features import OutIndex
 from resbackbone.integrations._hosts import replace_in_registry
+from resbackbone.integrations._mmcv import guard_operators
 
 
 class MmpretrainDefaults(backbones.ResNet):
@@ -190,3 +191,4 @@ replace_in_registry(
     {name: globals()[name] for name in __all__},
     install="`pip install mmengine 'mmcv<2.4' mmpretrain torchvision`",
 )
+guard_operators()

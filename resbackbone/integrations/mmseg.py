@@ -10,6 +10,7 @@ from typing import Any
 
 from resbackbone import backbones
 from resbackbone.integrations._hosts import replace_in_registry
+from resbackbone.integrations._mmcv import guard_operators
 
 
 class MmsegDefaults(backbones.ResNet):
@@ -64,3 +65,4 @@ replace_in_registry(
         "`pip install mmengine 'mmcv<2.2' mmsegmentation ftfy regex`"
     ),
 )
+guard_operators()

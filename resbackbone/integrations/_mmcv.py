@@ -1,0 +1,63 @@
+"""A guard around mmcv's compiled operators, many of which read every tensor as contiguous, whatever its strides are."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from functools import wraps
+from importlib.machinery import ExtensionFileLoader
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NAME = re.compile(r"(\w+): ")  # of an argument in the signature that pybind11 writes into the docstring
+# What no operator writes to, by the names that mmcv's operators have for it: these need not be looked at afterwards.
+_READ = {
+    *("input", "input1", "input2", "features", "value", "points", "rois", "boxes", "weight", "offset", "mask", "masks"),
+    *("grad_output", "gradOutput", "grad_out", "top_grad", "sampling_locations", "attention_weights", "best_bboxes"),
+}
+
+
+def guard_operators() -> bool:
+    """Have the compiled operators of the installed mmcv read tensors of any memory format as what they are.
+
+    Called again, it changes nothing.
+
+    Returns:
+        Whether there are compiled operators; mmcv-lite has none, and what is no compiled module is left alone.
+    """
+    try:
+        module = importlib.import_module("mmcv._ext")
+    except ImportError:
+        return False
+    if not isinstance(getattr(module.__spec__, "loader", None), ExtensionFileLoader):
+        return False
+    for name, operator in list(vars(module).items()):
+        if callable(operator) and not name.startswith("_") and not hasattr(operator, "__wrapped__"):
+            setattr(module, name, _guarded(operator))
+    return True
+
+
+def _guarded(operator: Callable[..., Any]) -> Callable[..., Any]:
+    names = _NAME.findall((operator.__doc__ or "").partition("\n")[0])
+
+    @wraps(operator)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(names, args, strict=False)) | kwargs if len(args) <= len(names) else dict(enumerate(args))
+        others = [(name, arg) for name, arg in named.items() if isinstance(arg, Tensor) and not arg.is_contiguous()]
+        if not others:
+            return operator(*args, **kwargs)
+        copies = {id(arg): arg.contiguous() for _, arg in others}
+        result = operator(
+            *(copies.get(id(arg), arg) for arg in args),
+            **{name: copies.get(id(arg), arg) for name, arg in kwargs.items()},
+        )
+        with torch.no_grad():
+            for name, arg in others:
+                if name not in _READ and not torch.equal(arg, copies[id(arg)]):
+                    arg.copy_(copies[id(arg)])  # an output, or what the operator works in
+        return result
+
+    return guarded
