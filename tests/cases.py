@@ -37,6 +37,16 @@ OPTIONS = {
     "ResNet-GN": ("ResNet", {"norm_cfg": {"type": "GN", "num_groups": 4}}),
     "ResNet-FrozenBN": ("ResNet", {"norm_cfg": {"type": "FrozenBN"}}),
     "ResNet-dilated": ("ResNet", {"strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4), "contract_dilation": True}),
+    "ResNetAA-dilated": (
+        "ResNetAA",
+        {
+            "avg_down": True,
+            "strides": (1, 2, 1, 1),
+            "dilations": (1, 1, 2, 4),
+            "contract_dilation": True,
+            "dilation_style": "timm",
+        },
+    ),
     "ResNet-DCNv2": (
         "ResNet",
         {"dcn": {"type": "DCNv2", "backend": "torch"}, "stage_with_dcn": (False, False, True, True)},

@@ -9,6 +9,7 @@ from mmengine.config import Config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.preact import PreActivation
 from resbackbone.config import construct_backbone
 from resbackbone.layers import DeformConv2d, FrozenBatchNorm2d
@@ -145,6 +146,45 @@ def test_dilation_in_place_of_strides(images, case, contract_dilation):
     assert len(set(net.out_strides[-3:])) == 1
     first = 2 if contract_dilation else 4
     assert_last_stage(case, net, [first] + [4] * (net.stage_blocks[-1] - 1), images)
+
+
+@every_class
+@pytest.mark.parametrize("contract_dilation", [False, True])
+def test_w7_the_style_of_timm_dilates_all_that_looks_around(images, case, contract_dilation):
+    dilations = (1, 2, 1) if case == "TridentResNet" else (1, 1, 2, 4)
+    strides = (*make(case).strides[:-2], 1, 1)
+    options = {"strides": strides, "dilations": dilations, "contract_dilation": contract_dilation}
+    plain, net = (make(case, **options, dilation_style=style) for style in ("openmmlab", "timm"))
+    assert plain.state_dict().keys() == net.state_dict().keys()
+    assert net.feature_info == plain.feature_info
+    for block, stage_dilation in (
+        (block, d) for stage, d in zip(stages(net), dilations, strict=True) for block in stage
+    ):
+        if isinstance(block, BasicBlock) and stage_dilation > 1:
+            assert block.conv2.dilation == (stage_dilation, stage_dilation)
+    for out, stride in zip(net.eval()(images), net.out_strides, strict=True):
+        assert out.shape[2:] == (64 // stride, 64 // stride)
+
+
+@every_class
+def test_w7_nothing_changes_where_nothing_is_dilated(shake, images, case):
+    plain, net = (make(case, dilation_style=style) for style in ("openmmlab", "timm"))
+    net.load_state_dict(shake(plain).state_dict())
+    assert all(torch.equal(*pair) for pair in zip(plain.eval()(images), net.eval()(images), strict=True))
+
+
+@every_class
+def test_w7_an_unknown_style_is_refused(case):
+    with pytest.raises(ValueError, match="`dilation_style` must be one of 'openmmlab', 'timm'; got 'smp'"):
+        make(case, dilation_style="smp")
+
+
+def test_w7_shortcuts_pool_at_stride_1_where_timms_do():
+    options = {"avg_down": True, "strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4)}
+    pooling = [stage[0].downsample[0] for stage in stages(make("ResNetV1d", **options, dilation_style="timm"))[1:]]
+    assert isinstance(pooling[0], nn.AvgPool2d)
+    map_ = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]])
+    assert all(torch.equal(pool(map_), torch.tensor([[[[3.0, 2.0], [2.25, 1.5]]]])) for pool in pooling[1:])
 
 
 @every_class

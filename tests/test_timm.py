@@ -203,6 +203,21 @@ ABSENT = {
 }
 
 
+# timm's `output_stride` in our arguments: docs/differences.md.
+OUTPUT_STRIDES = {
+    8: {"strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4)},
+    16: {"strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2)},
+}
+
+
+def at_output_stride(row: Row, output_stride: int) -> Row:
+    """The row with a smaller output stride."""
+    options = {**OUTPUT_STRIDES[output_stride], "contract_dilation": True, "dilation_style": "timm"}
+    if row.config.startswith("regnet"):  # whose stem does not pool, and whose first stage strides
+        options["strides"] = (2, *options["strides"][1:])
+    return row._replace(options={**row.options, **options})
+
+
 def parameters() -> list[object]:
     return [pytest.param(row, id=row.config, marks=[pytest.mark.slow] if row.slow else []) for row in ROWS]
 
@@ -219,11 +234,11 @@ def worst(features: tuple[Tensor, ...], expected: list[Tensor]) -> float:
 def build_pair(timm, shake):
     """Build our net and timm's, without its classifier, both with our random weights."""
 
-    def build(row: Row) -> tuple[nn.Module, nn.Module]:
+    def build(row: Row, **options: object) -> tuple[nn.Module, nn.Module]:
         ours = shake(MODELS.build({**row.backbone, "out_indices": ("stem", 0, 1, 2, 3)})).eval()
         # On meta there are no weights to draw that are replaced. But the filters of "resnetblur" are in no state dict.
         with torch.device("cpu" if "blur" in row.timm else "meta"):
-            theirs = timm.create_model(row.timm, num_classes=0).eval()
+            theirs = timm.create_model(row.timm, num_classes=0, **options).eval()
         theirs.load_state_dict(convert_state_dict(ours.state_dict(), "native", row.layout), assign=True)
         return ours, theirs
 
@@ -242,6 +257,17 @@ def test_features_are_timms_and_r11_the_stems_too(build_pair, images, row):
     expected = [*stem, *expected]
     assert (ours.out_channels[0], ours.out_strides[0]) == (level["num_chs"], level["reduction"])
     assert all(reference.std() > 0.01 for reference in expected)  # zeros would agree as well
+    assert worst(features, expected) <= row.tolerance
+
+
+@pytest.mark.parametrize("output_stride", OUTPUT_STRIDES)
+@pytest.mark.parametrize("row", parameters())
+def test_w7_features_at_an_output_stride_are_timms(build_pair, images, row, output_stride):
+    ours, theirs = build_pair(at_output_stride(row, output_stride), output_stride=output_stride)
+    assert ours.out_strides[-1] == output_stride
+    with torch.no_grad():
+        features = ours(images)[1:]  # behind the stem's
+        expected = theirs.forward_intermediates(images, indices=len(features), norm=True, intermediates_only=True)
     assert worst(features, expected) <= row.tolerance
 
 

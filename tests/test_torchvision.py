@@ -91,3 +91,28 @@ def test_contracted_dilation_is_torchvisions(build_pair, images):
         features, expected = ours.eval()(images), theirs.eval()(images)
     assert [feature.shape[-1] for feature in features] == [16, 8, 8, 8]
     assert all(torch.equal(*pair) for pair in zip(features, expected.values(), strict=True))
+
+
+def dilate_as_smp(encoder, output_stride):
+    """What segmentation_models_pytorch makes of its encoders' last stages: every convolution at the stage's rate."""
+    for layer, rate in {8: {"layer3": 2, "layer4": 4}, 16: {"layer4": 2}}[output_stride].items():
+        for conv in encoder[layer].modules():
+            if isinstance(conv, nn.Conv2d):
+                conv.stride, conv.dilation = (1, 1), (rate, rate)
+                conv.padding = tuple(side // 2 * rate for side in conv.kernel_size)
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize("name", SMALL)
+def test_w7_features_at_an_output_stride_are_smps(build_pair, images, name, output_stride):
+    dilated = {
+        8: {"strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4)},
+        16: {"strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2)},
+    }[output_stride]
+    ours, theirs = build_pair(name, **dilated, dilation_style="timm")
+    dilate_as_smp(theirs, output_stride)
+    with torch.no_grad():
+        features, expected = ours.eval()(images), theirs.eval()(images)
+    for feature, reference in zip(features, expected.values(), strict=True):
+        # It dilates 1x1 convolutions too, which changes no number, but the kernel that computes them.
+        assert (feature - reference).abs().max() <= 1e-5 * reference.abs().max()

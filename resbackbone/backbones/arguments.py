@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from resbackbone.backbones.initialisation import check_initialisation
+from resbackbone.backbones.res_layer import DilationStyle
 from resbackbone.blocks.base import check_dcn, check_plugin_names, check_plugins
 from resbackbone.checks import (
     check_choice,
@@ -54,6 +55,7 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
         check_int("stem_channels", given["stem_channels"], low=2 if given["deep_stem"] else 1)
     check_int("num_stages", given["num_stages"], low=1, high=4)
     check_choice("style", given["style"], ("pytorch", "caffe"))
+    check_choice("dilation_style", given["dilation_style"], get_args(DilationStyle))
     block, default_blocks = arch_settings[given["depth"]]
     _check_stages(given, default_blocks)
     _check_layer_configs(given)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from resbackbone.backbones.regnet_archs import ARCHS, Arch, plan_stages, resolve_arch
+from resbackbone.backbones.res_layer import DilationStyle
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks import RegNetBottleneck
 from resbackbone.checks import plain_arguments
@@ -85,6 +86,7 @@ class RegNet(ResNet):
         se_ratio: float | None = None,
         multi_grid: Sequence[int] | None = None,
         contract_dilation: bool = False,
+        dilation_style: DilationStyle = "openmmlab",
         drop_path_rate: float = 0.0,
         project_first_block: bool = False,
         fold_frozen_norms: bool = False,

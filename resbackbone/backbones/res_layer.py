@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -11,6 +11,8 @@ from resbackbone.blocks.base import BATCH_NORM
 from resbackbone.checks import check_int, check_ints
 from resbackbone.layers import Sequential, build_conv_layer, build_norm_layer
 from resbackbone.layers.module import Config
+
+DilationStyle = Literal["openmmlab", "timm"]
 
 
 class ResLayer(Sequential):
@@ -30,6 +32,7 @@ class ResLayer(Sequential):
         downsample_first: Change resolution and channels in the first block (ResNet) or the last (Hourglass).
         multi_grid: One dilation per block, in place of ``dilation``.
         contract_dilation: Halve the first block's dilation, so that it looks as far as the stage before it.
+        dilation_style: As for :class:`~resbackbone.ResNet`.
         drop_path_rate: One probability for all blocks or one each.
         first_block: Further arguments for the first block alone.
         last_block: Further arguments for the last block alone.
@@ -59,6 +62,7 @@ class ResLayer(Sequential):
         downsample_first: bool = True,
         multi_grid: Sequence[int] | None = None,
         contract_dilation: bool = False,
+        dilation_style: DilationStyle = "openmmlab",
         drop_path_rate: float | Sequence[float] = 0.0,
         first_block: Mapping[str, Any] | None = None,
         last_block: Mapping[str, Any] | None = None,
@@ -73,19 +77,22 @@ class ResLayer(Sequential):
         dilations = _dilations(num_blocks, dilation, multi_grid, contract_dilation)
         for arguments, block_dilation in zip(per_block, dilations, strict=True):
             arguments["dilation"] = block_dilation
+            if dilation_style == "timm" and dilation > 1:
+                arguments["stage_dilation"] = dilation if multi_grid is None else block_dilation
         for arguments, rate in zip(per_block, _drop_path_rates(num_blocks, drop_path_rate), strict=True):
             if rate:  # a block written for mmdet does not know this argument
                 arguments["drop_path_rate"] = rate
 
         out_channels = planes * block.expansion
         changing = 0 if downsample_first else num_blocks - 1
+        window = 2 if dilation_style == "timm" and dilation > 1 else stride
         blocks = []
         for index, arguments in enumerate(per_block):
             if index == changing:
                 shortcut = None
                 if project_first_block or stride != 1 or inplanes != out_channels:
                     shortcut = make_shortcut(
-                        inplanes, out_channels, stride, avg_down, conv_cfg, norm_cfg if shortcut_norm else None
+                        inplanes, out_channels, stride, avg_down, conv_cfg, norm_cfg if shortcut_norm else None, window
                     )
                 arguments.update(inplanes=inplanes, planes=planes, stride=stride, downsample=shortcut)
             elif index < changing:
@@ -100,17 +107,26 @@ class ResLayer(Sequential):
 
 
 def make_shortcut(
-    in_channels: int, out_channels: int, stride: int, avg_down: bool, conv_cfg: Config | None, norm_cfg: Config | None
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+    avg_down: bool,
+    conv_cfg: Config | None,
+    norm_cfg: Config | None,
+    window: int | None = None,
 ) -> nn.Sequential:
     """Make the projection beside a block.
 
     Returns:
         ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H/stride), ceil(W/stride))``. With ``avg_down`` there is
-        a pooling first even at stride 1, so that the parameters' keys do not depend on the stride.
+        a pooling first even at stride 1, so that the parameters' keys do not depend on the stride; of ``stride`` x
+        ``stride`` pixels, or at stride 1 of ``window`` x ``window``, with zeros on the right and below.
     """
     pooling: list[nn.Module] = []
     if avg_down:
         pooling = [nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)]
+        if stride == 1 and window is not None and window > 1:
+            pooling = [nn.Sequential(nn.ZeroPad2d((0, window - 1, 0, window - 1)), nn.AvgPool2d(window, 1))]
     conv = build_conv_layer(conv_cfg, in_channels, out_channels, 1, stride=1 if avg_down else stride, bias=False)
     norm = [] if norm_cfg is None else [build_norm_layer(norm_cfg, out_channels)[1]]
     return Sequential(*pooling, conv, *norm)  # ours hands `init_weights()` on to its layers, torch's does not

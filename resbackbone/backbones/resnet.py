@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from resbackbone.backbones.arguments import check_resnet_arguments, resolve_out_indices
 from resbackbone.backbones.base import Backbone, total_stride
 from resbackbone.backbones.initialisation import resolve_init_cfg
-from resbackbone.backbones.res_layer import ResLayer
+from resbackbone.backbones.res_layer import DilationStyle, ResLayer
 from resbackbone.backbones.stem import make_deep_stem
 from resbackbone.blocks import BasicBlock, Bottleneck
 from resbackbone.checks import plain_arguments
@@ -61,6 +61,10 @@ class ResNet(Backbone):
         init_cfg: How ``init_weights()`` initialises; None for He's normal and norms at one.
         multi_grid: Dilation of each block of the last stage, in place of that stage's dilation.
         contract_dilation: Halve the dilation of each stage's first block.
+        dilation_style: What a dilated stage does beside dilating the convolution that would stride: "openmmlab",
+            nothing; "timm", as timm with ``output_stride`` (docs/differences.md has the mapping), the second 3x3 of a
+            basic block is dilated, too, ``avg_down`` averages 2x2 pixels at stride 1 in the shortcut, and an
+            anti-aliased block filters where the dilation grows.
         drop_path_rate: Probability, 0 to 1, of leaving out the last block's branch while training; earlier blocks
             have less, in proportion to their place.
         stage_blocks: Number of blocks of each stage, in place of those of ``depth``, which then says no more than which
@@ -125,6 +129,7 @@ class ResNet(Backbone):
         *,
         multi_grid: Sequence[int] | None = None,
         contract_dilation: bool = False,
+        dilation_style: DilationStyle = "openmmlab",
         drop_path_rate: float = 0.0,
         stage_blocks: Sequence[int] | None = None,
         project_first_block: bool = False,
@@ -156,6 +161,7 @@ class ResNet(Backbone):
         self.zero_init_residual = zero_init_residual
         self.multi_grid = None if multi_grid is None else tuple(multi_grid)
         self.contract_dilation = contract_dilation
+        self.dilation_style = dilation_style
         self.drop_path_rate = drop_path_rate
         self.project_first_block = project_first_block
         self.block, default_blocks = blocks_by_depth[depth]
@@ -218,6 +224,8 @@ class ResNet(Backbone):
                 optional["multi_grid"] = self.multi_grid
             if self.contract_dilation:
                 optional["contract_dilation"] = True
+            if self.dilation_style != "openmmlab":
+                optional["dilation_style"] = self.dilation_style
             if self.drop_path_rate:
                 optional["drop_path_rate"] = rates[index]
             if self.project_first_block:

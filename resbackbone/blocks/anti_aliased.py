@@ -32,7 +32,8 @@ class AntiAliased(ResidualBlock):
         """Add ``conv{index}`` and the norm behind it, and what strides in the convolution's place."""
         stride = kwargs.pop("stride", 1)
         super().add_conv(index, in_channels, out_channels, *args, **kwargs)
-        if stride > 1:
+        grows = 1 < self.stage_dilation != kwargs.get("dilation", self.stage_dilation)
+        if stride > 1 or grows:
             self.add_module(f"low_pass{index}", make_downsampling(self.anti_aliasing, out_channels, stride))
 
     def step(self, index: int, x: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ class ResidualBlock(Module):
             ``fallback_on_stride=True`` leaves strided convolutions plain.
         plugins: Dicts of ``cfg`` (the plugin's config) and ``position`` (``"after_conv1"``, ...).
         drop_path_rate: Probability, 0 to 1, of leaving the branch out while training.
+        stage_dilation: Dilation of the stage, which ``dilation`` may be half of, where the stage is dilated as in timm
+            (``dilation_style``); a basic block's second 3x3 has it. 1 leaves that plain.
         init_cfg: As for :class:`~resbackbone.layers.Module`.
 
     Raises:
@@ -69,6 +71,7 @@ class ResidualBlock(Module):
         init_cfg: InitConfig | None = None,
         *,
         drop_path_rate: float = 0.0,
+        stage_dilation: int = 1,
     ) -> None:
         super().__init__(init_cfg)
         check_choice("style", style, ("pytorch", "caffe"))
@@ -79,6 +82,7 @@ class ResidualBlock(Module):
         self.planes = planes
         self.stride = stride
         self.dilation = dilation
+        self.stage_dilation = stage_dilation
         self.style = style
         self.with_cp = with_cp
         self.conv_cfg = conv_cfg
