@@ -371,7 +371,7 @@ class TestResume:
         assert 3 <= len(kept) < 40
         struck = Path("out", kept.pop())  # as a kill may leave it
         (struck / "pyramid.png").unlink()
-        (struck / ".layer1.123.npy").touch()
+        (struck / ".layer1.01234567.writing.npy").touch()
 
         assert f"40 of 40 pictures extracted to out, {len(kept)} of them" in run(*self.ARGUMENTS).stdout
         after = self.times()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,17 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from resbackbone.atomic_write import atomic_write
 from resbackbone.checks import nearest
-from resbackbone.whole_files import whole_file
 
 _PICKLE_PROTOCOL = 2  # which every reader of Detectron's, detectron2's and PaddlePaddle's files knows
 
 
 def save_weights(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write tensors to a file, which appears under its name only when it is complete.
+    """Write tensors to a file, atomically.
 
     Args:
         tensors: By name.
@@ -28,7 +29,8 @@ def save_weights(tensors: Mapping[str, Tensor], path: str | Path) -> None:
 
     Raises:
         ValueError: If the suffix is another.
-        OSError: If the file cannot be written, FileNotFoundError if its folder does not exist.
+        OSError: If the file cannot be written, say because the disk is full; what was there before is unchanged then.
+            FileNotFoundError if its folder does not exist.
     """
     path = Path(path)
     if path.suffix not in _WRITERS:
@@ -36,12 +38,22 @@ def save_weights(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {str(path.parent)!r} to write {path.name} into")
     owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         _WRITERS[path.suffix](owned, temporary)
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def _save_torch(tensors: dict[str, Tensor], path: Path) -> None:
+    archive = io.BytesIO()  # written to a full disk, PyTorch's own writer may abort the process
+    torch.save(tensors, archive)
+    path.write_bytes(archive.getbuffer())
+
+
+def _save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    path.write_bytes(to_safetensors(tensors))  # save_file() writes to a file of its own, which it cannot lock
 
 
 def _save_npz(tensors: dict[str, Tensor], path: Path) -> None:
@@ -59,9 +71,9 @@ def _save_paddle(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 _WRITERS: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
-    ".pth": torch.save,
-    ".pt": torch.save,
-    ".safetensors": save_file,
+    ".pth": _save_torch,
+    ".pt": _save_torch,
+    ".safetensors": _save_safetensors,
     ".npz": _save_npz,
     ".pkl": _save_detectron,
     ".pdparams": _save_paddle,

@@ -37,6 +37,7 @@ def bench(
     import torch
 
     from resbackbone import build_backbone, processor
+    from resbackbone.atomic_write import atomic_write
     from resbackbone.benchmarking import about_machine, matmul_rate
     from resbackbone.cli.features import check_device
     from resbackbone.complexity import measure
@@ -72,7 +73,8 @@ def bench(
             say(f"matrix products, {name}: {peaks[name] / 1e9:.0f} GFLOP/s")
         if out is not None:
             about = {"config": config, "shape": list(images.shape), "machine": about_machine(), "matmul": peaks}
-            out.write_text(json.dumps(about | {"ways": figures}, indent=1))
+            with atomic_write(out) as path:
+                path.write_text(json.dumps(about | {"ways": figures}, indent=1))
 
 
 def _names(device: str, compiled: bool) -> list[str]:

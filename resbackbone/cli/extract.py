@@ -133,7 +133,7 @@ def _report(outcomes: Iterable[Outcome]) -> tuple[Path | None, Counter[str]]:
         path = outcome.job.path
         counts[outcome.status] += 1
         if outcome.status == "failed":
-            reason = outcome.error if str(path) in outcome.error else f"{path}: {outcome.error}"
+            reason = outcome.error if repr(str(path)) in outcome.error else f"{path}: {outcome.error}"
             say(f"skipped: {reason}", style="red", console=messages)
         else:
             first = first or outcome.job.folder

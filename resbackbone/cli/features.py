@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -160,7 +160,7 @@ class Features:
 
     def save_safetensors(self, path: Path) -> None:
         """Write all levels into one file, in the dtype that they have."""
-        save_file({name: tensor.contiguous() for name, tensor in self.maps.items()}, path)
+        path.write_bytes(to_safetensors({name: tensor.contiguous() for name, tensor in self.maps.items()}))
 
     def draw(self, picture: Image.Image, *, title: str) -> Image.Image:
         """Draw the overview of the input and every level."""

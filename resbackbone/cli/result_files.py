@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from resbackbone.atomic_write import atomic_write, locked_folder
 from resbackbone.cli.features import Features
-from resbackbone.whole_files import delete_parts, whole_file
 
 OVERVIEW = "pyramid.png"
 KEY = "resbackbone"  # of the record among the overview's texts
@@ -64,14 +64,13 @@ class ResultFiles:
             OSError: If that fails; the overview is not there then.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / OVERVIEW).unlink(missing_ok=True)
-        for name in (*self.writers, OVERVIEW):
-            delete_parts(folder / name)
-        for name, write in self.writers.items():
-            with whole_file(folder / name) as path:
-                write(features, path)
         texts = PngInfo()
         texts.add_text(KEY, record)
-        # Stronger compression takes several times as long as drawing, for a tenth of the bytes.
-        with whole_file(folder / OVERVIEW) as path:
-            overview.save(path, format="PNG", compress_level=1, pnginfo=texts)
+        with locked_folder(folder):  # two runs with different settings would leave a mixture of both
+            (folder / OVERVIEW).unlink(missing_ok=True)
+            for name, write in self.writers.items():
+                with atomic_write(folder / name) as path:
+                    write(features, path)
+            # Stronger compression takes several times as long as drawing, for a tenth of the bytes.
+            with atomic_write(folder / OVERVIEW) as path:
+                overview.save(path, format="PNG", compress_level=1, pnginfo=texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -107,7 +108,9 @@ def _load_onnx(path: Path) -> Run:
 
 
 def _write_torch(program: ExportedProgram, path: Path, names: Sequence[str], axes: Axes, facts: Facts) -> None:
-    torch.export.save(program, path, extra_files={METADATA: json.dumps(facts)})
+    archive = io.BytesIO()  # PyTorch's own writer aborts the process where a disk is full
+    torch.export.save(program, archive, extra_files={METADATA: json.dumps(facts)})
+    path.write_bytes(archive.getbuffer())
 
 
 def _load_torch(path: Path) -> Run:
@@ -116,9 +119,11 @@ def _load_torch(path: Path) -> Run:
 
 
 def _write_aoti(program: ExportedProgram, path: Path, names: Sequence[str], axes: Axes, facts: Facts) -> None:
+    archive = io.BytesIO()  # as above
     torch._inductor.aoti_compile_and_package(
-        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": _texts(facts)}
+        program, package_path=archive, inductor_configs={"aot_inductor.metadata": _texts(facts)}
     )
+    path.write_bytes(archive.getbuffer())
 
 
 def _load_aoti(path: Path) -> Run:

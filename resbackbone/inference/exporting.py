@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from resbackbone import processor
+from resbackbone.atomic_write import atomic_write
 from resbackbone.backbones.base import Backbone
 from resbackbone.checks import check_choice, check_ints, check_type
 from resbackbone.features import FeatureInfo
 from resbackbone.inference.export_formats import FORMATS, Axes, ExportFormat
 from resbackbone.preprocessing import preprocessing_of
-from resbackbone.whole_files import whole_file
 
 if TYPE_CHECKING:  # takes a second to import
     from torch.export import ExportedProgram
@@ -106,7 +106,7 @@ def export(
     model = copy.deepcopy(exact).to(getattr(torch, dtype))
     recorded, *checked = _shapes(backbone.in_channels, size)
     axes = AXES if size is None else {0: AXES[0]}
-    with torch.no_grad(), whole_file(path) as temporary:
+    with torch.no_grad(), atomic_write(path) as temporary:
         examples = [_compute(exact, model, shape, levels) for shape in checked]
         cannot = f"{type(net).__name__} cannot be exported to {to}"
         with _in_words(cannot):

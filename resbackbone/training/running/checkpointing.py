@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,9 +16,9 @@ from mmengine.logging import HistoryBuffer
 from mmengine.utils import apply_to
 from torch import Tensor
 
+from resbackbone.atomic_write import atomic_write
 from resbackbone.registry import HOOKS
 from resbackbone.training.running.agreement import fail_together
-from resbackbone.whole_files import delete_parts, whole_file
 
 _LAST = "last_checkpoint"  # the file's name is mmengine's
 _CONTAINERS = (dict, OrderedDict, list, tuple, set)
@@ -221,19 +220,10 @@ class ResumableCheckpointHook(CheckpointHook):
 def _replace(path: Path, content: bytes | memoryview) -> None:
     """Put a file in another's place in one step, once its bytes are on the disk."""
     try:
-        delete_parts(path)
-        with whole_file(path) as temporary, temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        with atomic_write(path, sync=True) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise CheckpointNotSaved(
             f"cannot save {path}: {error.strerror}; checkpoints that were saved before are whole: make room and go on "
             "with --resume"
         ) from error
-    if os.name == "posix":  # the name, too; elsewhere folders cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
+from resbackbone.atomic_write import atomic_write
 from resbackbone.registry import HOOKS
 
 _NO_CURVES = {"mode", "epoch", "step", "iter", "time", "data_time", "memory"}
@@ -36,7 +37,8 @@ class CurvesHook(Hook):
         folder, runs = Path(runner.work_dir), runner.message_hub.get_info("runs")
         records = read_curves(folder, runs, iterations=len(runner.train_dataloader))
         lines = "".join(f"{json.dumps(record)}\n" for record in records)
-        (folder / "curves.jsonl").write_text(lines, encoding="utf-8")
+        with atomic_write(folder / "curves.jsonl") as path:
+            path.write_text(lines, encoding="utf-8")
         try:
             draw_curves(records, folder / "curves.png")
         except ImportError as error:
@@ -95,7 +97,8 @@ def draw_curves(records: Iterable[dict[str, Any]], path: Path) -> None:
     for panel in panels.values():
         if panel.lines:
             panel.legend()
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def _curves(records: Iterable[dict[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
