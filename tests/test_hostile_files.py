@@ -1,4 +1,4 @@
-"""Files made to run code, to exhaust memory or to mislead: nothing in them runs, and each gets one clear error."""
+"""Files made to run code, to exhaust memory or to mislead: nothing in them runs, and what does not load says why."""
 
 import copyreg
 import gzip
@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from weight_files import WRITERS, weights
 
-from resbackbone.checkpoints.files import read_file
+from resbackbone.checkpoints.files import not_loaded, read_file
+from resbackbone.checkpoints.pickle_names import NAMES
 
 
 def assert_refused(path, message):
@@ -161,7 +162,7 @@ PAYLOADS = {
     "BUILD": (lambda path: name(MINE) + b")\x81" + text(path) + b"b", f"names '{MINE}'"),
     "eval": (lambda path: call(name("builtins.eval"), text(f"__import__('os').mkdir({path!r})")), "builtins.eval"),
     "partial": (lambda path: call(call(name("functools.partial"), name("os.mkdir"), text(path))), "functools.partial"),
-    "getattr": (climb, "calls a NoneType"),
+    "getattr": (climb, "names 'builtins.getattr'"),
     "in a storage": (inside_a_storage, "names 'torch.storage._load_from_bytes'"),
     **{f"EXT{len(op) - 1}": (lambda path, op=op: call(op, text(path)), "opcode EXT") for _, op, _ in EXTENSIONS},
 }
@@ -180,7 +181,7 @@ PLACES = {
     "list": lambda fragment: mapping(x=b"](" + fragment + b"e"),
     "tuple": lambda fragment: mapping(x=fragment + b"\x85"),
     "set": lambda fragment: mapping(x=b"\x8f(" + fragment + b"\x90"),
-    "OrderedDict": lambda fragment: call(name("collections.OrderedDict"), b"](]" + fragment + b"ae"),
+    "OrderedDict": lambda fragment: call(name("collections.OrderedDict"), b"](](" + text("x") + fragment + b"ee"),
     "attributes": lambda fragment: call(name("collections.OrderedDict")) + fragment + b"b",
     "nested": lambda fragment: mapping(meta=mapping(epoch=b"K\x03", x=b"](" + mapping(y=fragment) + b"e")),
     "mmengine's log": lambda fragment: mapping(
@@ -191,8 +192,21 @@ PLACES = {
     "numpy scalar": lambda fragment: mapping(x=call(name("numpy._core.multiarray.scalar"), dtype(), fragment)),
     "hooks": lambda fragment: mapping(x=tensor(hooks=fragment)),
     "tensor's size": lambda fragment: mapping(x=call(name("torch.Size"), fragment)),
+    "member of a frozenset": lambda fragment: mapping(x=b"(" + fragment + b"\x91"),
+    "set of protocol 2": lambda fragment: mapping(x=call(name("__builtin__.set"), b"](" + fragment + b"e")),
+    "tuple as a key": lambda fragment: mapping(x=b"}" + fragment + b"K\x01\x86Ns"),
+    "unknown object": lambda fragment: mapping(x=name("argparse.Namespace") + b")\x81" + mapping(y=fragment) + b"b"),
+    "unknown list": lambda fragment: mapping(x=name("a.List") + b")\x81(" + fragment + b"e"),
+    "unknown mapping": lambda fragment: mapping(x=name("a.Dict") + b")\x81" + text("y") + fragment + b"s"),
+    "unknown set": lambda fragment: mapping(x=name("a.Set") + b")\x81(" + fragment + b"\x90"),
+    "state dict's versions": lambda fragment: mapping(
+        x=call(name("collections.OrderedDict")) + mapping(_metadata=mapping(y=fragment)) + b"b"
+    ),
+    "counts": lambda fragment: mapping(x=call(name("collections.Counter"), b"}" + fragment + b"K\x01s")),
+    "default": lambda fragment: mapping(x=call(name("collections.defaultdict"), fragment)),
+    "deque": lambda fragment: mapping(x=call(name("collections.deque"), b"](" + fragment + b"e")),
     "paddle": lambda fragment: mapping(x=call(name("builtins.tuple"), text("w") + fragment + b"\x86")),
-    "dropped": lambda fragment: mapping(x=fragment + b"]q\x07"),
+    "dropped": lambda fragment: mapping(x=fragment + b"0]q\x07"),
 }
 
 
@@ -223,16 +237,37 @@ def test_the_payloads_run_where_nothing_stops_them(payload, canary):
 def test_no_payload_runs_in_any_container(payload, container, canary, tmp_path):
     fragment, message = PAYLOADS[payload]
     (tmp_path / "hostile").write_bytes(CONTAINERS[container](fragment(str(canary))))
-    assert_refused(tmp_path / "hostile", message)
+    if container == "torch legacy, system" and "opcode" not in message:  # which nobody looks at
+        assert read_file(tmp_path / "hostile") == {}
+    elif container == "torch legacy, keys" and "opcode" not in message:
+        assert_refused(tmp_path / "hostile", "lists storages without names")
+    else:
+        assert_refused(tmp_path / "hostile", message)
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("container", ["pickle", "torch", "torch legacy, object"])
+@pytest.mark.parametrize("payload", [payload for payload in PAYLOADS if "EXT" not in payload])
 @pytest.mark.parametrize("place", PLACES)
-def test_no_payload_runs_in_any_place(place, container, canary, tmp_path):
-    fragment = PAYLOADS["GLOBAL, REDUCE"][0](str(canary))
-    (tmp_path / "hostile").write_bytes(CONTAINERS[container](PLACES[place](fragment)))
-    assert_refused(tmp_path / "hostile", "names 'os.mkdir', which is neither .* If you trust its author, load it in")
+def test_r8_no_payload_runs_in_any_place(place, payload, canary, tmp_path):
+    """It is dropped, or the file is refused where only numbers can be."""
+    fragment, message = PAYLOADS[payload]
+    for container in ("pickle", "torch", "torch legacy, object"):
+        (tmp_path / "hostile").write_bytes(CONTAINERS[container](PLACES[place](fragment(str(canary)))))
+        content = read_or_refuse(tmp_path / "hostile")
+        assert not canary.exists()
+        only_numbers = place in ("numpy objects", "numpy dtype", "numpy scalar", "tensor's size")
+        assert (content is None) == (only_numbers or (place == "hooks" and container != "torch"))
+        if place in ("value", "key", "list", "tuple", "set", "OrderedDict", "nested", "counts", "deque"):
+            name = message.removeprefix("names ").strip("'")
+            assert [note for note in not_loaded(content) if note.startswith(f"{name} at ")]
+
+
+@pytest.mark.parametrize("payload", [payload for payload in PAYLOADS if "EXT" in payload])
+def test_extensions_are_refused_in_any_place(payload, canary, tmp_path):
+    """Python's unpickler takes them from the registry without asking ``find_class``."""
+    for place in PLACES.values():
+        (tmp_path / "hostile").write_bytes(pickled(place(PAYLOADS[payload][0](str(canary)))))
+        assert_refused(tmp_path / "hostile", "opcode EXT")
     assert not canary.exists()
 
 
@@ -254,13 +289,24 @@ def test_what_other_libraries_allow_does_not_count(tmp_path):
     globals_of_torch = call(name("__builtin__.getattr"), name("torch._utils._rebuild_tensor"), text("__globals__"))
     (tmp_path / "hostile").write_bytes(b"\x80\x02" + mapping(x=globals_of_torch) + b".")
     with torch.serialization.safe_globals([getattr]):
-        assert read_file(tmp_path / "hostile") == {"x": None}
+        assert not_loaded(read_file(tmp_path / "hostile")) == ("builtins.getattr at 'x'",)
 
 
-@pytest.mark.parametrize("target", ["_codecs.encode", "numpy.ndarray", "mmengine.logging.history_buffer.HistoryBuffer"])
-def test_what_stands_for_a_name_cannot_be_changed(target, tmp_path):
-    (tmp_path / "hostile").write_bytes(pickled(mapping(x=name(target) + mapping(__defaults__=b"K\x01\x85") + b"b")))
-    assert_refused(tmp_path / "hostile", "sets attributes of a (function|type)")
+@pytest.mark.parametrize("attribute", ["__defaults__", "__code__", "__dict__", "__class__", "call", "name", "content"])
+def test_what_stands_for_a_name_cannot_be_changed(attribute, tmp_path):
+    state = mapping(**{attribute: b"K\x01\x85"})
+    for target in NAMES:
+        for stated in (state, b"N" + state + b"\x86"):  # attributes, and slots
+            (tmp_path / "hostile").write_bytes(pickled(mapping(x=name(target) + stated + b"b")))
+            assert_refused(tmp_path / "hostile", "sets attributes of a (Function|dtype)")
+
+
+def test_an_unknown_name_is_new_each_time(tmp_path):
+    for state in (mapping(y=b"K\x01"), mapping()):
+        (tmp_path / "hostile").write_bytes(pickled(mapping(x=name("a.B") + state + b"b")))
+        content = read_file(tmp_path / "hostile")
+        assert repr(content["x"]) == "<a.B, not loaded>"
+        assert content["x"].content == []
 
 
 # Everything else that is wrong with a file
@@ -286,6 +332,20 @@ def laughs():
     for index in range(40):
         fragment = b"(" + fragment + 9 * (b"h" + bytes([index])) + b"tq" + bytes([index + 1])
     return fragment
+
+
+def laughs_as_keys():
+    """The same of nothing but tuples, which can be hashed."""
+    return laughs().replace(b"]q", b")q", 1)
+
+
+def large_integer(value):
+    return b"\x8a\x20" + value.to_bytes(32, "little", signed=True)
+
+
+def colliding(count, wrap=lambda key: key):
+    """Keys of one hash: numbers that are the same modulo 2**61 - 1, which Python calculates with."""
+    return [wrap(large_integer(7 + index * (2**61 - 1))) for index in range(count)]
 
 
 def copied(large, function, *more):
@@ -351,33 +411,52 @@ HOSTILE = [
     ("false size, torch", declared_larger(torch_zip(X)), "declares members of more bytes than the file has"),
     ("false size, numpy", declared_larger(zipped({"x.npy": npy()})), "would grow from .* to 3,221,225,472 bytes"),
     ("twice a name", torch_zip(X, **{"archive/DATA.pkl": b""}), "is a zip file with two members of one name"),
-    ("member elsewhere", patched(torch_zip(X), b"PK\3\4", 0, b"none"), "is damaged at 'archive/data/0'; download or"),
+    ("member elsewhere", patched(torch_zip(mapping(x=tensor())), b"PK\3\4", 0, b"none"), "damaged at 'archive/data/0'"),
     ("member too far", patched(torch_zip(mapping(x=tensor())), b"PK\3\4", 28, b"\xff\xff"), "is cut off in the middle"),
     ("cut zip", torch_zip(X)[:-30], "is a zip file that is cut off or damaged; download or copy it again"),
     ("byte order", torch_zip(X, **{"archive/byteorder": b"mixed"}), "was written in the byte order 'mixed'"),
     ("npz, false shape", zipped({"x.npy": npy(f"({BIG},)")}), "declares 'x.npy' of shape .*, which is not its size"),
-    ("npz, text", zipped({"x.npy": npy(descr="'<U1'")}), "holds 'x.npy' of type <U1; only arrays of numbers are read"),
     ("npz, fields", zipped({"x.npy": npy(descr="[('a', '<f4')]")}), "only arrays of numbers are read"),
     ("npz, code", zipped({"x.npy": npy("__import__('os')")}), "is damaged, download or copy it again"),
     # Pickles that cost too much
     ("laughs", pickled(laughs()), "holds more than 1,000,000 objects; a checkpoint holds far fewer"),
     ("laughs of torch", torch_zip(laughs()), "holds more than 1,000,000 objects; a checkpoint holds far fewer"),
-    ("laughing name", pickled(laughs() + text("x") + b"\x93"), "names something that is no name"),
+    ("laughing name", pickled(laughs() + text("x") + b"\x93"), "is damaged, download or copy it again"),
     ("laughing codec", pickled(call(name("_codecs.encode"), text("x"), laughs())), "that are not written as latin1"),
-    ("laughing type", pickled(call(name("numpy.dtype"), laughs())), "holds a damaged array"),
+    ("laughing type", pickled(call(name("numpy.dtype"), laughs())), "names 'numpy.dtype', which is neither"),
     ("laughing device", pickled(call(name("torch.device"), laughs(), b"K\x01")), "holds a device without a name"),
     ("laughing size", torch_zip(call(name("torch._utils._rebuild_tensor"), storage(), laughs(), b"]", b"]")), "imposs"),
     ("laughing key", torch_legacy(keys=b"]" + laughs() + b"a"), "lists storages without names"),
     ("cycle", pickled(b"}q\0" + text("x") + b"h\0s"), "is nested more than 100 deep"),
     ("deep lists", pickled(b"]" * 50_000 + b"a" * 49_999), "is nested more than 100 deep"),
     ("deep tuples", pickled(b")" + b"\x85" * 500_000), "is nested more than 100 deep"),
-    ("deep key", pickled(b"})" + b"\x85" * 500_000 + b"K\x01s"), "holds a mapping whose key is a tuple"),
+    ("deep key", pickled(b"})" + b"\x85" * 500_000 + b"K\x01s"), "with a long tuple as a key"),
+    ("deep member", pickled(b"\x8f()" + b"\x85" * 500_000 + b"\x90"), "with a long tuple as a key"),
+    ("laughing member", pickled(b"(" + laughs_as_keys() + b"\x91"), "with a long tuple as a key"),
     ("many steps", pickled(b"(" * 1_100_000), "holds a pickle of more than 1,000,000 steps"),
     ("copied pairs", pickled(copied(PAIRS, "collections.OrderedDict")), "copies its content over and over"),
     ("copied text", pickled(copied(text("x" * 9999), "_codecs.encode", text("latin1"))), "copies its content over"),
     ("copied array", pickled(b"](" + raw(bytes(80_000)) + b"q\0" + 900 * MANY + b"e"), "copies its content over"),
+    ("colliding keys", pickled(b"}(" + b"".join(key + b"N" for key in colliding(30_000)) + b"u"), "chosen to collide"),
+    (
+        "colliding keys, one by one",
+        pickled(b"}" + b"".join(key + b"Ns" for key in colliding(30_000))),
+        "chosen to collide",
+    ),
+    (
+        "colliding tuples",
+        pickled(b"}(" + b"".join(key + b"N" for key in colliding(30_000, lambda key: key + b"\x85")) + b"u"),
+        "chosen to collide",
+    ),
+    ("colliding members", pickled(b"\x8f(" + b"".join(colliding(30_000)) + b"\x90"), "chosen to collide"),
+    (
+        "colliding members, protocol 2",
+        pickled(call(name("__builtin__.set"), b"](" + b"".join(colliding(30_000)) + b"e")),
+        "chosen to collide",
+    ),
+    ("long number", pickled(b"L" + b"9" * 1_000_000 + b"L\n"), "holds a number of too many digits"),
     ("false length", pickled(b"\x8e" + struct.pack("<Q", BIG)), "is cut off in the middle; download or copy it again"),
-    ("false length, text", pickled(b"\x8d" + b"\xff" * 8), "is cut off in the middle; download or copy it again"),
+    ("false length, text", pickled(b"\x8d" + b"\xff" * 7 + b"\0"), "is cut off in the middle; download or copy it"),
     ("bytes by number", torch_zip(call(name("__builtin__.bytearray"), integer(BIG))), "names 'builtins.bytearray'"),
     ("tensor by number", torch_zip(call(name("torch.FloatTensor"), integer(BIG))), "names 'torch.FloatTensor'"),
     # Damaged pickles
@@ -389,23 +468,14 @@ HOSTILE = [
     ("append to a mapping", pickled(b"}Na"), "appends to a dict"),
     ("list of arguments", pickled(name("collections.OrderedDict") + b"]R"), "calls with a list for arguments"),
     ("too many arguments", pickled(call(name("torch.Size"), b"N", b"N")), "is damaged, download or copy it again"),
-    ("function as a value", pickled(mapping(x=name("_codecs.encode"))), "holds function where a tensor or a plain"),
-    ("bytes as a key", pickled(b"}" + raw(b"k") + b"Ns"), "holds a mapping whose key is a memoryview"),
-    ("none as a key", pickled(b"}NNs"), "holds a mapping whose key is a NoneType; only names and indices are read"),
-    ("large number as a key", pickled(b"}" + integer(BIG) + b"Ns"), "holds a mapping whose key is a int"),
     ("number for a tensor's name", pickled(b"}K\x01" + array() + b"s"), "has the key 1 where a name should be"),
     ("the same inside", pickled(mapping(x=b"}K\x01" + array() + b"s")), "has the key 1 where a name should be"),
     # Arrays
-    ("objects", pickled(mapping(x=array(dtype("O8"), data=b"]"))), "holds an array of type 'O8'; only arrays of num"),
-    ("text", pickled(mapping(x=array(dtype("U2")))), "holds an array of type 'U2'; only arrays of numbers"),
-    ("complex array", pickled(mapping(x=array(dtype("c8")))), "holds an array of type 'c8'; only arrays of numbers"),
-    ("array type by text", pickled(mapping(x=array(dtype("(9999,9999)f8")))), "holds an array of type"),
     ("fields", pickled(mapping(x=array(dtype("f4", FIELDS)))), "holds an array with fields; only arrays of numbers"),
     ("false shape", pickled(mapping(x=array(shape=(3,)))), r"an array of shape \(3,\) and type float32 in 8 bytes"),
     ("absurd shape", pickled(mapping(x=array(shape=(BIG, BIG)))), "holds an array of shape .* in 8 bytes"),
     ("negative shape", pickled(mapping(x=array(shape=(-1, -2)))), "holds an array of an impossible size"),
     ("numbers in a list", pickled(mapping(x=array(data=b"]"))), "holds an array whose numbers are a list"),
-    ("no array at all", pickled(mapping(x=name("numpy.ndarray") + b")\x81")), "holds Array where a tensor or a plain"),
     # Tensors
     ("strides of zero", torch_zip(mapping(x=tensor(size=(BIG,), stride=(0,)))), "over a storage of 4 elements"),
     ("too large", torch_zip(mapping(x=tensor(size=(5,)))), r"of shape \(5,\) and stride \(1,\) over a storage of 4"),
@@ -420,7 +490,6 @@ HOSTILE = [
     ("sizes without strides", torch_zip(mapping(x=tensor(stride=()))), "is damaged, download or copy it again"),
     ("conjugated", torch_zip(mapping(x=tensor(bits=mapping(conj=b"\x88")))), "holds a tensor that is conjugated"),
     ("no storage", torch_zip(mapping(x=tensor(of=b"]"))), "holds a tensor without a storage of numbers"),
-    ("complex", torch_zip(mapping(x=tensor(storage("torch.ComplexFloatStorage")))), "names 'torch.ComplexFloatSt"),
     ("false storage", torch_zip(mapping(x=tensor(storage(count=BIG), size=(BIG,)))), "declares more numbers in"),
     ("negative storage", torch_zip(mapping(x=tensor(storage(count=-1)))), "holds a storage of an impossible size"),
     ("lost storage", torch_zip(mapping(x=tensor(storage(key="7")))), "lacks the storage '7'; download or copy"),
@@ -483,18 +552,16 @@ def test_a_far_place_in_the_memo_costs_nothing(tmp_path):
     ("make", "refused"),
     [
         (lambda: torch.eye(3).to_sparse(), "torch._utils._rebuild_sparse_tensor"),
-        (lambda: torch.empty(3, device="meta"), "torch._utils._rebuild_meta_tensor_no_storage"),
-        (lambda: torch.ones(3, dtype=torch.complex64), "torch.ComplexFloatStorage"),
+        (lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8), "torch.QInt8Storage"),
         (lambda: torch.nn.Conv2d(1, 1, 1), "torch.nn.modules.conv.Conv2d"),
-        (lambda: torch.float, None),
     ],
 )
-def test_other_objects_of_torch_are_named(make, refused, tmp_path):
-    torch.save({"x": make()}, tmp_path / "a.pth")
-    if refused is None:
-        assert read_file(tmp_path / "a.pth") == {"x": torch.float32}
-    else:
-        assert_refused(tmp_path / "a.pth", f"names '{refused}', which is neither a tensor nor a numpy array nor")
+@pytest.mark.filterwarnings("ignore")  # some of them are deprecated
+def test_r8_tensors_outside_a_known_structure_are_refused(make, refused, tmp_path):
+    torch.save({"x": make(), "y": torch.ones(1)}, tmp_path / "a.pth")
+    assert_refused(tmp_path / "a.pth", f"holds tensors (inside an object of|of the unknown type) '{refused}'")
+    with pytest.raises(ValueError, match=r"nothing was run\. If you trust its author, load it in the program"):
+        read_file(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.7, 0.99])
@@ -507,7 +574,7 @@ def test_cut_files_are_refused(kind, cut, tmp_path):
 
 
 def test_directories_and_devices_are_refused(tmp_path):
-    assert_refused(tmp_path, "is a directory; give the path of a file in it")
+    assert_refused(tmp_path, "is a directory without model.safetensors, .*; give the path of a file in it")
     os.mkfifo(tmp_path / "pipe")
     assert_refused(tmp_path / "pipe", "is no regular file; give the path of one")
 
@@ -517,15 +584,15 @@ def test_directories_and_devices_are_refused(tmp_path):
     [
         (
             {"x": "../secret.safetensors"},
-            "lists the shard '../secret.safetensors'; a shard is a .safetensors file beside",
+            "lists the shard '../secret.safetensors'; a shard is a .safetensors or .bin file beside",
         ),
-        ({"x": "/etc/secret.safetensors"}, "a shard is a .safetensors file beside it"),
-        ({"x": "..\\secret.safetensors"}, "a shard is a .safetensors file beside it"),
-        ({"x": "model.safetensors.index.json"}, "a shard is a .safetensors file beside it"),
-        ({"x": 1}, "lists the shard 1; a shard is a .safetensors file beside it"),
+        ({"x": "/etc/secret.safetensors"}, "a shard is a .safetensors or .bin file beside it"),
+        ({"x": "..\\secret.safetensors"}, "a shard is a .safetensors or .bin file beside it"),
+        ({"x": "model.safetensors.index.json"}, "a shard is a .safetensors or .bin file beside it"),
+        ({"x": 1}, "lists the shard 1; a shard is a .safetensors or .bin file beside it"),
         ({"x": ["good.safetensors"]}, "is damaged"),
         ({"x": "lost.safetensors"}, "lists the shard 'lost.safetensors', which is not beside it; download that too"),
-        ({"x": "bad.safetensors"}, "lists the shard 'bad.safetensors', which is a damaged .safetensors file"),
+        ({"x": "bad.safetensors"}, "lists the shard 'bad.safetensors', which begins with"),
         ({"y": "good.safetensors"}, "lists 'y', which its shard does not hold"),
         (
             {"x": "good.safetensors", "y": "same.safetensors"},
@@ -554,9 +621,10 @@ def read_or_refuse(path):
         error = caught
     else:
         assert isinstance(content, dict)
-        return
+        return content
     assert type(error) is ValueError
     assert str(error).startswith(repr(str(path)))
+    return None
 
 
 fuzzed = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -593,6 +661,7 @@ FRAGMENTS = [
     b"(",
 ]
 FRAGMENTS += [call(name("collections.OrderedDict")), name("numpy.core.multiarray.scalar"), name("_codecs.encode")]
+FRAGMENTS += [name("os.mkdir"), name("argparse.Namespace") + b")\x81", b"\x8f", name("builtins.set"), b"\x93", b"b"]
 
 
 @fuzzed

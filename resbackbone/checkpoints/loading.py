@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,15 +13,16 @@ from resbackbone.blocks.base import ResidualBlock
 from resbackbone.checkpoints.adapting import Adapted, adapt
 from resbackbone.checkpoints.catalog import Weights
 from resbackbone.checkpoints.conversion import find_backbone
-from resbackbone.checkpoints.files import check_weights, read_file
+from resbackbone.checkpoints.files import check_weights, not_loaded, read_file
 from resbackbone.checkpoints.layouts import Tensors
+from resbackbone.checkpoints.pickle_names import ADVICE
 from resbackbone.checkpoints.report import LoadReport
 from resbackbone.checkpoints.sources import locate
 from resbackbone.checks import check_choice
 from resbackbone.layers.plugins import plugin_name
 from resbackbone.preprocessing import CAFFE, DETECTRON, TORCHVISION, Preprocessing
 
-# What a trainer saves beside weights; mmengine's names, Lightning's and those of training scripts.
+# What a trainer saves beside weights, which is not read; mmengine's names, Lightning's and those of training scripts.
 _NO_WEIGHTS = {
     "optimizer",
     "optimizers",
@@ -31,6 +33,20 @@ _NO_WEIGHTS = {
     "scaler",
 }
 _COUNTER = "num_batches_tracked"  # old files lack it, frozen norms do not have it, and it influences nothing
+
+
+class CheckpointTensors(NamedTuple):
+    """What was read of a checkpoint.
+
+    Attributes:
+        tensors: Every tensor, by the names of all the mappings that lead to it, with dots between.
+        known: What the catalog says of it; None if it does not have it.
+        not_loaded: What else is in it that is not loaded: the class, and where it is.
+    """
+
+    tensors: Tensors
+    known: Weights | None
+    not_loaded: tuple[str, ...]
 
 
 def load_checkpoint(
@@ -48,7 +64,8 @@ def load_checkpoint(
 
     Args:
         net: The backbone. It changes only if the whole load succeeds.
-        source: A local ``.pth``, ``.pt``, ``.pkl``, ``.npz`` or ``.safetensors`` file, a name of
+        source: A local ``.pth``, ``.pt``, ``.bin``, ``.pkl``, ``.npz`` or ``.safetensors`` file, the index of shards, a
+            folder that transformers' ``save_pretrained`` has written, a name of
             :func:`~resbackbone.checkpoints.list_weights`, a URL, or ``torchvision://``, ``open-mmlab://`` or
             ``mmcls://`` and a name. Nothing in it is executed.
         strict: "backbone" (or True): every tensor of the backbone must be there, and none that another backbone would
@@ -70,7 +87,7 @@ def load_checkpoint(
     """
     check_choice("strict", strict, ("backbone", "all", True, False))
     check_choice("expects", expects, ("checkpoint", "torchvision"))
-    tensors, known = read_tensors(source)
+    tensors, known, left = read_tensors(source)
     if prefix is not None:
         tensors = {key: tensor for key, tensor in tensors.items() if f".{prefix}" in f".{key}"}
     found = find_backbone(tensors, layout)
@@ -82,6 +99,7 @@ def load_checkpoint(
     report = _compare(
         net, adapted, found.others, source=str(source), layout=found.layout.name, notes=(*notes, *adapted.notes)
     )
+    report = replace(report, not_loaded=left)
     if wrong := problems(report, strict):
         raise ValueError(
             f"{str(source)!r} does not fit {type(net).__name__}, nothing was changed: {report.summary()}: "
@@ -111,17 +129,18 @@ def _usual_preprocessing(layout: str, style: str) -> Preprocessing:
     return CAFFE if layout == "detectron2" or style == "caffe" else TORCHVISION
 
 
-def read_tensors(source: str | Path) -> tuple[Tensors, Weights | None]:
+def read_tensors(source: str | Path) -> CheckpointTensors:
     """Read a checkpoint's tensors, and what the catalog says of it.
 
     Args:
         source: As for :func:`load_checkpoint`, which says what is raised, too.
-
-    Returns:
-        Every tensor, by the names of all the mappings that lead to it, with dots between.
     """
     path, known = locate(source)
-    return dict(_flatten(read_file(path))), known
+    content = read_file(path, skipped=_NO_WEIGHTS)
+    tensors, left = dict(_flatten(content)), not_loaded(content)
+    if left and not tensors:
+        raise ValueError(f"{str(path)!r} has no tensors by name, and of what it has was not loaded {left[0]}; {ADVICE}")
+    return CheckpointTensors(tensors, known, left)
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -129,7 +148,7 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
     for key, value in content.items():
         if isinstance(value, Tensor):
             yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping) and key not in _NO_WEIGHTS:
+        elif isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
 
 

@@ -1,181 +1,250 @@
 """Reads a pickle as data, by a closed list of names: nothing in it is imported or run, and what it costs is bounded.
 
-``torch.load(weights_only=True)`` does not suffice: what it admits depends on what other libraries have registered in
-the process (mmengine registers the real ``getattr``), and it calls constructors with the file's own arguments
-(``bytearray(10**10)``). Here a machine of ours carries out the opcodes that checkpoints consist of, and `pickle_names`
-holds all that they may name.
+The opcodes are carried out by Python's own unpickler, the one that is written in Python. Those that call, set
+attributes, hash or reserve memory are replaced here; `pickle_names` holds all names that mean something, and whatever
+else a pickle names is inert.
 
-Source: Python's ``pickletools`` describes the opcodes.
+Why neither of the faster ways will do:
+
+- ``pickle.Unpickler``, in C, lets nobody change its opcodes, whatever ``find_class`` says. EXT takes functions from the
+  registry of ``copyreg`` past it; PUT at index 4,294,967,295 reserves 64 GB; BINBYTES8 reserves what it declares; BUILD
+  sets attributes of the functions that stand for names; a deep tuple as a key ends the process, and keys that collide
+  take quadratic time. To find all this beforehand takes a second interpreter, which costs what the first saves.
+- ``torch.load(weights_only=True)`` admits what other libraries have registered in the process (mmengine registers the
+  real ``getattr``), and calls constructors with the file's own arguments (``bytearray(10**10)``).
 """
 
 from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Callable, Iterable, Sequence
-from mmap import mmap
-from typing import Any
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from resbackbone.checkpoints.pickle_names import (
+    ADVICE,
     Array,
-    Nothing,
+    Function,
+    Inert,
     NumpyType,
     Storage,
     UnreadableError,
     View,
+    add,
     find,
     put,
 )
 
-MAX_OBJECTS = 1_000_000
+MAX_STEPS = 1_000_000
 """Steps of a pickle, and objects in its content; a ResNet-152 with the state of AdamW takes 76 thousand steps."""
 
 MAX_DEPTH = 100
 """Mappings and lists inside one another."""
 
-_LONG_TEXT = 1 << 16  # a longer Python 2 string is an array: it stays in the file until the array is built
+CUT_OFF = "is cut off in the middle; download or copy it again"
 
-_CUT_OFF = "is cut off in the middle; download or copy it again"
+_LONG = 1 << 16  # bytes; longer ones are an array's
+_LONGEST_NUMBER = 100  # digits
+
+# Opcodes that the base class carries out: none of them calls, hashes or sets anything.
+_HARMLESS = [
+    "PROTO", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1", "FLOAT", "STRING",
+    "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING", "SHORT_BINBYTES", "MARK",
+    "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "EMPTY_LIST", "LIST", "EMPTY_SET", "EMPTY_DICT", "PUT",
+    "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "BINPERSID", "GLOBAL", "STACK_GLOBAL", "POP",
+    "POP_MARK", "DUP",
+]  # fmt: skip
 
 
-class Machine:
-    """Carries out a pickle's opcodes on stand-ins.
+class SafeUnpickler(pickle._Unpickler):
+    """Makes builtin containers, plain values and stand-ins of a pickle.
 
     Args:
-        data: What the pickle lies in.
-        start: Its first byte.
+        file: What the pickle lies in, at its first byte.
+        size: How many bytes the file has.
 
     Attributes:
-        position: The byte after what was read.
         storages: The type of each storage that was referred to, by its key.
     """
 
-    def __init__(self, data: bytes | mmap, start: int = 0) -> None:
-        self.position = start
-        self.storages: dict[str, torch.dtype] = {}
-        self._data = data
-        self._bytes = memoryview(data)
-        self._budget = 4 * len(data) + MAX_OBJECTS  # an array's numbers pass through at most two calls
+    stack: list[Any]
+    metastack: list[list[Any]]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
 
-    def run(self) -> Any:
-        """Read one pickle; return its object, made of builtin containers, plain values and stand-ins.
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        super().__init__(file, encoding="latin1")
+        self.storages: dict[str, torch.dtype] = {}
+        self._file = file
+        self._size = size
+        self._budget = 2 * size + 100_000  # an array's numbers pass through at most two calls
+
+    def load(self) -> Any:
+        """Read one pickle; return its object.
 
         Raises:
-            UnreadableError: If the pickle names anything but what checkpoints hold, is cut off or costs too much.
+            UnreadableError: If the pickle does what checkpoints do not need, is cut off or costs too much.
             Exception: Of many kinds, if the pickle is damaged.
         """
-        self._stack: list[Any] = []
-        self._marked: list[list[Any]] = []
-        self._memo: dict[int, Any] = {}
-        for _ in range(MAX_OBJECTS):
-            code = self._data[self.position : self.position + 1]
-            self.position += 1
+        self.stack, self.metastack, self.proto = [], [], 0
+        self.memo: dict[int, Any] = {}
+        self.append = self.stack.append
+        self._hashes: Counter[str] = Counter()
+        read, steps = self._file.read, _STEPS
+        for _ in range(MAX_STEPS):
+            code = read(1)
             if code == pickle.STOP:
-                return self._stack.pop()
-            if code not in _STEPS:
+                return self.stack.pop()
+            if code not in steps:
                 raise UnreadableError(_refused_opcode(code))
-            _STEPS[code](self)
-        raise UnreadableError(f"holds a pickle of more than {MAX_OBJECTS:,} steps; a checkpoint has far fewer")
+            steps[code](self)
+        raise UnreadableError(f"holds a pickle of more than {MAX_STEPS:,} steps; a checkpoint has far fewer")
 
-    # Input
+    # What the base class asks for
 
-    def _take(self, count: int) -> memoryview:
-        piece = self._bytes[self.position : self.position + count]
-        if len(piece) != count:
-            raise UnreadableError(_CUT_OFF)
-        self.position += count
-        return piece
+    def read(self, count: int) -> bytes:
+        """Return the next bytes; none are reserved for what is not there."""
+        if count > _LONG:
+            self._check_left(count)
+        data = self._file.read(count)
+        if len(data) != count:
+            raise UnreadableError(CUT_OFF)
+        return data
 
-    def _skip(self, count: int) -> None:
-        self._take(count)
+    def readline(self) -> bytes:
+        """Return what is left of a line."""
+        line = self._file.readline()
+        if not line.endswith(b"\n"):
+            raise UnreadableError(CUT_OFF)
+        return line
 
-    def _number(self, layout: str) -> Any:
-        return struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a name."""
+        return find(module, name)
 
-    def _counted(self, layout: str) -> memoryview:
-        return self._take(self._number(layout))
+    def persistent_load(self, identity: object) -> Storage:
+        """Return what stands for the numbers of a tensor."""
+        storage = Storage.from_id(identity)
+        self.storages.setdefault(storage.key, storage.dtype)
+        return storage
 
-    def _line(self) -> bytes:
-        end = self._data.find(b"\n", self.position)
-        if end < 0:
-            raise UnreadableError(_CUT_OFF)
-        return bytes(self._take(end + 1 - self.position)[:-1])
+    def _check_left(self, count: int) -> None:
+        if count > self._size - self._file.tell():
+            raise UnreadableError(CUT_OFF)
 
     # Values
 
-    def _push(self, value: object) -> None:
-        self._stack.append(value)
+    def _frame(self) -> None:
+        self.read(8)  # the length of what follows, which is of use to faster readers
 
     def _written_number(self) -> None:
-        line = self._line()[:32].rstrip(b"L")
-        self._push(line == b"01" if line in (b"00", b"01") else int(line))
+        line = self.readline().strip()
+        if len(line) > _LONGEST_NUMBER:
+            raise UnreadableError("holds a number of too many digits")
+        self.append(line == b"01" if line in (b"00", b"01") else int(line.rstrip(b"L")))
 
-    def _index(self) -> int:
-        return int(self._line()[:32])
+    def _bytes(self, count: int) -> None:
+        if count <= _LONG:
+            self.append(self.read(count))
+            return
+        self._check_left(count)
+        data = bytearray(count)  # which an array can take over as it is
+        if self._file.readinto(data) != count:  # type: ignore[attr-defined]
+            raise UnreadableError(CUT_OFF)
+        self.append(data)
+
+    def _python2_text(self) -> None:
+        (count,) = struct.unpack("<i", self.read(4))
+        if count < 0:
+            raise UnreadableError("holds text of negative length")
+        self._bytes(count)
+        if count <= _LONG:  # a longer one is an array
+            self.append(self.stack.pop().decode("latin1"))
 
     # Containers
 
-    def _mark(self) -> None:
-        self._marked.append(self._stack)
-        self._stack = []
-
-    def _since_mark(self) -> list[Any]:
-        items, self._stack = self._stack, self._marked.pop()
-        return items
-
-    def _pop(self, count: int) -> tuple[Any, ...]:
-        return tuple(reversed([self._stack.pop() for _ in range(count)]))
-
-    def _extend(self, items: Iterable[Any]) -> None:
-        target = self._stack[-1]
-        if type(target) is not list:
+    def _extend(self, items: Sequence[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is list:
+            target.extend(items)
+        elif isinstance(target, Inert):
+            target.content.append(items)
+        else:
             raise UnreadableError(f"appends to a {type(target).__name__}")
-        target.extend(items)
 
     def _update(self, items: Sequence[Any]) -> None:
-        target = self._stack[-1]
-        if type(target) is not dict:
+        target = self.stack[-1]
+        if isinstance(target, dict):
+            put(target, zip(items[::2], items[1::2], strict=True), self._hashes)
+        elif isinstance(target, Inert):
+            target.content.append(items)
+        else:
             raise UnreadableError(f"sets items of a {type(target).__name__}")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            put(target, key, value)
 
     def _new_dict(self) -> None:
-        items = self._since_mark()
-        self._push({})
+        items = self.pop_mark()
+        self.append({})
         self._update(items)
 
-    def _remember(self, index: int) -> None:
-        self._memo[index] = self._stack[-1]
+    def _add(self) -> None:
+        items = self.pop_mark()
+        target = self.stack[-1]
+        if type(target) is set:
+            add(target, items, self._hashes)
+        elif isinstance(target, Inert):
+            target.content.append(items)
+        else:
+            raise UnreadableError(f"adds to a {type(target).__name__}")
 
-    # Names
+    def _new_frozenset(self) -> None:
+        items = self.pop_mark()
+        self.append(frozenset(add(set(), items, Counter())))
 
-    def _named(self) -> object:
-        return find(self._line().decode(), self._line().decode())
+    def _pop(self, count: int) -> list[Any]:
+        items = self.stack[-count:]
+        if len(items) != count:
+            raise IndexError("nothing is left on the stack")
+        del self.stack[-count:]
+        return items
 
-    def _call(self, function: object, arguments: object) -> None:
+    # Calls
+
+    def _call(self, function: object, arguments: object, more: object = None) -> None:
         if not isinstance(arguments, tuple):
             raise UnreadableError(f"calls with a {type(arguments).__name__} for arguments")
-        if not callable(function):
+        if isinstance(function, Inert):
+            self.append(Inert(function.name, function, arguments, more))
+        elif isinstance(function, Function):
+            self._spend(arguments)
+            self.append(function.call(*arguments))
+        else:
             raise UnreadableError(f"calls a {type(function).__name__}")
-        self._spend(arguments)
-        self._push(function(*arguments))  # one of ours: nothing but `find` puts functions on the stack
+
+    def _call_marked(self) -> None:
+        function, *arguments = self.pop_mark()
+        self._call(function, tuple(arguments))
+
+    def _call_named(self) -> None:
+        function = find(self.readline()[:-1].decode(), self.readline()[:-1].decode())
+        self._call(function, tuple(self.pop_mark()))
 
     def _build(self) -> None:
-        state = self._stack.pop()
-        target = self._stack[-1]
-        if isinstance(target, (Array, NumpyType, Nothing)):
+        (state,) = self._pop(1)
+        target = self.stack[-1]
+        if isinstance(target, (Array, NumpyType)):
             self._spend(state)
             target.build(state)
-        elif type(target) is not dict:  # an OrderedDict's attributes, such as PyTorch's `_metadata`, are let go
+        elif isinstance(target, Inert):
+            target.content.append(state)
+        elif isinstance(target, OrderedDict):  # a state dict's versions of its modules; no other attribute is read
+            if isinstance(state, dict) and isinstance(state.get("_metadata"), dict):
+                target._metadata = state["_metadata"]  # type: ignore[attr-defined]
+        elif not isinstance(target, dict):
             raise UnreadableError(f"sets attributes of a {type(target).__name__}")
-
-    def _refer(self) -> None:
-        storage = Storage.from_id(self._stack.pop())
-        self.storages.setdefault(storage.key, storage.dtype)
-        self._push(storage)
 
     def _spend(self, arguments: object) -> None:
         """Count what a call may copy; a small pickle could have one large argument copied a million times."""
@@ -185,136 +254,136 @@ class Machine:
             raise UnreadableError("copies its content over and over; a checkpoint holds it once")
 
 
-def _text(raw: memoryview) -> str:
-    return str(raw, "utf-8", "surrogatepass")
-
-
-def _python2_text(raw: memoryview) -> str | memoryview:
-    return raw if len(raw) > _LONG_TEXT else str(raw, "latin1")
-
-
-def _integer(raw: memoryview) -> int:
-    return int.from_bytes(raw, "little", signed=True)
+_STEPS: dict[bytes, Callable[[Any], None]] = {
+    **{getattr(pickle, name): pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _HARMLESS},
+    pickle.FRAME: SafeUnpickler._frame,
+    pickle.INT: SafeUnpickler._written_number,
+    pickle.LONG: SafeUnpickler._written_number,
+    pickle.BINSTRING: SafeUnpickler._python2_text,
+    pickle.BINBYTES: lambda self: self._bytes(*struct.unpack("<I", self.read(4))),
+    pickle.BINBYTES8: lambda self: self._bytes(*struct.unpack("<Q", self.read(8))),
+    pickle.BYTEARRAY8: lambda self: self._bytes(*struct.unpack("<Q", self.read(8))),
+    pickle.APPEND: lambda self: self._extend(self._pop(1)),
+    pickle.APPENDS: lambda self: self._extend(self.pop_mark()),
+    pickle.SETITEM: lambda self: self._update(self._pop(2)),
+    pickle.SETITEMS: lambda self: self._update(self.pop_mark()),
+    pickle.DICT: SafeUnpickler._new_dict,
+    pickle.ADDITEMS: SafeUnpickler._add,
+    pickle.FROZENSET: SafeUnpickler._new_frozenset,
+    pickle.REDUCE: lambda self: self._call(*self._pop(2)),
+    pickle.NEWOBJ: lambda self: self._call(*self._pop(2)),
+    pickle.NEWOBJ_EX: lambda self: self._call(*self._pop(3)),
+    pickle.OBJ: SafeUnpickler._call_marked,
+    pickle.INST: SafeUnpickler._call_named,
+    pickle.BUILD: SafeUnpickler._build,
+}
 
 
 def _refused_opcode(code: bytes) -> str:
     if not code:
-        return _CUT_OFF
+        return CUT_OFF
     name = next((name for name in pickle.__all__ if getattr(pickle, name) == code), repr(code))
     return f"holds the pickle opcode {name}, which checkpoints do not need; nothing was run"
 
 
-_STEPS: dict[bytes, Callable[[Machine], None]] = {
-    pickle.PROTO: lambda m: m._skip(1),
-    pickle.FRAME: lambda m: m._skip(8),
-    # Values; bytes stay in the file until an array is built of them
-    pickle.NONE: lambda m: m._push(None),
-    pickle.NEWTRUE: lambda m: m._push(True),
-    pickle.NEWFALSE: lambda m: m._push(False),
-    pickle.BININT: lambda m: m._push(m._number("<i")),
-    pickle.BININT1: lambda m: m._push(m._number("<B")),
-    pickle.BININT2: lambda m: m._push(m._number("<H")),
-    pickle.BINFLOAT: lambda m: m._push(m._number(">d")),
-    pickle.LONG1: lambda m: m._push(_integer(m._counted("<B"))),
-    pickle.SHORT_BINUNICODE: lambda m: m._push(_text(m._counted("<B"))),
-    pickle.BINUNICODE: lambda m: m._push(_text(m._counted("<I"))),
-    pickle.BINUNICODE8: lambda m: m._push(_text(m._counted("<Q"))),
-    pickle.SHORT_BINSTRING: lambda m: m._push(_python2_text(m._counted("<B"))),
-    pickle.BINSTRING: lambda m: m._push(_python2_text(m._counted("<I"))),
-    pickle.SHORT_BINBYTES: lambda m: m._push(m._counted("<B")),
-    pickle.BINBYTES: lambda m: m._push(m._counted("<I")),
-    pickle.BINBYTES8: lambda m: m._push(m._counted("<Q")),
-    pickle.BYTEARRAY8: lambda m: m._push(m._counted("<Q")),
-    # Values written as lines of text, in the oldest protocol
-    pickle.INT: Machine._written_number,
-    pickle.LONG: Machine._written_number,
-    pickle.FLOAT: lambda m: m._push(float(m._line())),
-    pickle.STRING: lambda m: m._push(str(m._line()[1:-1], "unicode_escape")),
-    pickle.UNICODE: lambda m: m._push(str(m._line(), "raw_unicode_escape")),
-    # Containers. Sets become lists: to hash members of the file's choice could take any time
-    pickle.MARK: Machine._mark,
-    pickle.EMPTY_TUPLE: lambda m: m._push(()),
-    pickle.TUPLE1: lambda m: m._push(m._pop(1)),
-    pickle.TUPLE2: lambda m: m._push(m._pop(2)),
-    pickle.TUPLE3: lambda m: m._push(m._pop(3)),
-    pickle.TUPLE: lambda m: m._push(tuple(m._since_mark())),
-    pickle.EMPTY_LIST: lambda m: m._push([]),
-    pickle.EMPTY_SET: lambda m: m._push([]),
-    pickle.LIST: lambda m: m._push(m._since_mark()),
-    pickle.FROZENSET: lambda m: m._push(m._since_mark()),
-    pickle.APPEND: lambda m: m._extend(m._pop(1)),
-    pickle.APPENDS: lambda m: m._extend(m._since_mark()),
-    pickle.ADDITEMS: lambda m: m._extend(m._since_mark()),
-    pickle.EMPTY_DICT: lambda m: m._push({}),
-    pickle.DICT: Machine._new_dict,
-    pickle.SETITEM: lambda m: m._update(m._pop(2)),
-    pickle.SETITEMS: lambda m: m._update(m._since_mark()),
-    # References to what came before
-    pickle.PUT: lambda m: m._remember(m._index()),
-    pickle.BINPUT: lambda m: m._remember(m._number("<B")),
-    pickle.LONG_BINPUT: lambda m: m._remember(m._number("<I")),
-    pickle.MEMOIZE: lambda m: m._remember(len(m._memo)),
-    pickle.GET: lambda m: m._push(m._memo[m._index()]),
-    pickle.BINGET: lambda m: m._push(m._memo[m._number("<B")]),
-    pickle.LONG_BINGET: lambda m: m._push(m._memo[m._number("<I")]),
-    pickle.BINPERSID: Machine._refer,
-    # Names, and calls of what stands for them
-    pickle.GLOBAL: lambda m: m._push(m._named()),
-    pickle.STACK_GLOBAL: lambda m: m._push(find(*m._pop(2))),
-    pickle.INST: lambda m: m._call(m._named(), tuple(m._since_mark())),
-    pickle.REDUCE: lambda m: m._call(*m._pop(2)),
-    pickle.NEWOBJ: lambda m: m._call(*m._pop(2)),
-    pickle.BUILD: Machine._build,
-}
-
-
-def plain(content: object, tensor_of: Callable[[View], Tensor]) -> Any:
-    """Return a machine's object with tensors in place of stand-ins, as a tree.
+class _Plain:
+    """Makes a tree of values of an unpickler's object.
 
     Args:
-        content: The object. What it refers to twice is there twice, but tensors are shared.
         tensor_of: Makes a tensor of a view.
-
-    Raises:
-        UnreadableError: If it is not a tree of reasonable depth and size, or holds something that is no value.
+        skipped: Keys of mappings whose values are left out.
     """
-    made: dict[int, Any] = {}
-    left = MAX_OBJECTS
 
-    def once(value: object) -> Any:
-        if id(value) not in made:
-            made[id(value)] = _leaf(value, tensor_of)
-        return made[id(value)]
+    def __init__(self, tensor_of: Callable[[View], Tensor], skipped: Collection[str]) -> None:
+        self._tensor_of = tensor_of
+        self._skipped = skipped
+        self._left = MAX_STEPS
+        self._made: dict[int, Any] = {}
+        self.inert: dict[int, Inert] = {}
+        self.read: set[str] = set()  # keys of storages
 
-    def walk(value: Any, depth: int) -> Any:
-        nonlocal left
-        left -= 1
+    def walk(self, value: Any, depth: int = 0) -> Any:
+        self._left -= 1
         if depth > MAX_DEPTH:
             raise UnreadableError(
                 f"is nested more than {MAX_DEPTH} deep; a checkpoint is a mapping of names to tensors"
             )
-        if left < 0:
-            raise UnreadableError(f"holds more than {MAX_OBJECTS:,} objects; a checkpoint holds far fewer")
-        if type(value) is dict:
-            return {key: walk(item, depth + 1) for key, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(walk(item, depth + 1) for item in value)
-        return once(value)
+        if self._left < 0:
+            raise UnreadableError(f"holds more than {MAX_STEPS:,} objects; a checkpoint holds far fewer")
+        kind = type(value)
+        if kind in (dict, OrderedDict, Counter):
+            return self._mapping(value, depth + 1)
+        if kind in (list, tuple, set, frozenset):
+            return kind([self.walk(item, depth + 1) for item in value])
+        if id(value) not in self._made:
+            self._made[id(value)] = self._leaf(value)
+        return self._made[id(value)]
 
-    return walk(content, 0)
+    def _mapping(self, mapping: dict[Any, Any], depth: int) -> dict[Any, Any]:
+        result: dict[Any, Any] = type(mapping)()
+        for key, item in mapping.items():
+            if key in self._skipped and isinstance(item, (dict, list)):
+                continue
+            result[key if type(key) is str else self.walk(key, depth)] = self.walk(item, depth)
+        if isinstance(mapping, OrderedDict) and hasattr(mapping, "_metadata"):
+            result._metadata = self.walk(mapping._metadata, depth)  # type: ignore[attr-defined]
+        return result
+
+    def _leaf(self, value: object) -> Any:
+        match value:
+            case View():
+                self.read.add(value.storage.key)
+                return self._tensor_of(value)
+            case bytearray():
+                return bytes(value)
+            case None | bool() | int() | float() | complex() | str() | bytes():
+                return value
+            case torch.dtype() | torch.device() | torch.Size():
+                return value
+            case Array(tensor=Tensor() as tensor):
+                return tensor
+            case Inert():
+                return self.inert.setdefault(id(value), value)
+            case Function():
+                return Inert(value.name)
+            case _:
+                raise UnreadableError(f"holds {type(value).__name__} where a tensor or a plain value should be")
 
 
-def _leaf(value: object, tensor_of: Callable[[View], Tensor]) -> Any:
-    match value:
-        case None | bool() | int() | float() | str() | bytes() | torch.dtype():
-            return value
-        case memoryview():
-            return bytes(value)
-        case View():
-            return tensor_of(value)
-        case Array(tensor=Tensor() as tensor):
-            return tensor
-        case Nothing():
-            return None
-        case _:
-            raise UnreadableError(f"holds {type(value).__name__} where a tensor or a plain value should be")
+def plain(content: object, tensor_of: Callable[[View], Tensor], skipped: Collection[str] = ()) -> Any:
+    """Return an unpickler's object with tensors in place of stand-ins, as a tree.
+
+    Args:
+        content: The object. What it refers to twice is there twice, but tensors are shared.
+        tensor_of: Makes a tensor of a view.
+        skipped: Keys of mappings; the mappings and lists under them are left out, and their tensors are not read.
+
+    Returns:
+        The tree; `Inert` where objects are that are not loaded.
+
+    Raises:
+        UnreadableError: If it is not a tree of reasonable depth and size, holds something that is no value, or has
+            tensors in objects that are not loaded and nowhere else.
+    """
+    reader = _Plain(tensor_of, skipped)
+    result = reader.walk(content)
+    seen: set[int] = set()
+    for inert in reader.inert.values():
+        _check_inert(inert, reader.read, seen)
+    for inert in reader.inert.values():
+        inert.content.clear()
+    return result
+
+
+def _check_inert(inert: Inert, known: Collection[str], seen: set[int]) -> None:
+    """Raise if an object has tensors that are nowhere else in the file: who wrote it means them as weights."""
+    pending: list[Any] = [inert]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, View) and value.storage.key not in known:
+            raise UnreadableError(f"holds tensors inside an object of {inert.name!r}, which is not loaded; {ADVICE}")
+        if isinstance(value, (Inert, dict, list, tuple, set, frozenset)) and id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, dict):
+                pending.extend(value.values())
+            pending.extend(value.content if isinstance(value, Inert) else value)

@@ -6,6 +6,7 @@ import io
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 _SHOWN = 8  # keys of each kind in the table
@@ -26,6 +27,7 @@ class LoadReport:
         ignored: Keys of the checkpoint outside of them: classifiers, necks, heads, further stages, other backbones.
         mismatched: Keys whose shapes differ, with both shapes.
         adapted: What was changed on the way, in words.
+        not_loaded: Objects beside the weights that were not loaded: each class, and where it is.
     """
 
     source: str
@@ -37,6 +39,7 @@ class LoadReport:
     ignored: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
     adapted: tuple[str, ...] = ()
+    not_loaded: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """Count each kind in one line."""
@@ -46,13 +49,14 @@ class LoadReport:
             "of another shape": self.mismatched,
             "kept as they were": self.kept,
             "of heads ignored": self.ignored,
+            "kinds of other objects not loaded": self.not_loaded,
         }
         rest = [f"{len(names)} {what}" for what, names in counts.items() if names]
         return ", ".join([f"{len(self.loaded)} tensors loaded ({self.layout} keys)", *rest, *self.adapted])
 
     def __rich__(self) -> Table:
         """Draw it as a table."""
-        table = Table("what", "count", "keys", title=f"{self.source}: {self.layout} keys", title_justify="left")
+        table = Table("what", "count", "keys", title=escape(f"{self.source}: {self.layout} keys"), title_justify="left")
         rows = {
             "loaded": self.loaded,
             "missing": self.missing,
@@ -60,13 +64,15 @@ class LoadReport:
             "of another shape": self.mismatched,
             "kept as they were": self.kept,
             "ignored": self.ignored,
+            "not loaded": self.not_loaded,
         }
         for what, names in rows.items():
             if names or what in ("loaded", "missing", "unexpected", "of another shape"):
                 more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-                table.add_row(what, str(len(names)), "" if what == "loaded" else "\n".join([*names[:_SHOWN], *more]))
+                keys = "" if what == "loaded" else "\n".join([*names[:_SHOWN], *more])
+                table.add_row(what, str(len(names)), escape(keys))
         for change in self.adapted:
-            table.add_row("adapted", "", change)
+            table.add_row("adapted", "", escape(change))
         return table
 
     def __str__(self) -> str:

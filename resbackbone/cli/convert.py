@@ -30,10 +30,12 @@ def convert(
 
     with user_errors():
         target = get_layout(to)
-        tensors, _ = read_tensors(source)
+        tensors, _, left = read_tensors(source)
         found = find_backbone(tensors, layout)
         converted = target.to_foreign(found.native)
         save_weights(converted, destination)
     say(f"{len(converted)} tensors, {found.layout.name} to {target.name}: {destination}", style="green")
     if found.others:
         say(f"{len(found.others)} left out that are no backbone's, such as {found.others[0]}")
+    if left:
+        say(f"not loaded: {', '.join(left)}")

@@ -124,7 +124,7 @@ class ImageClassifier(BaseModel):
             FileNotFoundError, KeyError, OSError: If there is no such file or name, or a download fails.
             ValueError: If it is damaged or does not fit.
         """
-        tensors, _ = read_tensors(source)
+        tensors = read_tensors(source).tensors
         own = {name.removeprefix(_WRAPPING): tensor for name, tensor in tensors.items() if name.startswith(_WRAPPING)}
         of_a_run = "data_preprocessor.channels" in own
         if not of_a_run:

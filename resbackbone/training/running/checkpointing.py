@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from mmengine.utils import apply_to
 from torch import Tensor
 
 from resbackbone.atomic_write import atomic_write
+from resbackbone.checkpoints.files import not_loaded, read_file
 from resbackbone.registry import HOOKS
 from resbackbone.training.running.agreement import fail_together
 
 _LAST = "last_checkpoint"  # the file's name is mmengine's
-_CONTAINERS = (dict, OrderedDict, list, tuple, set)
+_CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set, frozenset)
+_LONGEST_PATH = 1 << 16  # bytes
 ADVICE = (
     "Try a lower learning rate, a longer warm-up, optim_wrapper.clip_grad=dict(max_norm=1.0), bfloat16 in place of "
     "float16, or look for labels and pictures that are wrong"
@@ -69,6 +71,8 @@ def _check(content: Any, path: Path) -> None:
                     f"{name} is not finite, so {path} was not saved and training has ended; checkpoints that were "
                     f"saved before are as they were. {ADVICE}"
                 )
+            if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_conj():
+                raise CheckpointNotSaved(f"cannot save {path}: {name} is no plain tensor, which alone can be resumed")
         elif type(value) not in _VALUES:
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise CheckpointNotSaved(
@@ -100,31 +104,43 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If there is none.
         CheckpointDoesNotFit: If it is damaged, holds anything but tensors and plain values, or is no checkpoint of a
-            run.
+            run. What is damaged costs no more than by :func:`~resbackbone.checkpoints.load_checkpoint`.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever PyTorch's reader stumbles over
-        reason = str(error).strip().splitlines()[0]
+        content = read_file(path)
+    except ValueError as error:
+        raise CheckpointDoesNotFit(str(error)) from error
+    if left := not_loaded(content):
         raise CheckpointDoesNotFit(
-            f"{str(path)!r} is damaged, or holds more than tensors and plain values, which nothing here runs: {reason}"
-        ) from error
-    if not isinstance(content, Mapping) or not {"meta", "state_dict", "message_hub"} <= content.keys():
+            f"{str(path)!r} holds more than tensors and plain values, which nothing here runs: {left[0]}"
+        )
+    if any(not isinstance(content.get(key), Mapping) for key in ("meta", "state_dict", "message_hub")):
         raise CheckpointDoesNotFit(
             f"{str(path)!r} is no checkpoint of a run, which has meta, state_dict and message_hub; weights of other "
             "origin go into init_cfg=dict(type='Pretrained', checkpoint=...)"
         )
-    return {**content, "message_hub": _with_histories(content["message_hub"])}
+    try:
+        return {**content, "message_hub": _with_histories(content["message_hub"])}
+    except Exception as error:  # what is not as it was saved may be anything
+        raise CheckpointDoesNotFit(
+            f"{str(path)!r} has a message_hub that no run has saved ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
 
 
 def find_last_checkpoint(folder: str | Path) -> Path | None:
-    """Return the checkpoint that was saved last in a work folder, also after the folder was moved; None without one."""
+    """Return the checkpoint that was saved last in a work folder, also after the folder was moved; None without one.
+
+    Raises:
+        CheckpointDoesNotFit: If the note of it is damaged.
+    """
     note = Path(folder) / _LAST
     if not note.is_file():
         return None
-    path = Path(note.read_text(encoding="utf-8").strip())
+    with note.open("rb") as file:
+        name = file.read(_LONGEST_PATH).decode("utf-8", "replace").strip()
+    if "\0" in name or not Path(name).name:
+        raise CheckpointDoesNotFit(f"{str(note)!r} is damaged: write the path of the checkpoint to resume into it")
+    path = Path(name)
     moved = note.with_name(path.name)  # which comes first, as another run may be in this one's old place
     return path if path.is_file() and not moved.is_file() else moved
 
