@@ -2,31 +2,70 @@
 
 from __future__ import annotations
 
+import importlib
+import mimetypes
 import os
+import stat
 import threading
 import warnings
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from resbackbone.checks import check_choice, check_int
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MAX_PIXELS = 2**28  # of a resized picture: 3 GiB as float32
+# What Pillow decodes without another program, as EPS needs one; HEIF and JXL come with plugins. Where the content says
+# too little, as in those behind, the suffix has to say it, too.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF", "JXL", "JPEG2000", "MPO", "PPM", "QOI")
+FORMATS_BY_SUFFIX = ("TGA", "DIB", "PCX", "SGI")
+MAX_PIXELS = 2**28  # of a picture: 3 GiB as float32
+
+_FEATURES = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # that a Pillow may lack
+# Pictures that the table of MIME types may not know.
+_PICTURES = {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".psd", ".exr", ".hdr", ".eps", ".tga"}
+_PICTURES |= {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}  # cameras' own
+_plugins = threading.Lock()
 
 Size = int | tuple[int, int]
+LeftOut = Callable[[Path, str], None]
 
 
-def find_images(paths: Iterable[str | Path], *, leave_out: str | Path | None = None) -> dict[Path, Path]:
+def readable_suffixes() -> dict[str, str]:
+    """Return the suffixes of pictures that can be read here, in lower case, each with Pillow's name of the format."""
+    with _plugins:  # which threads cannot load at the same time
+        lacking = _load_plugins()
+    usable = {name for name in (*FORMATS, *FORMATS_BY_SUFFIX) if name in Image.OPEN} - lacking
+    return {suffix: name for suffix, name in Image.registered_extensions().items() if name in usable}
+
+
+@lru_cache(maxsize=1)
+def _load_plugins() -> frozenset[str]:
+    """Load Pillow's plugins, and the one for HEIF if it is installed; return the formats that were not compiled."""
+    Image.init()
+    if "HEIF" not in Image.OPEN:
+        with suppress(ImportError):
+            importlib.import_module("pillow_heif").register_heif_opener()
+    known = {*features.modules, *features.codecs}  # of others Pillow warns
+    return frozenset(name for name, feature in _FEATURES.items() if feature not in known or not features.check(feature))
+
+
+def find_images(
+    paths: Iterable[str | Path], *, leave_out: str | Path | None = None, on_left_out: LeftOut | None = None
+) -> dict[Path, Path]:
     """Find pictures.
 
     Args:
         paths: Files, taken as they are, and folders, searched with all their subfolders for files with one of
-            ``SUFFIXES``; hidden files and folders are passed over.
+            :func:`readable_suffixes`; hidden files and folders are passed over. Links to folders are followed, and no
+            folder is searched twice.
         leave_out: A folder inside one of them that is not searched, such as that of the results.
+        on_left_out: Called for each picture that Pillow cannot read here by its suffix, and each broken link, with the
+            path and the reason; None to warn of them.
 
     Returns:
         For each picture its file and a name, a relative path that tells it from the others: the path inside the folder
@@ -37,35 +76,101 @@ def find_images(paths: Iterable[str | Path], *, leave_out: str | Path | None = N
         ValueError: If a folder holds no picture.
     """
     names: dict[Path, Path] = {}
-    seen: set[Path] = set()
+    seen: set[str] = set()
+    left_out: dict[Path, str] = {}
     for path in map(Path, paths):
-        found = _search(path, leave_out) if path.is_dir() else [path]
         if not path.exists():
             raise FileNotFoundError(f"no picture or folder at {str(path)!r}")
-        if not found:
-            raise ValueError(f"no pictures in {str(path)!r}; looked for {', '.join(SUFFIXES)}")
+        found = _search(path, leave_out, left_out) if path.is_dir() else [path]
+        folders = {folder: os.path.realpath(folder) for folder in {file.parent for file in found}}
         for file in found:
-            if file.absolute() not in seen:
-                seen.add(file.absolute())
+            key = os.path.join(folders[file.parent], file.name)  # noqa: PTH118 - of a million files
+            if key not in seen:
+                seen.add(key)
                 names[file] = file.relative_to(path) if path.is_dir() else Path(file.name)
+    for file, reason in left_out.items() if on_left_out else ():
+        on_left_out(file, reason)  # type: ignore[misc]
+    for line in () if on_left_out else describe_left_out(left_out):
+        warnings.warn(line, stacklevel=2)
     if len(set(names.values())) < len(names):
-        common = os.path.commonpath([file.parent for file in seen])
+        common = os.path.commonpath([file.absolute().parent for file in names])
         names = {file: Path(os.path.relpath(file, common)) for file in names}
     return names
 
 
-def _search(folder: Path, leave_out: str | Path | None) -> list[Path]:
-    excluded = None if leave_out is None else Path(leave_out).resolve()
-    if excluded and folder.resolve() not in excluded.parents:
-        excluded = None
-    return [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and not (excluded and file.resolve().is_relative_to(excluded))
-        and file.is_file()
-    ]
+def describe_left_out(left_out: Mapping[Path, str]) -> list[str]:
+    """Return a line for each reason why files were left out: how many, and the first five.
+
+    >>> describe_left_out({Path("a.png"): "a broken link", Path("b.png"): "a broken link"})
+    ["2 left out, a broken link: 'a.png', 'b.png'"]
+    """
+    lines = []
+    for reason in dict.fromkeys(left_out.values()):
+        files = [repr(str(path)) for path, why in left_out.items() if why == reason]
+        more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+        lines.append(f"{len(files)} left out, {reason}: {', '.join(files[:5])}{more}")
+    return lines
+
+
+def _search(root: Path, leave_out: str | Path | None, left_out: dict[Path, str]) -> list[Path]:
+    """Return the pictures below a folder, and note what else is there that was meant as one."""
+    readable = readable_suffixes()
+    found, missed, others = [], {}, set()
+    for file, problem in _walk(root, leave_out):
+        suffix = file.suffix.lower()
+        if problem:
+            missed[file] = problem
+        elif suffix in readable:
+            found.append(file)
+        elif suffix in _PICTURES or str(mimetypes.guess_type(f"a{suffix}")[0]).startswith("image/"):
+            hint = " (pip install pillow-heif)" if suffix in (".heic", ".heif", ".hif") else ""
+            missed[file] = f"as Pillow cannot read {suffix} here{hint}"
+        else:
+            others.add(suffix or "none")
+    if not found:
+        suffixes = sorted(readable, key=lambda suffix: (suffix != ".jpg", suffix))
+        reasons = [*describe_left_out(missed), f"other suffixes there: {', '.join(sorted(others))}" if others else ""]
+        there = "".join(f"; {reason}" for reason in reasons if reason)
+        raise ValueError(f"no pictures in {str(root)!r}; looked for {', '.join(suffixes)}{there}")
+    left_out.update(missed)
+    return sorted(found)
+
+
+def _walk(root: Path, leave_out: str | Path | None) -> Iterator[tuple[Path, str]]:
+    """Yield the files below a folder, each with what is wrong with it, if anything is.
+
+    Every folder is searched once, and rather by its own path than by a link to it. Those that hold the root are not:
+    links to them are loops.
+    """
+    done = {_identity(folder) for folder in root.resolve().parents}
+    if leave_out is not None and Path(leave_out).is_dir() and _identity(leave_out) != _identity(root):
+        done.add(_identity(leave_out))
+    own, linked = deque([root]), deque[Path]()
+    while own or linked:
+        folder = own.popleft() if own else linked.popleft()
+        if _identity(folder) in done:
+            continue
+        done.add(_identity(folder))
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            yield folder, f"not searched, {error.strerror}"
+            continue
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink() and not os.path.exists(path):  # noqa: PTH110 - which raises nothing
+                yield path, "a broken link"
+            elif entry.is_dir():
+                (linked if entry.is_symlink() else own).append(path)
+            elif entry.is_file():
+                yield path, ""
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    facts = Path(folder).stat()
+    return facts.st_dev, facts.st_ino
 
 
 class _Quiet:
@@ -98,7 +203,7 @@ _quiet = _Quiet()
 
 
 def read_image(path: str | Path, *, channels: int = 3) -> Image.Image:
-    """Decode a JPEG, PNG, WebP, BMP, TIFF or GIF, of an animation the first frame, upright as its EXIF data says.
+    """Decode a picture of one of ``FORMATS``, of an animation the first frame, upright as its EXIF data says.
 
     Args:
         path: The file.
@@ -112,10 +217,16 @@ def read_image(path: str | Path, *, channels: int = 3) -> Image.Image:
             off, damaged, more pixels than Pillow deems safe, 32 bits per channel.
     """
     check_choice("channels", channels, (1, 3))
+    by_suffix = readable_suffixes().get(Path(path).suffix.lower())
+    formats = (*FORMATS, by_suffix) if by_suffix in FORMATS_BY_SUFFIX else FORMATS
     try:
-        with _quiet, Image.open(path, formats=FORMATS) as image:
+        if not stat.S_ISREG(mode := Path(path).stat().st_mode) and not stat.S_ISDIR(mode):
+            raise ValueError("it is no regular file")  # which one may wait for for ever
+        with _quiet, Image.open(path, formats=[name for name in formats if name in Image.OPEN]) as image:
+            if image.width * image.height > MAX_PIXELS:  # where somebody has switched Pillow's own limit off
+                raise ValueError(f"it has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
             image.load()
-            picture = _eight_bits(_upright(image), png=image.format == "PNG").convert("RGB")
+            picture = _eight_bits(_upright(image), sixteen=image.format in ("PNG", "PPM")).convert("RGB")
     except Exception as error:  # decoders raise what they stumble over: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"cannot read picture {str(path)!r}: {_reason(path, error)}") from error
     return picture.convert("L") if channels == 1 else picture
@@ -128,9 +239,14 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _eight_bits(image: Image.Image, *, png: bool) -> Image.Image:
-    """Scale 16-bit grayscale, which ``convert("RGB")`` clips, to 8 bits; leave the rest."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and png):  # how older Pillows open 16-bit PNGs
+def _eight_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:
+    """Scale 16-bit grayscale, which ``convert("RGB")`` clips, to 8 bits; leave the rest.
+
+    Args:
+        image: Any picture.
+        sixteen: Whether mode "I" means 16 bits, as it does in PGM files and, with older Pillows, in PNGs.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and sixteen):
         values = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode in ("I", "F"):

@@ -195,6 +195,49 @@ def test_folders_that_are_none(tmp_path, folder):
         ImageFolder(folder)
 
 
+@pytest.fixture
+def logged(monkeypatch):
+    """What a data set logs."""
+    lines = []
+    monkeypatch.setattr(
+        "resbackbone.training.classification.datasets.print_log", lambda text, **options: lines.append(text)
+    )
+    return lines
+
+
+def test_w5_links_are_followed_and_loops_end(folder, tmp_path, logged):
+    far = tmp_path / "far"
+    (folder / "dog").rename(far)
+    (folder / "dog").symlink_to(far)  # a class
+    (folder / "cat/more").rename(tmp_path / "more")
+    (folder / "cat/more").symlink_to(tmp_path / "more")  # a folder within one
+    (folder / "cat/up").symlink_to(folder)
+    (folder / "all").symlink_to(folder)
+    (far / "again").symlink_to(far)
+    data = ImageFolder(folder)
+    assert data.metainfo == {"classes": ("cat", "dog")}
+    assert [label for _, label in data.items] == [0, 0, 0, 1, 1, 1]
+    assert logged == []
+
+
+def test_w5_w9_what_is_left_out_is_named_once(folder, logged):
+    for name in ("cat", "dog"):
+        (folder / name / "a.heic").touch()
+        (folder / name / "b.png").symlink_to("gone.png")
+    (folder / "mouse").symlink_to("gone")
+    Image.new("RGB", (4, 4)).save(folder / "beside.png")
+    data = ImageFolder(folder)
+    assert len(data) == 6
+    for count, reason, name in (
+        (2, "as Pillow cannot read .heic here (pip install pillow-heif)", "cat/a.heic"),
+        (3, "a broken link", "mouse"),
+        (1, "as it stands beside the folders of the classes", "beside.png"),
+    ):
+        (line,) = (line for line in logged if reason in line)
+        assert line.startswith(f"{count} left out, {reason}: ")
+        assert f"{folder / name}'" in line
+
+
 def test_a_picture_that_cannot_be_read_is_named(folder, caplog):
     (folder / "cat" / "1.png").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(UnreadablePicture, match=r"cannot read picture .*cat/1.png"):

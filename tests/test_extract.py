@@ -1,5 +1,6 @@
 """`resbackbone extract`: what it writes, what it says, what it refuses; the overview of a pyramid."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from resbackbone import build_backbone
 from resbackbone.cli.features import Extractor
 from resbackbone.cli.pyramid import BACKGROUND, Level, draw_pyramid, heat_colours
-from resbackbone.images import read_image
+from resbackbone.images import read_image, readable_suffixes
 from resbackbone.necks import FPN
 from resbackbone.preprocessing import CAFFE, TORCHVISION
 
@@ -155,6 +156,40 @@ class TestExtract:
         for _ in range(2):
             run("extract", "small.yaml", "in", "--out", "in/features")
         assert [path.name for path in Path("in/features").iterdir()] == ["a.png"]
+
+    @pytest.mark.parametrize(
+        "name",
+        [b"a\nb.png", b"a\rb\tc.png", b"\x1b[2Ja.png", b"caf\xe9.png", b"x" * 251 + b".png", b"\xe2\x80\xa8.png"],
+        ids=["line break", "carriage return", "escape", "no UTF-8", "long", "line separator"],
+    )
+    def test_u9_names_of_all_kinds(self, folder, name):
+        path = Path(os.fsdecode(name))
+        make_picture("a.png").rename(path)
+        result = run("extract", "small.yaml", path, "--out", "out")
+        assert "1 of 1 picture extracted" in result.stdout
+        assert result.stderr == ""
+        assert list(maps(Path("out", path))) == LEVELS
+        assert result.stdout.count("\n") == 3
+        assert not set(result.stdout) & {"\x1b", "\r", "\t", "\u2028"}
+        path.write_bytes(b"no picture")
+        said = run("extract", "small.yaml", path, "--out", "out", status=1).stderr
+        assert said.startswith("skipped: cannot read picture '")
+        assert said.count("\n") == 2
+
+    def test_w5_w9_links_are_followed_and_what_is_left_out_is_named(self, folder):
+        make_picture("far/deep/a.ppm")
+        make_picture("in/b.avif" if ".avif" in readable_suffixes() else "in/b.PNG")
+        Path("in/linked").symlink_to(folder / "far")
+        Path("far/loop").symlink_to(folder / "in")
+        Path("in/c.heic").touch()
+        Path("in/d.png").symlink_to("gone.png")
+        result = run("extract", "small.yaml", "in", "--out", "out")
+        assert "2 of 2 pictures extracted" in result.stdout
+        assert Path("out/linked/deep/a.ppm/pyramid.png").exists()
+        assert result.stderr.splitlines() == [
+            "1 left out, as Pillow cannot read .heic here (pip install pillow-heif): 'in/c.heic'",
+            "1 left out, a broken link: 'in/d.png'",
+        ]
 
     def test_an_interrupted_write_leaves_nothing(self, folder, monkeypatch):
         make_picture("a.png")

@@ -1,18 +1,21 @@
 """Whatever kind of picture: the same upright 8-bit pixels. Whatever is wrong with a file: a ValueError that says so."""
 
 import io
+import os
 import struct
+import sys
 import threading
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from resbackbone.images import find_images, parse_size, read_image, resize
+from resbackbone.images import MAX_PIXELS, _load_plugins, find_images, parse_size, read_image, readable_suffixes, resize
 from resbackbone.preprocessing import CAFFE, TORCHVISION, Preprocessing, preprocessing_for
 
 ORIENTATION = 0x0112
@@ -164,7 +167,7 @@ def encoded(form):
     ("name", "content", "reason"),
     [
         ("empty.jpg", b"", "the file is empty"),
-        ("text.jpg", b"no picture at all\n" * 20, "it is no JPEG, PNG, WEBP, BMP, TIFF, GIF file"),
+        ("text.jpg", b"no picture at all\n" * 20, "it is no JPEG, PNG, WEBP, BMP, TIFF, GIF, AVIF, "),
         ("program.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is no JPEG, PNG"),
         ("header.png", b"\x89PNG\r\n\x1a\n", ""),
         ("bomb.png", png_claiming(60000, 60000), "decompression bomb"),
@@ -319,6 +322,140 @@ def test_nothing_there(tmp_path):
         find_images([tmp_path / "gone"])
     with pytest.raises(ValueError, match=r"no pictures in '.*'; looked for \.jpg"):
         find_images([tmp_path])
+
+
+def found_in(folder):
+    """The names of the pictures in a folder, and what was left out of it, with the reasons."""
+    left_out = {}
+    found = find_images([folder], on_left_out=left_out.__setitem__)
+    return [str(name) for name in found.values()], {path.name: reason for path, reason in left_out.items()}
+
+
+def test_w5_links_to_folders_and_files_are_followed(tmp_path):
+    touch(tmp_path / "far/x.png", tmp_path / "far/deep/y.png", tmp_path / "in/a.png")
+    (tmp_path / "in/linked").symlink_to(tmp_path / "far")
+    (tmp_path / "in/z.png").symlink_to(tmp_path / "far/x.png")
+    (tmp_path / "root").symlink_to(tmp_path / "in")
+    wanted = ["a.png", "linked/deep/y.png", "linked/x.png", "z.png"]
+    for folder in ("in", "root"):
+        assert found_in(tmp_path / folder) == (wanted, {})
+
+
+@pytest.mark.parametrize("target", [".", "in", "in/own", "/", "elsewhere"])
+def test_w5_loops_end_and_no_folder_is_searched_twice(tmp_path, target):
+    touch(tmp_path / "in/own/a.png", tmp_path / "b.png", tmp_path / "elsewhere/c.png")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "in")
+    (tmp_path / "in/a_link").symlink_to(tmp_path / target if target != "/" else "/")
+    (tmp_path / "in/own/again").symlink_to(tmp_path / "in/a_link")
+    names = ["a_link/c.png"] if target == "elsewhere" else []
+    assert found_in(tmp_path / "in") == ([*names, "own/a.png"], {})
+
+
+def test_w5_links_to_themselves_and_to_nothing_are_named(tmp_path):
+    touch(tmp_path / "in/a.png")
+    (tmp_path / "in/b.png").symlink_to("gone.png")
+    (tmp_path / "in/folder").symlink_to(tmp_path / "gone")
+    (tmp_path / "in/me").symlink_to("me")
+    wanted = dict.fromkeys(("b.png", "folder", "me"), "a broken link")
+    assert found_in(tmp_path / "in") == (["a.png"], wanted)
+    with pytest.warns(UserWarning, match=r"^3 left out, a broken link: '.*b\.png', '.*folder', '.*me'$"):
+        find_images([tmp_path / "in"])
+
+
+def test_w5_a_folder_reached_by_two_paths_counts_once(tmp_path):
+    touch(tmp_path / "in/a.png")
+    (tmp_path / "also").symlink_to("in")
+    assert len(find_images([tmp_path / "in", tmp_path / "also", tmp_path / "also/a.png"])) == 1
+
+
+def test_w5_results_behind_a_link_are_left_out(tmp_path):
+    touch(tmp_path / "in/a.png", tmp_path / "out/a.png/pyramid.png")
+    (tmp_path / "in/results").symlink_to(tmp_path / "out")
+    assert list(find_images([tmp_path / "in"], leave_out=tmp_path / "out")) == [tmp_path / "in/a.png"]
+
+
+PILLOWS = sorted(suffix for suffix in readable_suffixes() if suffix not in (".pfm", ".rgba", ".jpc", ".j2c"))
+
+
+@pytest.mark.parametrize("suffix", PILLOWS)
+@pytest.mark.parametrize("case", [str.lower, str.upper])
+def test_w9_what_pillow_reads_is_found_and_read(tmp_path, suffix, case):
+    path = tmp_path / f"a{case(suffix)}"
+    picture = Image.radial_gradient("L").convert("1" if suffix == ".pbm" else "L" if suffix == ".pgm" else "RGB")
+    picture.save(path, readable_suffixes()[suffix])
+    assert list(find_images([tmp_path])) == [path]
+    assert abs(pixels(read_image(path)) - pixels(picture.convert("RGB"))).mean() < 3
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".HEIF", ".jxl", ".psd", ".svg", ".eps", ".cr2", ".ico", ".wmf", ".emf"])
+def test_w9_other_pictures_are_counted_and_named(tmp_path, suffix):
+    assert suffix.lower() not in readable_suffixes()
+    touch(tmp_path / "in/a.png", tmp_path / f"in/b{suffix}", tmp_path / f"in/c{suffix}")
+    names, left_out = found_in(tmp_path / "in")
+    assert names == ["a.png"]
+    assert list(left_out) == [f"b{suffix}", f"c{suffix}"]
+    with pytest.warns(UserWarning, match=f"^2 left out, as .* {suffix.lower()} here.*: '.*b{suffix}', "):
+        find_images([tmp_path / "in"])
+    (tmp_path / "in/a.png").unlink()
+    with pytest.raises(ValueError, match=rf"no pictures in .*; looked for \.jpg, .*; 2 left out, as .*'.*b{suffix}'"):
+        find_images([tmp_path / "in"])
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".webp", ".jp2"])
+def test_w9_what_this_pillow_lacks_is_named(tmp_path, monkeypatch, suffix):
+    touch(tmp_path / "in/a.png", tmp_path / f"in/b{suffix}")
+    monkeypatch.setattr("resbackbone.images.features.check", lambda feature: False)
+    _load_plugins.cache_clear()
+    try:
+        assert list(found_in(tmp_path / "in")[1]) == [f"b{suffix}"]
+    finally:
+        monkeypatch.undo()
+        _load_plugins.cache_clear()
+
+
+def test_w9_a_plugin_for_heif_is_used_where_it_is_installed(tmp_path, monkeypatch):
+    def register_heif_opener():
+        Image.register_open("HEIF", lambda file, name: Image.open(file), lambda prefix: prefix[4:8] == b"ftyp")
+        Image.register_extension("HEIF", ".heic")
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register_heif_opener))
+    for name in ("OPEN", "EXTENSION", "ID"):
+        monkeypatch.setattr(Image, name, getattr(Image, name).copy())
+    _load_plugins.cache_clear()
+    touch(tmp_path / "in/a.HEIC")
+    try:
+        assert found_in(tmp_path / "in") == (["a.HEIC"], {})
+    finally:
+        _load_plugins.cache_clear()
+
+
+def test_w9_files_that_are_no_pictures_are_passed_over(tmp_path):
+    touch(*(tmp_path / "in" / name for name in ("a.png", "Thumbs.db", "notes.txt", ".DS_Store", "._a.png", "labels")))
+    assert found_in(tmp_path / "in") == (["a.png"], {})
+    (tmp_path / "in/a.png").unlink()
+    with pytest.raises(ValueError, match=r"other suffixes there: \.db, \.txt, none$"):
+        find_images([tmp_path / "in"])
+
+
+def test_sixteen_bits_of_a_pgm_are_scaled(tmp_path):
+    values = np.array([[0, 257, 32768, 65535]], dtype=">u2")
+    (tmp_path / "a.pgm").write_bytes(b"P5 4 1 65535\n" + values.tobytes())
+    assert pixels(read_image(tmp_path / "a.pgm", channels=1)).tolist() == [[0, 1, 128, 255]]
+
+
+def test_a_picture_of_too_many_pixels_is_refused_where_pillow_was_told_to_read_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    (tmp_path / "bomb.png").write_bytes(png_claiming(60000, 60000))
+    with pytest.raises(ValueError, match=rf"it has 60000x60000 pixels, more than {MAX_PIXELS:,}"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_nobody_waits_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    touch(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"pipe\.png': it is no regular file"):
+        read_image(tmp_path / "pipe.png")
+    assert found_in(tmp_path) == (["a.png"], {})
 
 
 def test_threads_that_overlap_leave_the_filters_of_warnings_as_they_were(colours, tmp_path, monkeypatch):

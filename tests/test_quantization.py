@@ -100,6 +100,30 @@ def test_ranges_come_from_a_folder_of_pictures(net, photograph, tmp_path):
     assert all(torch.equal(*pair) for pair in zip(outs, quantize(net, [photograph])(photograph), strict=True))
 
 
+def test_u9_a_picture_that_cannot_be_read_is_left_out_with_a_warning(net, photograph, tmp_path):
+    with Image.open(f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg") as picture:
+        picture.convert("RGB").resize((96, 112)).save(tmp_path / "grace.png")
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    (tmp_path / "cut\n.png").write_bytes((tmp_path / "grace.png").read_bytes()[:2000])
+    with pytest.warns(UserWarning, match=r"cannot read picture '.*(bad\.jpg|cut\\n\.png)'.*; left out$") as caught:
+        outs = quantize(net, tmp_path)(photograph)
+    assert len(caught) == 2
+    assert all(torch.equal(*pair) for pair in zip(outs, quantize(net, [photograph])(photograph), strict=True))
+    (tmp_path / "grace.png").unlink()
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="none of the 2 pictures in '"):
+        quantize(net, tmp_path)
+
+
+def test_w5_w9_what_is_left_out_of_a_folder_is_named(net, tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "in").mkdir()
+    Image.radial_gradient("L").convert("RGB").resize((64, 64)).save(tmp_path / "far/a.ppm")
+    (tmp_path / "in/linked").symlink_to(tmp_path / "far")
+    (tmp_path / "in/b.heic").touch()
+    with pytest.warns(UserWarning, match=r"1 left out, as Pillow cannot read \.heic here.*b\.heic'"):
+        quantize(net, tmp_path / "in")
+
+
 @pytest.mark.parametrize("own", [None, CAFFE.gray()])
 def test_pictures_are_normalised_as_the_backbone_inside_expects(own, tmp_path):
     net = ResNet(18, base_channels=8, style="caffe", in_channels=3 if own is None else 1).eval()

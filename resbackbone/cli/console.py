@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -12,6 +13,7 @@ from rich.progress import track
 from rich.text import Text
 
 Item = TypeVar("Item")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 results = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
@@ -20,8 +22,18 @@ USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
 
 
 def say(text: str, *, style: str = "", console: Console = results) -> None:
-    """Print text as it is: never as markup, never wrapped, and with escapes where a file name is no valid UTF-8."""
-    console.print(Text(text.encode("utf-8", "backslashreplace").decode("utf-8"), style=style), soft_wrap=True)
+    """Print text as it is: never as markup, never wrapped, and with escapes for what is not :func:`printable`."""
+    lines = "\n".join(map(printable, text.split("\n")))
+    console.print(Text(lines, style=style), soft_wrap=True)
+
+
+def printable(text: object) -> str:
+    r"""Escape what names of files may hold and no terminal should get: line breaks, control characters, no UTF-8.
+
+    >>> print(printable("a\nb\x1b[2J.png"))
+    a\nb\x1b[2J.png
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def with_progress(

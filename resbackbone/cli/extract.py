@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resbackbone.cli.console import messages, say, user_errors, with_progress
+from resbackbone.cli.console import messages, printable, say, user_errors, with_progress
 
 if TYPE_CHECKING:
     from resbackbone.cli.pipeline import Job, Outcome
@@ -84,13 +84,14 @@ def extract(
     from resbackbone.cli.pipeline import Job, Pipeline
     from resbackbone.cli.ranks import Ranks, own_device
     from resbackbone.cli.result_files import ResultFiles
-    from resbackbone.images import find_images, parse_size
+    from resbackbone.images import describe_left_out, find_images, parse_size
 
     keep_freed_memory()
     with user_errors():
         ranks = Ranks.from_environment()
         pixels = None if size is None else parse_size(size)
-        found = find_images(pictures, leave_out=out)
+        left_out: dict[Path, str] = {}
+        found = find_images(pictures, leave_out=out, on_left_out=left_out.__setitem__)
         jobs = [Job(path, out / name) for path, name in ranks.share(found).items()]
         _make_folder(out, jobs)
         extractor = Extractor(
@@ -105,8 +106,11 @@ def extract(
     pipeline = Pipeline(extractor, files, size=pixels, batch_size=batch_size, resume=resume, warn=_warn)
     with user_errors(RuntimeError):
         ranks.join()
-    for line in extractor.about if ranks.rank == 0 else ():
-        say(line)
+    if ranks.rank == 0:
+        for line in extractor.about:
+            say(line)
+        for line in describe_left_out(left_out):
+            _warn(line)
     with closing(pipeline.run(jobs)) as outcomes:
         done, counts = _report(with_progress(outcomes, "extracting", total=len(jobs), shown=ranks.rank == 0))
     _summarise(ranks, out, done, counts)
@@ -130,10 +134,10 @@ def _report(outcomes: Iterable[Outcome]) -> tuple[Path | None, Counter[str]]:
     first = None
     counts: Counter[str] = Counter()
     for outcome in outcomes:
-        path = outcome.job.path
+        path = printable(outcome.job.path)
         counts[outcome.status] += 1
         if outcome.status == "failed":
-            reason = outcome.error if repr(str(path)) in outcome.error else f"{path}: {outcome.error}"
+            reason = outcome.error if repr(str(outcome.job.path)) in outcome.error else f"{path}: {outcome.error}"
             say(f"skipped: {reason}", style="red", console=messages)
         else:
             first = first or outcome.job.folder
@@ -155,7 +159,7 @@ def _summarise(ranks: Ranks, out: Path, folder: Path | None, counts: Counter[str
         text = f"{who}{extracted + kept} of {total} picture{'' if total == 1 else 's'} extracted to {out}{earlier}"
         say(text, style="green" if extracted + kept else "")
         if folder is not None:
-            say(f"look at {folder / OVERVIEW}")
+            say(f"look at {printable(folder / OVERVIEW)}")
         if failed:
             say(f"{failed} skipped", style="red", console=messages)
     with user_errors(RuntimeError):

@@ -95,6 +95,8 @@ def _best_columns(count: int, cell: tuple[int, int]) -> int:
 
 
 def _draw_title(draw: ImageDraw.ImageDraw, title: str, width: int) -> None:
+    # Names of files may hold what no font can draw: line breaks, control characters, bytes that are no UTF-8.
+    title = "".join(letter if letter.isprintable() else "�" for letter in title)
     font, small = ImageFont.load_default(22), ImageFont.load_default(16)
     note = "mean |activation| over channels"
     free = width - 2 * MARGIN - (draw.textlength(note, small) + GAP)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,8 @@ def quantize(
     Args:
         net: As for :func:`~resbackbone.inference.optimize`; it stays as it is.
         pictures: What to measure ranges on: a folder of pictures, normalised as
-            :func:`~resbackbone.preprocessing.preprocessing_of` says, or images as the net takes them, one or several
+            :func:`~resbackbone.preprocessing.preprocessing_of` says, of which one that cannot be read is left out with
+            a warning; or images as the net takes them, one or several
             tensors ``(N, in_channels, H, W)``. A hundred like those to come are plenty.
         pack_bytes: Bytes that laid-out weights may take; 0 for none.
 
@@ -87,8 +89,17 @@ def _as_batches(images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
 
 def _read(net: nn.Module, folder: str | Path) -> Iterable[Tensor]:
     preprocessing = preprocessing_of(net)
-    for path in find_images([folder]):
-        yield preprocessing(read_image(path, channels=len(preprocessing.mean)))
+    paths, count = find_images([folder]), 0
+    for path in paths:
+        try:
+            picture = read_image(path, channels=len(preprocessing.mean))
+        except ValueError as error:
+            warnings.warn(f"{error}; left out", stacklevel=3)
+        else:
+            count += 1
+            yield preprocessing(picture)
+    if not count:
+        raise ValueError(f"none of the {len(paths)} pictures in {str(folder)!r} can be read")
 
 
 class QuantizedConv2d(nn.Module):

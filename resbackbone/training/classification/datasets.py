@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from resbackbone.checks import check_choice, nearest
-from resbackbone.images import find_images, read_image
+from resbackbone.images import describe_left_out, find_images, read_image, readable_suffixes
 from resbackbone.registry import DATASETS
 from resbackbone.training.classification.transforms import Transform, build_transforms
 from resbackbone.training.running.sampling import Draw
@@ -63,12 +63,16 @@ class ImageFolder(Dataset[dict[str, Any]]):
         self.transforms = build_transforms(transforms)
         self.channels = channels
         self.unreadable = unreadable
-        names = _find_classes(self.root, classes)
+        left_out: dict[Path, str] = {}
+        names = _find_classes(self.root, classes, left_out)
         self.metainfo = {"classes": names}
         self.items: list[tuple[str, int]] = []
         for label, name in enumerate(names):
             # As strings: a million paths would take a gigabyte.
-            self.items += [(str(path), label) for path in find_images([self.root / name])]
+            found = find_images([self.root / name], on_left_out=left_out.__setitem__)
+            self.items += [(str(path), label) for path in found]
+        for line in describe_left_out(left_out):
+            print_log(line, logger="current", level=logging.WARNING)
 
     def __len__(self) -> int:
         """How many pictures there are."""
@@ -105,10 +109,18 @@ class ImageFolder(Dataset[dict[str, Any]]):
         raise UnreadablePicture(f"no picture in {str(self.root)!r} can be read")
 
 
-def _find_classes(root: Path, wanted: Sequence[str] | None) -> tuple[str, ...]:
+def _find_classes(root: Path, wanted: Sequence[str] | None, left_out: dict[Path, str]) -> tuple[str, ...]:
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {str(root)!r}; it should have one subfolder of pictures for each class")
-    there = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    holders = (root.resolve(), *root.resolve().parents)  # a link to one of which is a loop, and no class
+    there = [path.name for path in entries if path.is_dir() and path.resolve() not in holders]
+    suffixes = readable_suffixes()
+    for path in entries:
+        if path.is_symlink() and not path.exists():
+            left_out[path] = "a broken link"
+        elif path.is_file() and path.suffix.lower() in suffixes:
+            left_out[path] = "as it stands beside the folders of the classes"
     if not there:
         raise ValueError(f"{str(root)!r} has no subfolders; it should have one for each class")
     for name in wanted or ():
