@@ -156,7 +156,8 @@ def _shapes_only(net: Backbone) -> Backbone:
     """Copy a backbone onto the meta device, in eval mode, all stages outputs, without copying its weights."""
     memo: dict[int, Any] = {id(parameter): nn.Parameter(parameter.to("meta"), False) for parameter in net.parameters()}
     memo |= {id(buffer): buffer.to("meta") for buffer in net.buffers()}
-    shapes = copy.deepcopy(net, memo).eval()
+    shapes = copy.deepcopy(net, memo)
+    shapes.eval()  # whose value is None in a subclass with mmdet's `train`
     modules: Iterable[Any] = shapes.modules()
     for module in modules:
         if hasattr(module, "backend"):

@@ -1,4 +1,4 @@
-"""What every backbone here does beside its layers: say what it hands out, freeze, keep norms in eval, check images."""
+"""What every backbone here does beside its layers: describe its outputs, freeze, keep norms in eval, check images."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ class Backbone(PretrainedModule):
     """The base of the backbones.
 
     A subclass sets ``in_channels``, ``out_indices``, ``frozen_stages`` and ``norm_eval``, reports its stem with
-    :meth:`set_stem` and each stage with :meth:`add_stage` as it builds them, and says in :meth:`frozen_modules` what
-    freezing means.
+    :meth:`set_stem` and each stage with :meth:`add_stage` as it builds them, says in :meth:`frozen_modules` what
+    freezing means, and calls :meth:`check_input` where its ``forward`` hands images to its first layer.
 
     Args:
         init_cfg: As for :class:`~resbackbone.backbones.initialisation.PretrainedModule`.
     """
 
-    in_channels: int
     out_indices: tuple[OutIndex, ...]
     frozen_stages: int
     norm_eval: bool
@@ -41,7 +40,51 @@ class Backbone(PretrainedModule):
         self._stem_info: FeatureInfo | None = None
         self._stages: list[FeatureInfo] = []
         self._held_still: set[str] = set()  # parameters that would train, were it not for `frozen_stages`
-        self.register_forward_pre_hook(_check_input)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images: those of the first convolution, also if another was put in its place by hand."""
+        conv = self._first_convolution()
+        return self._in_channels if conv is None else conv.in_channels
+
+    @in_channels.setter
+    def in_channels(self, channels: int) -> None:
+        self._in_channels = channels
+
+    def first_layer(self) -> nn.Module | None:
+        """Return the layer, or the sequence of layers, that ``forward`` runs first; None if that is unknown."""
+        return None
+
+    def _first_convolution(self) -> nn.Conv2d | None:
+        """The layer that the images enter, if it is a convolution, of which is known what it takes."""
+        layer = self.first_layer()
+        while isinstance(layer, nn.Sequential) and len(layer):
+            layer = layer[0]
+        return layer if isinstance(layer, nn.Conv2d) and layer.in_channels else None  # a lazy one has none yet
+
+    @property
+    def has_stock_forward(self) -> bool:
+        """Whether ``forward`` is this library's, and no subclass's or instance's own."""
+        package = __name__.partition(".")[0]
+        return "forward" not in vars(self) and type(self).forward.__module__.partition(".")[0] == package
+
+    @property
+    def required_channels(self) -> int | None:
+        """Channels that images must have; None if ``forward``, or the layer that they enter, takes what it likes."""
+        conv = self._first_convolution() if self.has_stock_forward else None
+        return None if conv is None else conv.in_channels
+
+    def check_input(self, images: Any) -> None:
+        """Refuse in words what the first convolution would refuse in its own; take anything if it was replaced.
+
+        A check in ``forward`` and no hook: a subclass with its own ``forward`` is not asked, and keywords are seen.
+
+        Raises:
+            TypeError, ValueError: As :func:`check_images`.
+        """
+        conv = self._first_convolution()
+        if conv is not None and not isinstance(images, torch.fx.Proxy) and not is_tracing():
+            check_images(images, type(self).__name__, conv.in_channels)
 
     def set_stem(self, *, channels: int, stride: int) -> None:
         """Set what the map of ``"stem"`` in ``out_indices`` is: the stem's, before its pooling.
@@ -69,10 +112,13 @@ class Backbone(PretrainedModule):
     @property
     def feature_info(self) -> tuple[FeatureInfo, ...]:
         """What each output is, in output order."""
-        infos: dict[OutIndex, FeatureInfo] = dict(enumerate(self._stages))
-        if self._stem_info is not None:
-            infos["stem"] = self._stem_info
-        return tuple(infos[index] for index in self.out_indices)
+        levels = self._levels()
+        return tuple(levels[index] for index in self.out_indices)
+
+    def _levels(self) -> dict[OutIndex, FeatureInfo]:
+        """Describe every map that could be an output, by its entry in ``out_indices``."""
+        levels: dict[OutIndex, FeatureInfo] = dict(enumerate(self._stages))
+        return levels if self._stem_info is None else {**levels, "stem": self._stem_info}
 
     @property
     def out_channels(self) -> tuple[int, ...]:
@@ -142,13 +188,6 @@ def total_stride(modules: Iterable[nn.Module]) -> int:
     leaves = (leaf for module in modules for leaf in module.modules() if not any(leaf.children()))
     strides = (getattr(leaf, "stride", 1) for leaf in leaves)
     return math.prod(stride[0] if isinstance(stride, tuple) else stride for stride in strides)
-
-
-def _check_input(backbone: Backbone, args: tuple[Any, ...]) -> None:
-    """Check images in a hook and not in ``forward``, so that tracing sees plain layers."""
-    images = args[0] if args else None
-    if not isinstance(images, torch.fx.Proxy) and not is_tracing():
-        check_images(images, type(backbone).__name__, backbone.in_channels)
 
 
 def check_images(images: Any, name: str, in_channels: int) -> None:

@@ -17,7 +17,7 @@ from resbackbone.backbones.res_layer import DilationStyle, ResLayer
 from resbackbone.backbones.stem import make_deep_stem
 from resbackbone.blocks import BasicBlock, Bottleneck
 from resbackbone.checks import plain_arguments
-from resbackbone.features import OutIndex
+from resbackbone.features import FeatureInfo, OutIndex
 from resbackbone.layers import FrozenBatchNorm2d, build_conv_layer, build_norm_layer
 from resbackbone.layers.conv_norm import conv_norm, set_folding
 from resbackbone.layers.module import Config, InitConfig
@@ -90,6 +90,7 @@ class ResNet(Backbone):
     """
 
     with_cp: WithCp = False  # for constructors of subclasses that do not call this one
+    _stem_names: list[str] | None = None  # likewise: then all layers before the first stage
     arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
         18: (BasicBlock, (2, 2, 2, 2)),
         26: (Bottleneck, (2, 2, 2, 2)),
@@ -169,6 +170,7 @@ class ResNet(Backbone):
         self.inplanes = self.stem_channels
 
         self._make_stem_layer(in_channels, self.stem_channels)
+        self._stem_names = [name for name, _ in self.named_children()]
         self.set_stem(channels=self.inplanes, stride=total_stride(self._before_pool()))
         self._make_stages(stride=total_stride(self._stem()))
         self._freeze_stages()
@@ -207,8 +209,11 @@ class ResNet(Backbone):
         self.stem = make_deep_stem(in_channels, stem_channels, self.conv_cfg, self.norm_cfg)
 
     def _stem(self) -> list[nn.Module]:
-        """What ``_make_stem_layer`` added, which is everything before the first stage, in the order it runs."""
-        return [child for _, child in takewhile(lambda item: item[0] not in self.res_layers, self.named_children())]
+        """What ``_make_stem_layer`` added, or what took its place by hand, in the order it runs."""
+        names = self._stem_names
+        if names is None:
+            names = list(takewhile(lambda name: name not in self.res_layers, dict(self.named_children())))
+        return [getattr(self, name) for name in names if hasattr(self, name)]
 
     def _before_pool(self) -> list[nn.Module]:
         """The stem's layers before its pooling, whose output is the map of "stem" in ``out_indices``."""
@@ -267,6 +272,22 @@ class ResNet(Backbone):
             if hasattr(self.block, last_norm):
                 return {"type": "Constant", "val": 0, "override": {"name": last_norm}}
         return None
+
+    def _levels(self) -> dict[OutIndex, FeatureInfo]:
+        """Describe every map as the layers are now: what was replaced by hand may stride otherwise."""
+        built = super()._levels()
+        channels = built["stem"].channels if "stem" in built else getattr(self, "stem_channels", self.inplanes)
+        stride = total_stride(self._stem())
+        levels: dict[OutIndex, FeatureInfo] = {
+            "stem": FeatureInfo("stem", -1, channels, total_stride(self._before_pool()))
+        }
+        for index, name in enumerate(self.res_layers):
+            stage = getattr(self, name)
+            if not isinstance(stage, nn.Identity):
+                channels = getattr(stage, "out_channels", built[index].channels if index in built else channels)
+                stride *= getattr(stage, "stride", self.strides[index] if index in built else 1)
+            levels[index] = FeatureInfo(name, index, channels, stride)
+        return levels
 
     def make_stage_plugins(self, plugins: Sequence[Config], stage_idx: int) -> list[Config]:
         """Pick the plugins of one stage.
@@ -327,8 +348,13 @@ class ResNet(Backbone):
                 outs.append(x)
         return tuple(outs)
 
+    def first_layer(self) -> nn.Module | None:
+        """Return the stem, or its first convolution."""
+        return getattr(self, "stem" if self.deep_stem else "conv1", None)
+
     def _enter(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Run the stem; return what the first stage gets, and the outputs so far: the stem's map, or none."""
+        self.check_input(x)
         if "stem" not in self.out_indices:  # in one part, so that with_cp="norms" need not keep the map
             return self.run_part(self._run_stem, x, self._stem()), []
         x = self.run_part(self._run_before_pool, x, self._before_pool())

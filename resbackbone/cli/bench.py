@@ -53,7 +53,8 @@ def bench(
         load_config(config)
         names = _names(device, compiled)
         say(f"{config}, {batch} images of {height}x{width} on {device}, {runs} runs each: {'; '.join(names)}")
-        net = build_backbone(config).eval().to(device)
+        net = build_backbone(config).to(device)
+        net.eval()
         images = torch.randn(batch, net.in_channels, height, width, device=device)
         dtypes = ["float32", "bfloat16"]
         if device == "cpu" and not processor.computes_natively(torch.bfloat16):

@@ -80,7 +80,8 @@ class Extractor:
             "dtype": dtype,
         }
         self.computed_dtype = self._choose_dtype()
-        self.model = self._prepare(model.to(self.device).eval(), backend)
+        model.to(self.device).eval()
+        self.model = self._prepare(model, backend)
 
     def _with_fpn(self, net: Backbone) -> nn.Module:
         torch.manual_seed(SEED)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from resbackbone.backbones.base import check_images
+from resbackbone.backbones.base import Backbone, check_images
 from resbackbone.features import FeatureInfo
 from resbackbone.inference.cuda_graph import Recorder
 from resbackbone.inference.packs import Packable, Packs
@@ -33,6 +33,7 @@ class Optimized(nn.Module):
         self.dtype = self.out_dtype = dtype
         self.name = type(net).__name__
         self.in_channels: int | None = getattr(net, "in_channels", None)  # None if it is not a backbone alone
+        self._required_channels = net.required_channels if isinstance(net, Backbone) else None
         self.feature_info: tuple[FeatureInfo, ...] = getattr(net, "feature_info", ())
         self.out_channels = getattr(net, "out_channels", None)
         self.out_strides = getattr(net, "out_strides", None)
@@ -41,10 +42,14 @@ class Optimized(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
         """Compute the feature maps of images ``(N, in_channels, H, W)``, in the memory format of the images."""
-        if self.in_channels is not None:
-            check_images(x, self.name, self.in_channels)
+        if self._required_channels is not None:
+            check_images(x, self.name, self._required_channels)
+        elif not isinstance(x, Tensor):
+            raise TypeError(
+                f"an optimized {self.name} takes one tensor, got {type(x).__name__}; stack its images first"
+            )
         contiguous = not is_channels_last(x)
-        x = x.to(self.dtype, memory_format=torch.channels_last)
+        x = x.to(self.dtype, memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
         if not torch.is_autocast_enabled(x.device.type):
             return self._convert(self._run(x), contiguous=contiguous)
         with torch.autocast(x.device.type, enabled=False):  # the dtype is the one that was asked for

@@ -21,6 +21,7 @@ from resbackbone.atomic_write import atomic_write
 from resbackbone.backbones.base import Backbone
 from resbackbone.checks import check_choice, check_ints, check_type
 from resbackbone.features import FeatureInfo
+from resbackbone.inference.copying import copy_for_inference
 from resbackbone.inference.export_formats import FORMATS, Axes, ExportFormat
 from resbackbone.preprocessing import preprocessing_of
 
@@ -102,7 +103,7 @@ def export(
     facts = _facts(backbone, levels, dtype, metadata or {})
     _check_bytes(net, getattr(torch, dtype), form)
 
-    exact = copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
+    exact = copy_for_inference(net).cpu().float()
     model = copy.deepcopy(exact).to(getattr(torch, dtype))
     recorded, *checked = _shapes(backbone.in_channels, size)
     axes = AXES if size is None else {0: AXES[0]}

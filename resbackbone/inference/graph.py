@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import Argument
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -58,10 +59,11 @@ def trace(net: nn.Module) -> fx.GraphModule:
         ValueError: If a whole backbone depends on its input, or what calls it does, so that no graph can hold it.
     """
     _drop_hooks(net)
+    root = net if len(inspect.signature(net.forward).parameters) == 1 else _OneInput(net)
     tracer = _Tracer()
     while True:
         try:
-            graph = tracer.trace(net)
+            graph = tracer.trace(root)
             break
         except _UNTRACEABLE as error:
             if tracer.obstacle is None or isinstance(tracer.obstacle, (Backbone, tracer.whole)):
@@ -69,7 +71,18 @@ def trace(net: nn.Module) -> fx.GraphModule:
             tracer = _Tracer((*tracer.whole, type(tracer.obstacle)))
     for node in graph.nodes:
         node.type = None  # annotations come as text, with which no graph can be pickled
-    return fx.GraphModule(net, graph)
+    return fx.GraphModule(root, graph)
+
+
+class _OneInput(nn.Module):
+    """Calls a net with one input, so that its other arguments have their defaults and are no part of the graph."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x)
 
 
 def fuse(traced: fx.GraphModule, kind: type[Conv], dtype: torch.dtype) -> list[Conv]:
@@ -182,7 +195,7 @@ def _drop_hooks(net: nn.Module) -> None:
     hooked = []
     for name, module in net.named_modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            if any(getattr(hook, "__module__", "") != Backbone.__module__ for hook in hooks.values()):
+            if hooks:
                 hooked.append(name)
                 hooks.clear()
     if hooked:

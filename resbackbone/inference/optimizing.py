@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Literal
 
@@ -12,6 +11,7 @@ from torch import nn
 from resbackbone import processor
 from resbackbone.checks import check_choice, check_int
 from resbackbone.inference.convolution import FoldedConv2d, FusedConv2d
+from resbackbone.inference.copying import copy_for_inference
 from resbackbone.inference.engines import Captured, Compiled, Folded, Fused, Optimized
 from resbackbone.inference.graph import fuse, trace
 
@@ -60,7 +60,7 @@ def optimize(
             "`dtype`='float16' is for nets on a CUDA device, move it there; on a CPU use 'float32' or 'bfloat16'"
         )
     computed = _computed_dtype(net, _DTYPES[dtype])
-    optimized = _optimize(copy.deepcopy(net).eval().requires_grad_(False), computed, backend, pack_bytes)
+    optimized = _optimize(copy_for_inference(net), computed, backend, pack_bytes)
     optimized.out_dtype = _DTYPES[dtype]
     return optimized
 

@@ -6,7 +6,6 @@ Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CV
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 import warnings
@@ -19,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from resbackbone.images import find_images, read_image
 from resbackbone.inference.convolution import Convolution, FusedConv2d
+from resbackbone.inference.copying import copy_for_inference
 from resbackbone.inference.engines import Quantized
 from resbackbone.inference.graph import fuse, fused_call, fused_index, operands, trace
 from resbackbone.inference.optimizing import PACK_BYTES, require_onednn
@@ -68,7 +68,7 @@ def quantize(
         FileNotFoundError: If there is no such folder.
     """
     require_onednn(net)
-    copied = copy.deepcopy(net).float().eval().requires_grad_(False)
+    copied = copy_for_inference(net).float()
     traced = trace(copied)
     fused = fuse(traced, FusedConv2d, torch.float32)
     images = _read(net, pictures) if isinstance(pictures, (str, Path)) else _as_batches(pictures)
