@@ -1,7 +1,10 @@
 """A web server on this machine that does to downloads whatever a network can do."""
 
+import contextlib
 import hashlib
+import itertools
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +17,20 @@ HALF = len(CONTENT) // 2
 def named(content: bytes, stem: str = "weights") -> str:
     """A file name with the hash of its content, as publishers give it."""
     return f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+
+
+def drip(head, seconds):
+    """An answer that goes on a byte at a time, for ever."""
+    yield head
+    for _ in itertools.count():
+        time.sleep(seconds)
+        yield b"1"
+
+
+def pour(head, piece):
+    """An answer that goes on for ever, as fast as it can."""
+    yield head
+    yield from itertools.repeat(piece)
 
 
 class Web(ThreadingHTTPServer):
@@ -49,6 +66,14 @@ class Handler(BaseHTTPRequestHandler):
         web = self.server
         web.requests.append((self.path, dict(self.headers)))
         fault = web.faults.pop(0) if web.faults else {}
+        if "answer" in fault:
+            self.close_connection = True
+            with contextlib.suppress(OSError):  # the client has enough
+                for piece in fault["answer"]:
+                    if web.release.is_set():
+                        break
+                    self.wfile.write(piece)
+            return
         if "set" in fault:
             vars(web).update(fault["set"])
         if "status" in fault:

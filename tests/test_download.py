@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty_web import CONTENT, HALF, OTHER, Web, named, serve
+from faulty_web import CONTENT, HALF, OTHER, Web, drip, named, pour, serve
 from rich.console import Console
 
-from resbackbone.checkpoints import transfer
+from resbackbone.checkpoints import http_requests, transfer
+from resbackbone.checkpoints.catalog import list_weights
 from resbackbone.checkpoints.download import DownloadError, cache_path, fetch, mirrored
+from resbackbone.checkpoints.sources import locate
 
 
 @pytest.fixture
@@ -147,7 +149,7 @@ def test_many_cuts_are_no_failure_while_bytes_come(web, tmp_path):
 
 
 def test_a_stalled_connection_is_left(web, tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer, "TIMEOUT", 0.1)
+    monkeypatch.setattr(http_requests, "TIMEOUT", 0.1)
     web.faults = [{"cut": 1000, "wait": True}]
     began = time.monotonic()
     assert fetch(f"{web.url}/{named(CONTENT)}", folder=tmp_path).read_bytes() == CONTENT
@@ -340,6 +342,221 @@ def test_what_is_certainly_no_file_of_weights(web, tmp_path, headers, message):
     assert files(tmp_path) == []
 
 
+# Servers that are hostile
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def refused(web, folder, message, name="weights.pth", **options):
+    """A download that must fail, with such words and nothing kept."""
+    with pytest.raises(DownloadError, match=message):
+        fetch(f"{web.url}/{name}", folder=folder, **options)
+    assert files(folder) == []
+
+
+@pytest.mark.parametrize("validator", ['"v1"', None])
+@pytest.mark.parametrize("length", [0, None])
+def test_s5_an_empty_file_is_refused(web, tmp_path, length, validator):
+    web.content, web.etag = b"", validator
+    web.faults = [{"headers": {"Content-Length": length}}] * 9
+    refused(web, tmp_path, "the file there is empty")
+    assert len(web.requests) == 1
+
+
+def test_s5_an_empty_file_in_the_cache_is_brought_anew(web, tmp_path):
+    path = cache_path(f"{web.url}/weights.pth", folder=tmp_path)
+    path.touch()
+    with pytest.warns(UserWarning, match="is damaged and downloaded anew"):
+        assert fetch(f"{web.url}/weights.pth", folder=tmp_path).read_bytes() == CONTENT
+
+
+LENGTHS = ["-1", "-5", "²", "٣", "+5", "1_000", "5, 6", "0x10", "5.0", "1e6", "five", "", "9" * 19, "9" * 5000]
+
+
+@pytest.mark.parametrize("length", LENGTHS, ids=lambda length: ascii(length)[:20])
+@pytest.mark.parametrize("name", ["weights.pth", named(CONTENT)], ids=["no hash", "hash"])
+def test_s5_a_length_that_is_none_is_refused(web, tmp_path, name, length):
+    head = OK + b"Content-Length: " + length.encode("utf-8" if length == "٣" else "latin-1") + b"\r\n\r\n"
+    web.faults = [{"answer": [head, CONTENT]}] * 9
+    refused(web, tmp_path, "the server gives a length that is none: '", name)
+    assert len(web.requests) == 1
+
+
+def test_s5_two_lengths_are_refused_and_one_twice_is_not(web, tmp_path):
+    web.faults = [{"answer": [OK, b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef"]}]
+    refused(web, tmp_path, "the server gives a length that is none: '5, 6'")
+    web.faults = [{"answer": [OK, b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nabcde"]}]
+    assert fetch(f"{web.url}/weights.pth", folder=tmp_path).read_bytes() == b"abcde"
+
+
+@pytest.mark.parametrize(
+    "text", ["bytes 1000-1048575/²", "bytes 1000-1048575/-5", "bytes +1000-9/10", "bytes 1_000-9/10", "items 1-2/3", ""]
+)
+def test_s5_a_range_that_is_none_is_refused(web, tmp_path, text):
+    part = {"status": 206, "headers": {"Content-Range": text}}
+    web.faults = [{"cut": 1000}, part]
+    with pytest.raises(DownloadError, match="the server gives a part of the file that is none: '"):
+        fetch(f"{web.url}/weights.pth", folder=tmp_path)
+    assert len(web.requests) == 2
+    assert fetch(f"{web.url}/weights.pth", folder=tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("length", [len(CONTENT), None, 10**17])
+def test_s5_a_file_that_is_too_large_is_refused(web, tmp_path, length):
+    web.faults = [{"headers": {"Content-Length": length}}]
+    refused(web, tmp_path, r"bytes or more, where 100,000 are allowed \(fetch\(url, max_bytes", max_bytes=100_000)
+    assert len(web.requests) == 1
+    assert fetch(f"{web.url}/weights.pth", folder=tmp_path, max_bytes=len(CONTENT)).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_s5_a_limit_that_is_none(tmp_path, value):
+    with pytest.raises(ValueError, match="`max_bytes` must be at least 1"):
+        fetch("https://h/a.pth", folder=tmp_path, max_bytes=value)
+
+
+def test_s5_the_catalog_knows_how_large_a_file_may_be(web, tmp_path, monkeypatch):
+    weights = next(one for one in list_weights("torchvision/resnet18*") if one.mebibytes)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("RESBACKBONE_MIRROR", f"https://download.pytorch.org={web.url}")
+    web.faults = [{"headers": {"Content-Length": int(weights.mebibytes * 2**20 * 2)}}]
+    with pytest.raises(DownloadError, match=r"bytes or more, where .* are allowed"):
+        locate(weights.name)
+
+
+ENDLESS = {
+    "body": pour(OK + b'ETag: "v1"\r\n\r\n', b"1" * 65536),
+    "chunks": pour(CHUNKED, b"1000\r\n" + b"1" * 4096 + b"\r\n"),
+    "negative chunk": pour(CHUNKED, b"-5\r\n"),
+    "trailers": pour(CHUNKED + b"0\r\n", b"a: b\r\n"),
+    "body of a redirection": pour(b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\n\r\n", b"1" * 65536),
+    "interim answers": pour(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("answer", ENDLESS)
+def test_s5_answers_without_end(web, tmp_path, answer):
+    web.faults = [{"answer": ENDLESS[answer]} for _ in range(9)]
+    refused(web, tmp_path, "bytes without end|bytes or more, where|times in a row", max_bytes=1 << 20)
+
+
+DRIPS = {
+    "body": OK + b"Content-Length: 1000000\r\n\r\n",
+    "body without length": OK + b"\r\n",
+    "chunk": CHUNKED + b"100000\r\n",
+    "header": OK + b"Server: ",
+    "status": b"",
+}
+
+
+@pytest.mark.parametrize("head", DRIPS)
+def test_s5_a_byte_now_and_then_is_a_stall(web, tmp_path, monkeypatch, head):
+    monkeypatch.setattr(http_requests, "WINDOW", 0.2)
+    web.faults = [{"answer": drip(DRIPS[head], 0.01)} for _ in range(9)]
+    refused(web, tmp_path, "the server stalls: less than 1,024 bytes a second came in .* seconds, 4 times in a row")
+    assert len(web.requests) == http_requests.MAX_STALLS
+
+
+def test_s5_a_byte_for_each_connection_is_a_stall(web, tmp_path, monkeypatch):
+    monkeypatch.setattr(http_requests, "WINDOW", 0.2)
+    monkeypatch.setattr(http_requests, "MIN_RATE", 10**9)
+    web.faults = [{"cut": 1} for _ in range(100_000)]
+    with pytest.raises(DownloadError, match="the server stalls"):
+        fetch(f"{web.url}/weights.pth", folder=tmp_path)
+
+
+def test_s5_a_slow_connection_is_no_stall(web, tmp_path, monkeypatch):
+    monkeypatch.setattr(http_requests, "WINDOW", 0.1)
+    monkeypatch.setattr(http_requests, "MIN_RATE", 100)
+    pieces = [b"1" * 4096 for _ in range(8)]
+    web.faults = [{"answer": (time.sleep(0.05) or piece for piece in [OK + b"Content-Length: 32768\r\n\r\n", *pieces])}]
+    assert fetch(f"{web.url}/weights.pth", folder=tmp_path).stat().st_size == 32768
+
+
+@pytest.mark.parametrize("end", [b"", b"1000\r\n", b"1000\r\nab", b"zz\r\n", b"\r\n"])
+def test_s5_chunks_that_are_cut_short_are_refused(web, tmp_path, end):
+    web.faults = [{"answer": [CHUNKED, b"5\r\nabcde\r\n", end]} for _ in range(9)]
+    refused(web, tmp_path, "the connection broke: .*IncompleteRead.*, 4 times in a row")
+
+
+def test_s5_chunks_without_a_length_are_put_together(web, tmp_path):
+    web.faults = [{"answer": [CHUNKED, b"5\r\nabcde\r\n", b"3;x=y\r\nfgh\r\n0\r\n\r\n"]}]
+    assert fetch(f"{web.url}/weights.pth", folder=tmp_path).read_bytes() == b"abcdefgh"
+
+
+@pytest.mark.parametrize(
+    "header", [b"Content-Encoding: gzip", b"Content-Encoding: br", b"Transfer-Encoding: gzip, chunked"]
+)
+def test_s5_compressed_bytes_are_refused(web, tmp_path, header):
+    web.faults = [{"answer": [OK + header + b"\r\n\r\n", CONTENT]}]
+    refused(web, tmp_path, r"the server compresses the file \(")
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("gewichte_ä.pth", "/gewichte_%C3%A4.pth"),
+        ("gewichte_%C3%A4.pth", "/gewichte_%C3%A4.pth"),
+        ("权重/a.pth?b=ö", "/%E6%9D%83%E9%87%8D/a.pth?b=%C3%B6"),
+        ("a\u2028\x85.pth", "/a%E2%80%A8%C2%85.pth"),
+    ],
+)
+def test_s5_addresses_that_are_not_ascii_are_encoded(web, tmp_path, path, asked):
+    assert fetch(f"{web.url}/{path}", folder=tmp_path).read_bytes() == CONTENT
+    assert [path for path, _ in web.requests] == [asked]
+    assert fetch(f"{web.url}{asked}", folder=tmp_path).read_bytes() == CONTENT
+    assert len(web.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://user:secret@h/a.pth", "has no user name or password in it, as that of 'h' has"),
+        ("http://user@h/a.pth", "has no user name or password"),
+        ("http://[::1/a.pth", "is malformed"),
+        ("http://h:99999/a.pth", "is malformed"),
+        ("http://h:port/a.pth", "is malformed"),
+        ("http://a..b/a.pth", "is malformed"),
+        (f"http://{'a' * 64}.org/a.pth", "is malformed"),
+        (f"http://{'ä' * 64}.org/a.pth", "is malformed"),
+        ("http://h/\udcff.pth", "is malformed"),
+        ("http://:80/a.pth", "begins with http"),
+        ("http://h/a\n.pth", "begins with http"),
+        ("http://h/a\x00.pth", "begins with http"),
+        ("http://h/a\x7f.pth", "begins with http"),
+    ],
+)
+def test_s5_malformed_addresses_are_refused_in_words(web, tmp_path, monkeypatch, url, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        fetch(url, folder=tmp_path)
+    assert "secret" not in str(caught.value)
+    assert files(tmp_path) == []
+    location = url.encode("utf-8", "surrogateescape").replace(b"\n", b"\n ")
+    web.faults = [{"answer": [b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: " + location + b"\r\n\r\n"]}] * 9
+    refused(web, tmp_path, "cannot download")
+
+
+def test_s5_international_hosts_are_asked_for_by_their_ascii_name():
+    url = "https://BÜCHER.example:8080/ä b.pth".replace(" ", "")
+    assert http_requests.ascii_address("it", url) == "https://xn--bcher-kva.example:8080/%C3%A4b.pth"
+    for same in ("https://[::1]:80/a.pth", "https://h/a%20b.pth?x=1#y", "http://a_b.org/~a"):
+        assert http_requests.ascii_address("it", same) == same
+
+
+def test_s5_redirections_to_other_letters_are_followed(web, tmp_path):
+    web.faults = [{"answer": [b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: /\xc3\xa4.pth\r\n\r\n"]}]
+    assert fetch(f"{web.url}/weights.pth", folder=tmp_path).read_bytes() == CONTENT
+    assert [path for path, _ in web.requests] == ["/weights.pth", "/%C3%A4.pth"]
+
+
+@pytest.mark.parametrize("letter", ["a", "ä", "权"])
+def test_s5_long_names_are_cut(web, tmp_path, letter):
+    path = fetch(f"{web.url}/{letter * 300}-11ad3fa6.pth", sha256_prefix="", folder=tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert path.name.endswith("-11ad3fa6.pth")
+
+
 # Redirections and mirrors
 
 
@@ -356,7 +573,7 @@ def test_redirections_are_followed_with_the_range(web, tmp_path):
     ("location", "message"),
     [
         ("{}/again", "redirect error that would lead to an infinite loop"),
-        ("file:///etc/passwd", "'file:///etc/passwd' is not allowed"),
+        ("file:///etc/passwd", "leads to file:///etc/passwd, which is not followed"),
         ("ftp://h/a.pth", "leads to ftp://h/a.pth, which is not followed"),
     ],
 )
@@ -369,7 +586,7 @@ def test_redirections_that_lead_nowhere(web, tmp_path, location, message):
 
 def test_no_redirection_leads_out_of_https():
     request = urllib.request.Request("https://h/a.pth")
-    redirections = transfer._Redirections()
+    redirections = http_requests.Redirections()
     with pytest.raises(urllib.request.HTTPError, match=r"leads to http://h/a.pth, which is not followed"):
         redirections.redirect_request(request, None, 302, "", request.headers, "http://h/a.pth")
     assert redirections.redirect_request(request, None, 302, "", request.headers, "https://g/a.pth").host == "g"
@@ -445,7 +662,7 @@ def test_a_kill_leaves_nothing_that_looks_whole(web, tmp_path):
 def test_a_kill_before_the_file_got_its_name(web, tmp_path):
     """Every byte is there, and is not asked for again."""
     url = f"{web.url}/{named(CONTENT)}"
-    code = "from resbackbone.checkpoints.transfer import Part; import os, signal\n"
+    code = "from resbackbone.checkpoints.transfer import PartialDownload as Part; import os, signal\n"
     code += "Part.become = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
     with start(code + "fetch(sys.argv[1], folder=Path(sys.argv[2]))", url, tmp_path) as process:
         assert process.wait(30) == -signal.SIGKILL

@@ -27,32 +27,42 @@ from urllib.parse import unquote, urlsplit
 import torch
 from filelock import FileLock
 
-from resbackbone.checkpoints.transfer import Part, TransferError, complete
+from resbackbone.checkpoints.http_requests import TransferError, ascii_address
+from resbackbone.checkpoints.transfer import PartialDownload, complete
+from resbackbone.checks import check_int
 
 MIRROR_VARIABLE = "RESBACKBONE_MIRROR"
+MAX_BYTES = 16 * 2**30  # of a file of whose size nothing is known; the largest weights published have less than 4 GiB
+
+_MAX_NAME = 200  # bytes; ".part.json" comes behind, and file systems have 255
 
 
 class DownloadError(OSError):
     """A file could not be had; the message says where to put it by hand."""
 
 
-def fetch(url: str, *, sha256_prefix: str | None = None, folder: Path | None = None) -> Path:
+def fetch(
+    url: str, *, sha256_prefix: str | None = None, folder: Path | None = None, max_bytes: int = MAX_BYTES
+) -> Path:
     """Return the local copy of a file on the web, downloading it if need be.
 
     Args:
-        url: An http or https address, as published; mirrors are applied here.
+        url: An http or https address, as published; mirrors are applied here. What is not ASCII in it is encoded.
         sha256_prefix: The first hexadecimal digits of the file's SHA-256. None takes those in the file's name, between
             a hyphen and a dot, if there are 8 or more and they are no date; ``""`` checks nothing.
         folder: Where to keep it; torch's cache unless given.
+        max_bytes: Bytes that the file may have.
 
     Returns:
         The file: complete, and with the right hash where one is known.
 
     Raises:
         ValueError: If the URL, the prefix or ``RESBACKBONE_MIRROR`` is malformed.
-        DownloadError: If the file cannot be had, or is another one than expected. Nothing is stored then.
+        DownloadError: If the file cannot be had, is empty or too large, or is another one than expected, or if the
+            server stalls. Nothing is stored then, but what a later call can go on from.
         OSError: If it cannot be written, say because the disk is full.
     """
+    check_int("max_bytes", max_bytes, low=1)
     target = cache_path(url, folder=folder)
     source = mirrored(url)
     expected = _hash_in(target.name) if sha256_prefix is None else _check_hash(sha256_prefix)
@@ -64,7 +74,7 @@ def fetch(url: str, *, sha256_prefix: str | None = None, folder: Path | None = N
             if not _is_right(target, expected):  # another process may have brought it meanwhile
                 if target.exists():
                     warnings.warn(f"{str(target)!r} is damaged and downloaded anew", stacklevel=2)
-                _download(source, target, expected, guessed=sha256_prefix is None)
+                _download(source, target, expected, guessed=sha256_prefix is None, max_bytes=max_bytes)
     except TransferError as error:
         by_way_of = "" if source == url else f" by way of {source}"
         raise DownloadError(
@@ -87,11 +97,11 @@ def cache_path(url: str, *, folder: Path | None = None) -> Path:
     >>> cache_path("https://huggingface.co/timm/resnet18/resolve/main/model.safetensors", folder=Path("cache")).name
     'ed32dd7b_model.safetensors'
     """
-    _check_address("a download's URL", url)
+    url = ascii_address("a download's URL", url)
     name = re.split(r"[/\\]", unquote(urlsplit(url).path))[-1]
     if not name.strip(". "):
         raise ValueError(f"a download's URL must end in the name of a file, got {url!r}")
-    name = re.sub(r"[^\w.+=@ -]", "_", name)
+    name = os.fsencode(re.sub(r"[^\w.+=@ -]", "_", name))[-_MAX_NAME:].decode("utf-8", "ignore")
     if not _hash_in(name):
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
     return (folder or Path(torch.hub.get_dir(), "checkpoints")) / name
@@ -104,20 +114,17 @@ def mirrored(url: str) -> str:
         ValueError: If the variable does not hold pairs of addresses.
     """
     found: dict[str, str] = {}
+    url = ascii_address("a download's URL", url)
     for pair in filter(None, os.environ.get(MIRROR_VARIABLE, "").split(",")):
         prefix, _, replacement = pair.strip().partition("=")
-        for address in (prefix, replacement):
-            _check_address(f"{MIRROR_VARIABLE} must hold PREFIX=REPLACEMENT,...; each of them", address)
+        prefix, replacement = (
+            ascii_address(f"{MIRROR_VARIABLE} must hold PREFIX=REPLACEMENT,...; each of them", address)
+            for address in (prefix, replacement)
+        )
         rest = url.removeprefix(prefix)
         if rest != url and (prefix.endswith("/") or rest[:1] in ("", "/")):
             found[prefix] = replacement.rstrip("/") + "/" + rest.lstrip("/")
     return found[max(found, key=len)] if found else url
-
-
-def _check_address(what: str, address: str) -> None:
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.netloc or re.search(r"[\x00-\x20\x7f]", address):
-        raise ValueError(f"{what} must be an address that begins with http:// or https://, got {address!r}")
 
 
 def _origin(url: str) -> str:
@@ -145,7 +152,9 @@ def _is_date(digits: str) -> bool:
 
 
 def _is_right(path: Path, expected: str) -> bool:
-    return path.is_file() and (not expected or _sha256(path).startswith(expected))
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    return not expected or _sha256(path).startswith(expected)
 
 
 def _sha256(path: Path) -> str:
@@ -156,18 +165,18 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _download(source: str, target: Path, expected: str, *, guessed: bool) -> None:
+def _download(source: str, target: Path, expected: str, *, guessed: bool, max_bytes: int) -> None:
     """Bring a file under its final name, or raise."""
-    part = Part(target.with_name(f"{target.name}.part"))
+    part = PartialDownload(target.with_name(f"{target.name}.part"))
     found_some = part.size > 0
-    complete(part, source, name=target.name)
+    complete(part, source, name=target.name, max_bytes=max_bytes)
     found = _sha256(part.path) if expected else ""
     if found.startswith(expected):
         part.become(target)
         return
     part.delete()
     if found_some:  # what was there before may be to blame
-        _download(source, target, expected, guessed=guessed)
+        _download(source, target, expected, guessed=guessed, max_bytes=max_bytes)
         return
     hint = ", as its name says (if that is no hash: fetch(url, sha256_prefix=''))" if guessed else ""
     raise TransferError(f"the file there has SHA-256 {found}, not {expected}...{hint}")

@@ -40,7 +40,13 @@ def locate(source: str | Path) -> tuple[Path, Weights | None]:
     weights = _known(source)
     if weights is None:
         return fetch(source), None
-    return fetch(weights.url, sha256_prefix=weights.sha256), weights
+    return fetch(weights.url, sha256_prefix=weights.sha256, max_bytes=_most_bytes(weights)), weights
+
+
+def _most_bytes(weights: Weights) -> int:
+    """Return how large the file may be: as its origin says it, or else ten times its parameters in float32."""
+    expected = weights.params * 4 * 10 if weights.mebibytes is None else weights.mebibytes * 2**20 * 1.05
+    return int(expected) + 2**20
 
 
 def _known(source: str) -> Weights | None:

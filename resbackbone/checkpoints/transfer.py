@@ -6,33 +6,25 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
-import socket
-import ssl
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from http.client import HTTPException, HTTPMessage, HTTPResponse
 from pathlib import Path
-from typing import IO, cast
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
+
+from resbackbone.checkpoints.http_requests import (
+    InterruptedTransferError,
+    Meter,
+    TransferError,
+    body_length,
+    body_range,
+    open_response,
+)
 
 ATTEMPTS = 4  # in a row that bring no byte
 BACKOFF = 0.5  # seconds before the second attempt, doubled before each further one
-TIMEOUT = 30.0  # seconds without a byte
 _CHUNK = 1 << 20
-_PASSING = (408, 416, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may be others the next time
-
-
-class TransferError(Exception):
-    """The file cannot be had from there."""
-
-
-class _Interrupted(Exception):
-    """The connection failed in a way that another attempt may not."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ class _Promise:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartialDownload:
     """An unfinished file, with a note beside it of what the server said of the whole."""
 
     path: Path
@@ -60,6 +52,12 @@ class Part:
     def size(self) -> int:
         """Bytes that are there."""
         return self.path.stat().st_size if self.path.exists() else 0
+
+    @property
+    def can_be_continued(self) -> bool:
+        """Whether a later call can go on from here, rather than begin anew."""
+        promised = self.promised()
+        return self.size > 0 and promised is not None and promised.validator is not None
 
     @property
     def _note(self) -> Path:
@@ -90,23 +88,33 @@ class Part:
         self._note.unlink(missing_ok=True)
 
 
-def complete(part: Part, url: str, *, name: str) -> None:
+def complete(part: PartialDownload, url: str, *, name: str, max_bytes: int) -> None:
     """Bring what an unfinished file lacks, with new attempts where the connection breaks.
 
     Args:
-        part: The file; it need not exist.
+        part: The file; it need not exist. Where it can never be completed it is deleted.
         url: An http or https address. Redirections are followed, but none out of https.
         name: What the progress bar is about.
+        max_bytes: Bytes that the file may have.
 
     Raises:
-        TransferError: If the server refuses, or the connection keeps breaking.
+        TransferError: If the server refuses, the connection keeps breaking or stalling, or the file is empty or larger.
         OSError: If the file cannot be written.
     """
-    failures, most = 0, part.size
+    try:
+        _attempt_often(part, url, name, max_bytes)
+    except TransferError:
+        if not part.can_be_continued:
+            part.delete()
+        raise
+
+
+def _attempt_often(part: PartialDownload, url: str, name: str, max_bytes: int) -> None:
+    failures, most, meter = 0, part.size, Meter(max_bytes)
     while True:
         try:
-            _go_on(part, url, name)
-        except _Interrupted as error:
+            _go_on(part, url, name, max_bytes, meter)
+        except InterruptedTransferError as error:
             failures = failures + 1 if part.size <= most else 1
             most = max(most, part.size)
             if failures == ATTEMPTS:
@@ -116,7 +124,7 @@ def complete(part: Part, url: str, *, name: str) -> None:
             return
 
 
-def _go_on(part: Part, url: str, name: str) -> None:
+def _go_on(part: PartialDownload, url: str, name: str, max_bytes: int, meter: Meter) -> None:
     """Ask for what an unfinished file lacks, or for the whole, and append it."""
     promised, start = part.promised(), part.size
     if promised is not None and 0 < start == promised.length:
@@ -126,88 +134,56 @@ def _go_on(part: Part, url: str, name: str) -> None:
         headers |= {"Range": f"bytes={start}-", "If-Range": promised.validator}
     else:
         start = 0
-    with _open(url, headers, part) as response:
-        promise = _Promise(url, _validator(response.headers), _length(response))
+    with _open(url, headers, part, meter) as response:
+        first, length = body_range(response.headers) if response.status == 206 else (0, body_length(response.headers))
+        promise = _Promise(url, _validator(response.headers), length)
+        if length is not None and not 0 < length <= max_bytes:
+            part.delete()
+            _check_size(length, max_bytes)
         if response.status == 200:
             start = 0
             part.begin(promise)
-        elif not start or response.status != 206 or promise != promised or _first_byte(response) != start:
+        elif not start or response.status != 206 or promise != promised or first != start:
             part.delete()
-            raise _Interrupted(f"the server answers with HTTP {response.status} and another part than was asked for")
+            raise InterruptedTransferError(
+                f"the server answers with HTTP {response.status} and another part than was asked for"
+            )
         _check_space(part.path.parent, promise.length, start)
         with part.path.open("ab") as file, _watch(name, start, promise.length) as advance:
-            while chunk := _read(response):
+            while file.tell() <= max_bytes and (chunk := _read(response)):
                 file.write(chunk)
                 advance(len(chunk))
-    if promise.length not in (None, part.size):
-        raise _Interrupted(f"the connection ended after {part.size:,} of {promise.length:,} bytes")
+    size = part.size
+    if size > (length or max_bytes) or (size == 0 and length is None):
+        part.delete()
+        _check_size(size, max_bytes)
+        raise TransferError(f"the server sends more than the {length:,} bytes that it promised")
+    if length not in (None, size):
+        raise InterruptedTransferError(f"the connection ended after {size:,} of {length:,} bytes")
 
 
-def _open(url: str, headers: dict[str, str], part: Part) -> HTTPResponse:
-    """Send a request and follow redirections, to a response whose body may be weights."""
-    opener = urllib.request.OpenerDirector()  # not build_opener(), which also opens ftp:, file: and data:
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.UnknownHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        _Redirections(),
-        urllib.request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
+def _open(url: str, headers: dict[str, str], part: PartialDownload, meter: Meter) -> HTTPResponse:
     try:
-        response = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
-    except HTTPError as error:
-        error.close()
-        if error.code == 416:  # the file there ends before the part here
+        meter.count(0)
+        return open_response(url, headers, meter)
+    except InterruptedTransferError as error:
+        if error.status == 416:  # the file there ends before the part here
             part.delete()
-        message = f"HTTP {error.code} {' '.join(str(error.reason).split())}"
-        raise (_Interrupted if error.code in _PASSING else TransferError)(message) from error
-    except (OSError, HTTPException) as error:
-        reason = error.reason if isinstance(error, URLError) else error
-        if isinstance(reason, (socket.gaierror, ssl.SSLCertVerificationError)):
-            raise TransferError(f"{reason}; is this machine online?") from error
-        raise _Interrupted(f"no connection: {reason}") from error
-    _check_kind(response.headers)
-    return cast(HTTPResponse, response)
+        raise
 
 
-class _Redirections(urllib.request.HTTPRedirectHandler):
-    """Follows redirections from http and https to http and https, but none out of https."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> urllib.request.Request | None:
-        if urlsplit(newurl).scheme not in ({"https"} if req.type == "https" else {"http", "https"}):
-            raise HTTPError(newurl, code, f"leads to {newurl}, which is not followed", headers, fp)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _check_kind(headers: HTTPMessage) -> None:
-    """Refuse what is certainly not the file: a login page, say, or compressed bytes that nobody asked for."""
-    if headers.get_content_type() == "text/html":
-        raise TransferError("the server answers with a web page, not with a file")
-    if headers.get("Content-Encoding", "identity") != "identity":
-        raise TransferError(f"the server compresses the file ({headers['Content-Encoding']})")
+def _check_size(size: int, max_bytes: int) -> None:
+    if size == 0:
+        raise TransferError("the file there is empty")
+    if size > max_bytes:
+        raise TransferError(
+            f"the file there has {size:,} bytes or more, where {max_bytes:,} are allowed (fetch(url, max_bytes=...))"
+        )
 
 
 def _validator(headers: HTTPMessage) -> str | None:
     etag = headers.get("ETag", "W/")
     return headers.get("Last-Modified") if etag.startswith("W/") else etag  # If-Range takes no weak ETag
-
-
-def _length(response: HTTPResponse) -> int | None:
-    if response.status == 206:
-        length = response.headers.get("Content-Range", "").rpartition("/")[2]
-    else:
-        length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdigit() else None
-
-
-def _first_byte(response: HTTPResponse) -> int | None:
-    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    return int(found[1]) if found else None
 
 
 def _check_space(folder: Path, length: int | None, start: int) -> None:
@@ -221,7 +197,7 @@ def _read(response: HTTPResponse) -> bytes:
     try:
         return response.read1(_CHUNK)
     except (OSError, HTTPException) as error:
-        raise _Interrupted(f"the connection broke: {error!r}") from error
+        raise InterruptedTransferError(f"the connection broke: {error!r}") from error
 
 
 @contextlib.contextmanager
