@@ -12,6 +12,18 @@ from typing import Any, TypeVar, cast
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
 
+class UnknownKeyError(KeyError):
+    """A KeyError whose message is shown as it is; Python shows that of a plain one in quotes."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if len(self.args) == 1 else super().__str__()
+
+
+def message_of(error: BaseException) -> str:
+    """Return an error's message, that of a KeyError without the quotes that ``str`` puts around it."""
+    return str(error.args[0] if isinstance(error, KeyError) and len(error.args) == 1 else error)
+
+
 def plain(value: Any) -> Any:
     """Return a config's value in Python's own types: what OmegaConf, NumPy and others have for dict, list and int.
 

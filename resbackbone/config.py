@@ -14,10 +14,11 @@ import yaml
 from torch import nn
 
 from resbackbone.backbones import Backbone
-from resbackbone.checks import check_sequence, check_type, nearest, plain
-from resbackbone.lookup import import_modules
+from resbackbone.checks import UnknownKeyError, check_flag, check_sequence, check_type, message_of, nearest, plain
+from resbackbone.lookup import allow_imported, import_modules
 from resbackbone.registry import construct, find_type, scoped, split_type
 
+_MAX_ENTRIES = 100_000  # of a YAML file, a few lines of which can otherwise stand for billions
 BackboneSource = str | Path | Mapping[str, Any]
 
 
@@ -135,7 +136,7 @@ def load_config(config: BackboneSource) -> BackboneConfig:
         hint = nearest(
             config, config_files(), list_all="`resbackbone list` shows all names; a file ends in .yaml or .py"
         )
-        raise KeyError(f"unknown backbone {str(config)!r}{hint}")
+        raise UnknownKeyError(f"unknown backbone {str(config)!r}{hint}")
     return _pick_backbone(_load_py(path) if path.suffix == ".py" else _load_yaml(path), path)
 
 
@@ -196,7 +197,7 @@ def _pick_backbone(content: Any, path: Path) -> BackboneConfig:
         model = content.get("model")
         if isinstance(model, Mapping) and isinstance(model.get("backbone"), Mapping):
             return BackboneConfig(_plain(model["backbone"]))
-    raise KeyError(
+    raise UnknownKeyError(
         f"{str(path)!r} holds no backbone; it needs `type` at the top, or a dict `backbone` or `model.backbone`"
     )
 
@@ -206,9 +207,11 @@ def _load_py(path: Path) -> Any:
     from mmengine.config import Config
 
     try:
-        return Config.fromfile(path).to_dict()
+        config = Config.fromfile(path).to_dict()
     except Exception as error:  # whatever running somebody's Python raises
-        raise ValueError(f"{str(path)!r} does not run: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{str(path)!r} does not run: {type(error).__name__}: {message_of(error)}") from error
+    allow_imported(config.get("custom_imports"))
+    return config
 
 
 def _load_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -218,10 +221,16 @@ def _load_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         # A subclass of SafeLoader: no tag makes it call Python.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        _check_extent(content, _MAX_ENTRIES)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is no valid YAML of plain values: {error}") from error
     if not isinstance(content, dict):
-        raise KeyError(f"{str(path)!r} holds no backbone; it needs `type` at the top, got {content!r}")
+        raise UnknownKeyError(f"{str(path)!r} holds no backbone; it needs `type` at the top, got {content!r}")
+    if "custom_imports" in content:
+        raise ValueError(
+            f"{str(path)!r} has `custom_imports`, but a YAML file is data and imports nothing; whoever runs it names "
+            "the modules: --import my_variant, or build_backbone(..., imports=['my_variant'])"
+        )
     bases = content.pop("_base_", [])
     merged: dict[str, Any] = {}
     for base in check_sequence("_base_", [bases] if isinstance(bases, str) else bases):
@@ -247,10 +256,30 @@ class _StrictLoader(yaml.SafeLoader):
 _StrictLoader.add_constructor("tag:yaml.org,2002:python/tuple", _StrictLoader.construct_tuple)
 
 
+def _check_extent(value: Any, left: int) -> int:
+    """Return how many more entries there may be, aliases counted as often as they stand for something.
+
+    Raises:
+        YAMLError: If there are more.
+    """
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        left = _check_extent(item, left - 1)
+        if left < 0:
+            raise yaml.YAMLError(f"more than {_MAX_ENTRIES:,} entries, aliases counted as often as they are used")
+    return left
+
+
 def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``update`` over it, dicts within dicts merged likewise."""
-    merged = dict(base)
+    """Return ``base`` with ``update`` over it, dicts within dicts merged likewise.
+
+    Where a dict of ``update`` has ``_delete_: true``, it stands alone and what is below it is left out, as in mmengine.
+    """
+    if "_delete_" in update:
+        check_flag("_delete_", update["_delete_"])
+    merged = {} if update.get("_delete_") else dict(base)
     for key, value in update.items():
+        if key == "_delete_":
+            continue
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
@@ -259,8 +288,8 @@ def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """Copy dicts (mmengine's and OmegaConf's among them), lists and numbers as Python's own; the rest is kept."""
     value = plain(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Mapping):  # with nothing below it, so that `_delete_` has no effect any more
+        return {key: _plain(item) for key, item in value.items() if key != "_delete_"}
     if isinstance(value, (list, tuple)):
         return (list if isinstance(value, list) else tuple)(map(_plain, value))
     return value

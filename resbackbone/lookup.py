@@ -22,13 +22,19 @@ from typing import Any
 
 from mmengine.registry import DefaultScope, Registry
 
-from resbackbone.checks import check_sequence, check_type
+from resbackbone.checks import UnknownKeyError, check_sequence, check_type
 
 HOSTS = ("mmdet", "mmseg", "mmpretrain")
 # A dotted path may name a class of these, as the configs do that mmengine dumps.
 PACKAGES = ("torch.nn", "mmengine", "mmcv", *HOSTS)
 PLUGINS = "resbackbone.plugins"  # an entry point group: modules that register types when they are imported
 _imported: set[str] = set()
+
+
+def allow_imported(custom_imports: Any) -> None:
+    """Let configs name classes in the modules that a program's ``custom_imports`` has imported."""
+    names = (custom_imports or {}).get("imports", ()) if hasattr(custom_imports or {}, "get") else ()
+    _imported.update(name for name in ([names] if isinstance(names, str) else names) if name in sys.modules)
 
 
 def import_modules(names: Iterable[str]) -> None:
@@ -84,6 +90,11 @@ def default_registry(registry: Registry) -> Registry | None:
     """Return the registry of the current default scope, such as mmdet's while one of its configs is built."""
     scope = DefaultScope.get_current_instance()
     return None if scope is None else find_scope(scope.scope_name, registry)
+
+
+def unknown_scope(scope: object) -> UnknownKeyError:
+    """Return the error for a scope that no registry has."""
+    return UnknownKeyError(f"unknown scope {scope!r} in `_scope_`; a scope is that of a registry, such as 'mmdet'")
 
 
 def find_scope(scope: str, registry: Registry) -> Registry | None:
@@ -211,7 +222,7 @@ def _install() -> None:
     @functools.wraps(switch)
     def safe_switch(self: Registry, scope: str | None) -> Any:
         if scope is not None and _find.get() is not None and find_scope(scope, self) is None:
-            raise KeyError(f"unknown scope {scope!r} in `_scope_`; a scope is that of a registry, such as 'mmdet'")
+            raise unknown_scope(scope)
         return switch(self, scope)
 
     Registry.get = safe_get

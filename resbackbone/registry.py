@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.modules import activation, batchnorm, conv, loss
 
-from resbackbone.checks import check_mapping, nearest, plain
+from resbackbone.checks import UnknownKeyError, check_mapping, nearest, plain
 
 try:
     from mmengine import registry as roots
@@ -35,6 +35,7 @@ from resbackbone.lookup import (
     is_restricted,
     look_up,
     registered_only,
+    unknown_scope,
 )
 
 Built = TypeVar("Built")
@@ -161,7 +162,7 @@ def scoped(type_or_name: Any, scope: Any) -> Any:
     if scope is None or scope == "":
         return type_or_name
     if not isinstance(scope, str) or find_scope(scope, MODELS) is None:
-        raise KeyError(f"unknown scope {scope!r} in `_scope_`; a scope is that of a registry, such as 'mmdet'")
+        raise unknown_scope(scope)
     return f"{scope}.{type_or_name}" if isinstance(type_or_name, str) and "." not in type_or_name else type_or_name
 
 
@@ -182,7 +183,7 @@ def _find_inner(name: str, registry: Registry) -> Any:
     if registry.root is ROOT_MODELS:
         _check_kind(found, name, "layer", nn.Module)
     elif not is_registered(found, registry):
-        raise KeyError(f"unknown type {name!r}; it is in no {registry.name} registry")
+        raise UnknownKeyError(f"unknown type {name!r}; it is in no {registry.name} registry")
     return found
 
 
@@ -212,7 +213,7 @@ def _find_name(name: str, what: str, registry: Registry) -> Any:
     elif found is None:
         where += "; mmcv, which has more layers, is not installed: pip install 'resbackbone[mm]'"
     if found is None:
-        raise KeyError(f"unknown {what} type {name!r}" + nearest(name, _known_names(registry), list_all=where))
+        raise UnknownKeyError(f"unknown {what} type {name!r}" + nearest(name, _known_names(registry), list_all=where))
     return found
 
 
@@ -245,7 +246,7 @@ def split_type(cfg: Any, argument: str) -> tuple[Any, dict[str, Any]]:
     """
     check_mapping(argument, cfg, optional=False)
     if "type" not in cfg:
-        raise KeyError(f"`{argument}` needs a `type`, got {dict(cfg)!r}")
+        raise UnknownKeyError(f"`{argument}` needs a `type`, got {dict(cfg)!r}")
     rest = dict(plain(cfg))
     return rest.pop("type"), rest
 

@@ -170,3 +170,31 @@ class TestLoadReport:
         shown = run("load-report", "deep.yaml", "small.pth", status=1).stdout
         assert re.search(r"missing +│ 80 +│ layer1\.2\.conv1\.weight", shown)
         assert "no checkpoint at 'gone.pth'" in fails("load-report", "small.yaml", "gone.pth")
+
+
+class TestOut:
+    @pytest.fixture(autouse=True)
+    def _folder(self, folder):
+        write_config("small.yaml")
+        Path("file").write_text("mine")
+        Path("there").mkdir()
+
+    @pytest.mark.parametrize("out", ["file", "file/inner", "file/inner/deeper"])
+    def test_u3_extract_refuses_a_file_for_its_folder(self, out):
+        said = fails("extract", "small.yaml", "picture.png", "--out", out)
+        assert said == "--out needs a folder, but 'file' is a file; give another one"
+        assert Path("file").read_text() == "mine"
+
+    @pytest.mark.parametrize("command", ["bench", "export"])
+    def test_u3_a_folder_is_refused_for_a_file_before_anything_is_computed(self, command):
+        assert fails(command, "small.yaml", "--out", "there") == (
+            "--out needs the name of a file, but 'there' is a folder"
+        )
+        assert fails(command, "small.yaml", "--out", "none/net.pt2") == (
+            "--out needs a folder that is there, but 'none' is none"
+        )
+
+    def test_u3_train_refuses_a_file_for_its_folder(self):
+        Path("recipe.py").write_text("model = dict(type='Nothing')")
+        said = fails("train", "recipe.py", "--work-dir", "file")
+        assert said == "--work-dir needs a folder, but 'file' is a file; give another one"

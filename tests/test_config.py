@@ -14,6 +14,8 @@ from mmengine.registry import Registry
 
 import resbackbone
 from resbackbone import MODELS, ResNet, ResNetV1d, ResNeXt, build_backbone, list_backbones
+from resbackbone.checkpoints import convert_state_dict
+from resbackbone.checkpoints.catalog import find_weights
 from resbackbone.config import load_config
 from resbackbone.layers import Module
 from resbackbone.necks import FPN
@@ -204,6 +206,55 @@ def test_a_base_is_merged_dict_by_dict_and_the_last_word_wins(write):
         "norm_cfg": {"type": "GN", "num_groups": 2},
     }
     assert build_backbone(path).gn1.num_groups == 2
+
+
+def test_u3_delete_leaves_out_what_is_below(write):
+    base = {"type": "ResNet", "depth": 18, "base_channels": 8, "norm_cfg": {"type": "SyncBN", "momentum": 0.5}}
+    write("base.yaml", {"backbone": base, "source": "mine"})
+
+    def load(**update):
+        return load_config(write("net.yaml", {"_base_": "base.yaml", "backbone": update})).backbone
+
+    norm = {"type": "GN", "num_groups": 2}
+    assert load(norm_cfg={**norm, "_delete_": True}) == {**base, "norm_cfg": norm}
+    assert load(norm_cfg={**norm, "_delete_": False})["norm_cfg"] == {**norm, "momentum": 0.5}
+    assert load(**TINY, _delete_=True) == TINY
+    assert load(conv_cfg={"type": "ConvWS", "_delete_": True}) == {**base, "conv_cfg": {"type": "ConvWS"}}
+    assert build_backbone(TINY, norm_cfg={**norm, "_delete_": True}).gn1.num_groups == 2
+    write("top.yaml", {"_base_": "net.yaml", "_delete_": True, "backbone": TINY})
+    assert load_config(Path(write("top.yaml", {"_base_": "net.yaml", "_delete_": True, **TINY}))).backbone == TINY
+    with pytest.raises(TypeError, match="`_delete_` must be True or False, got 'yes'"):
+        load(norm_cfg={**norm, "_delete_": "yes"})
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda: build_backbone("no_such_net"),
+        lambda: build_backbone({"type": "NoSuchNet"}),
+        lambda: build_backbone({**TINY, "depth": 7}),
+        lambda: build_backbone({**TINY, "norm_cfg": {}}),
+        lambda: build_backbone({**TINY, "plugins": [{"cfg": {}}]}),
+        lambda: build_backbone({**TINY, "_scope_": "no_such"}),
+        lambda: build_backbone({"type": "RegNet", "arch": "no_such"}),
+        lambda: build_backbone({"type": "RegNet", "arch": {}}),
+        lambda: MODELS.build({"type": "NoSuchNet"}),
+        lambda: MODELS.build({"type": "ResNet", "depth": 7}),
+        lambda: find_weights("no_such_weights"),
+        lambda: convert_state_dict({}, "no_such_layout"),
+        lambda: FPN([8], 8, 1, act_cfg={"type": "NoSuchNet"}),
+    ],
+)
+def test_u3_a_key_error_is_shown_without_quotes(fail):
+    with pytest.raises(KeyError) as caught:
+        fail()
+    assert str(caught.value) == caught.value.args[0]
+
+
+def test_u3_an_error_inside_another_is_shown_without_quotes(write):
+    path = write("net.py", "from resbackbone import build_backbone\nraise KeyError('a `text` with it\\'s quotes')\n")
+    with pytest.raises(ValueError, match=r"does not run: KeyError: a `text` with it's quotes$"):
+        build_backbone(path)
 
 
 def test_a_base_may_have_a_base_in_another_folder(write, tmp_path):

@@ -98,8 +98,10 @@ class TestExtract:
     )
     def test_dtypes(self, folder, dtype, in_npy):
         make_picture("a.png")
-        run("extract", "small.yaml", "a.png", "--out", "out", "--dtype", dtype)
-        run("extract", "small.yaml", "a.png", "--out", "out", "--dtype", dtype, "--format", "safetensors")
+        backend = ("--backend", "plain") if dtype == "float16" else ()  # the others refuse it on a CPU
+        arguments = ("extract", "small.yaml", "a.png", "--out", "out", "--dtype", dtype, *backend)
+        run(*arguments)
+        run(*arguments, "--format", "safetensors")
         tensors = load_file("out/a.png/features.safetensors")
         assert list(tensors) == LEVELS
         for name, values in maps("out/a.png").items():
@@ -210,7 +212,8 @@ class TestExtract:
         torch.save(net.state_dict(), "small.pth")
         make_picture("a.png")
         arguments = ("extract", "small.yaml", "a.png", "--out", "out", "--checkpoint", "small.pth")
-        assert "a.png: infinite or NaN in layer4; try another --dtype" in run(*arguments, "--dtype", "float16").stderr
+        half = ("--dtype", "float16", "--backend", "plain")
+        assert "a.png: infinite or NaN in layer4; try another --dtype" in run(*arguments, *half).stderr
         assert run(*arguments, "--dtype", "float64").stderr == ""
 
     def test_pretrained_weights_of_the_config_are_named(self, folder, shake):
@@ -244,7 +247,7 @@ class TestExtractRefuses:
                 "'small.pth' does not fit ResNet, nothing was changed",
             ),
             (("five.yaml", "a.png"), "pictures have 1 or 3 channels, the backbone's `in_channels` is 5"),
-            (("small.yaml", "a.png", "--out", "small.yaml"), "[Errno 17] File exists: 'small.yaml'"),
+            (("small.yaml", "a.png", "--out", "small.yaml"), "--out needs a folder, but 'small.yaml' is a file"),
             (("small.yaml", "a.png", "--out", "."), "the results of a.png need a folder a.png, which is a file"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

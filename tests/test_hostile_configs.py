@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from command_line import fails, make_picture, run, written
 from hostile_configs import DOORS, EVIL, SPELLINGS, TINY, evil_module
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS as ROOT_MODELS
@@ -11,6 +13,7 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from resbackbone import MODELS, ResNet, build_backbone
+from resbackbone.lookup import import_plugins
 
 
 @pytest.fixture
@@ -149,3 +152,130 @@ def test_s1_what_is_imported_is_said_by_whoever_builds(tmp_path, monkeypatch):
 def test_s1_imports_are_modules_that_are_there(imports, error, words):
     with pytest.raises(error, match=words):
         build_backbone(TINY, imports=imports)
+
+
+YAML_DOORS = {
+    "type": lambda type_: {"type": type_},
+    "backbone": lambda type_: {"backbone": {**TINY, "type": type_}},
+    "model": lambda type_: {"model": {"backbone": {**TINY, "type": type_}}},
+    "scope": lambda type_: {**TINY, "_scope_": type_},
+    "conv_cfg": lambda type_: {**TINY, "conv_cfg": {"type": type_}},
+    "norm_cfg": lambda type_: {**TINY, "norm_cfg": {"type": type_, "command": "touch mark"}},
+    "dcn": lambda type_: {**TINY, "stage_with_dcn": [True] * 4, "dcn": {"type": type_}},
+    "plugin": lambda type_: {**TINY, "plugins": [{"cfg": {"type": type_}, "position": "after_conv2"}]},
+    "plugin's norm": lambda type_: {
+        **TINY,
+        "plugins": [{"cfg": {"type": "NonLocal2d", "norm_cfg": {"type": type_}}, "position": "after_conv2"}],
+    },
+}
+COMMANDS = {
+    "info": ("info", "net.yaml"),
+    "extract": ("extract", "net.yaml", "a.png", "--out", "out"),
+    "export": ("export", "net.yaml", "--to", "torch-export", "--out", "net.pt2"),
+    "bench": ("bench", "net.yaml", "--size", "32", "--runs", "1"),
+    "load-report": ("load-report", "net.yaml", "resnet18"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_picture("a.png")
+    return tmp_path
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("door", YAML_DOORS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_s1_no_command_runs_what_a_yaml_names(mark, door, command):
+    for spelling in ("os.system", f"{EVIL}.Layer", EVIL):
+        Path("net.yaml").write_text(yaml.safe_dump(YAML_DOORS[door](spelling)))
+        Path("over.yaml").write_text("_base_: net.yaml\n")
+        for config in ("net.yaml", "over.yaml"):
+            arguments = [config if argument == "net.yaml" else argument for argument in COMMANDS[command]]
+            said = run(*arguments, status=2).stderr
+            assert f"'{spelling}'" in said
+            assert "unknown" in said
+    assert not Path("out").exists() or written("out") == []
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_s1_custom_imports_in_a_yaml_are_refused_with_the_right_way(mark, command):
+    config = {**TINY, "custom_imports": {"imports": [EVIL], "allow_failed_imports": False}}
+    Path("net.yaml").write_text(yaml.safe_dump(config))
+    Path("base.yaml").write_text(yaml.safe_dump({"custom_imports": EVIL}))
+    said = run(*COMMANDS[command], status=2).stderr
+    assert "`custom_imports`, but a YAML file is data and imports nothing" in said
+    assert "--import my_variant" in said
+    Path("net.yaml").write_text(yaml.safe_dump({**TINY, "_base_": "base.yaml"}))
+    assert "--import my_variant" in run(*COMMANDS[command], status=2).stderr
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("command", [("train", "net.yaml"), ("test", "net.yaml", "weights.pth")], ids=lambda c: c[0])
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
+def test_s1_a_training_config_that_is_data_is_refused(mark, command, suffix):
+    content = {"custom_imports": {"imports": [EVIL]}, "model": {"type": f"{EVIL}.call"}, "work_dir": "out"}
+    Path("net").with_suffix(suffix).write_text(yaml.safe_dump(content))
+    said = fails(*(argument.replace(".yaml", suffix) for argument in command))
+    assert "the config of a training is a program, a .py file in OpenMMLab's format" in said
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_s1_import_names_a_module_of_the_current_folder(monkeypatch, command):
+    Path("my_variant.py").write_text(
+        "from resbackbone import MODELS, ResNet\n@MODELS.register_module()\nclass Mine(ResNet):\n    pass\n"
+    )
+    Path("net.yaml").write_text("{type: Mine, depth: 18, base_channels: 4}\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert "unknown backbone type 'Mine'" in run(*COMMANDS[command], status=2).stderr
+    assert "--import" in run(*COMMANDS[command], status=2).stderr
+    said = run(*COMMANDS[command], "--import", "no_such", status=2).stderr
+    assert "names the module 'no_such', which cannot be imported" in said
+    try:
+        # No weights of resnet18 fit four channels: there the type is known, and the report says so.
+        run(*COMMANDS[command], "--import", "my_variant", status=2 if command == "load-report" else 0)
+        assert "Mine" in MODELS.module_dict
+    finally:
+        MODELS.module_dict.pop("Mine", None)
+        sys.modules.pop("my_variant", None)
+
+
+def test_s1_an_installed_plugin_registers_types(tmp_path, monkeypatch):
+    (tmp_path / "a_plugin.py").write_text(
+        "from resbackbone import MODELS, ResNet\n@MODELS.register_module()\nclass Plugged(ResNet):\n    pass\n"
+    )
+    facts = tmp_path / "a_plugin-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: a-plugin\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[resbackbone.plugins]\nmine = a_plugin\nbroken = no_such_plugin\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import_plugins.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="the plugin 'no_such_plugin' was left out"):
+            assert type(build_backbone({**TINY, "type": "Plugged"})).__name__ == "Plugged"
+    finally:
+        MODELS.module_dict.pop("Plugged", None)
+        sys.modules.pop("a_plugin", None)
+        import_plugins.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)),
+        "type: ResNet\ndepth: 18\nplugins: &loop [*loop]\n",
+        "type: &loop {type: *loop}\n",
+        "plugins: " + "[" * 20_000 + "]" * 20_000,
+        "type: ResNet\ndepth: 18\nout_indices: [" + "0, " * 200_000 + "0]\n",
+    ],
+    ids=["billion laughs", "list in itself", "dict in itself", "deep", "long"],
+)
+def test_s1_a_small_yaml_stands_for_no_endless_config(tmp_path, text):
+    path = tmp_path / "net.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="no valid YAML of plain values"):
+        build_backbone(path)

@@ -73,8 +73,16 @@ class TestBackend:
         run(*arguments, "--backend", "plain", "--out", "plain")
         assert_alike("fast/a.png", "plain/a.png")
 
-    @pytest.mark.parametrize("dtype", ["float16", "float64"])
-    def test_what_is_not_optimised_is_computed_plainly_which_is_said(self, dtype):
+    def test_u3_float16_on_a_cpu_is_refused_before_work_starts(self):
+        arguments = ("extract", "small.yaml", "a.png", "--out", "half", "--dtype", "float16")
+        for backend in ((), ("--backend", "auto"), ("--backend", "eager"), ("--backend", "onednn")):
+            assert fails(*arguments, *backend).startswith("`dtype` float16 is not for CPUs; take float32 or bfloat16")
+        assert written("half") == []
+        run(*arguments, "--backend", "plain")
+        assert maps("half/a.png")["layer4"].dtype == "float16"
+
+    def test_what_is_not_optimised_is_computed_plainly_which_is_said(self):
+        dtype = "float64"
         arguments = ("extract", "small.yaml", "a.png", "--dtype", dtype)
         said = run(*arguments, "--out", "out").stdout
         assert "computed by the plain net: `dtype`" in said

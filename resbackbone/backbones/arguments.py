@@ -10,6 +10,7 @@ from resbackbone.backbones.initialisation import check_initialisation
 from resbackbone.backbones.res_layer import DilationStyle
 from resbackbone.blocks.base import check_dcn, check_plugin_names, check_plugins
 from resbackbone.checks import (
+    UnknownKeyError,
     check_choice,
     check_flag,
     check_int,
@@ -71,7 +72,7 @@ def check_depth(name: str, depth: object, arch_settings: Mapping[int, Any]) -> N
     # A tuple compares where a dict would hash, and a list has no hash.
     if depth not in tuple(arch_settings) or isinstance(depth, (bool, float)):
         allowed = ", ".join(map(str, arch_settings))
-        raise KeyError(f"`depth` of {name} must be one of {allowed}; got {depth!r}")
+        raise UnknownKeyError(f"`depth` of {name} must be one of {allowed}; got {depth!r}")
 
 
 def resolve_out_indices(out_indices: Sequence[OutIndex], num_stages: int) -> tuple[OutIndex, ...]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from resbackbone.checks import check_choice, check_int, check_type, nearest
+from resbackbone.checks import UnknownKeyError, check_choice, check_int, check_type, nearest
 
 Arch = Mapping[str, Any]
 
@@ -78,16 +78,16 @@ def resolve_arch(arch: object, archs: Mapping[str, Arch], **overrides: Any) -> d
     """
     if isinstance(arch, str):
         if arch not in archs:
-            raise KeyError(f"unknown `arch` {arch!r}" + nearest(arch, archs))
+            raise UnknownKeyError(f"unknown `arch` {arch!r}" + nearest(arch, archs))
         arch = archs[arch]
     check_type("arch", arch, Mapping, "a name or a dict of w0, wa, wm, group_w and depth")
     assert isinstance(arch, Mapping)
     for key in arch:
         if key not in REQUIRED and key not in OPTIONAL:
-            raise KeyError(f"`arch` has no entry {key!r}" + nearest(key, (*REQUIRED, *OPTIONAL)))
+            raise UnknownKeyError(f"`arch` has no entry {key!r}" + nearest(key, (*REQUIRED, *OPTIONAL)))
     for key in REQUIRED:
         if key not in arch:
-            raise KeyError(f"`arch` needs {key!r}, got only {', '.join(map(repr, arch)) or 'an empty dict'}")
+            raise UnknownKeyError(f"`arch` needs {key!r}, got only {', '.join(map(repr, arch)) or 'an empty dict'}")
     settings = {**OPTIONAL, **arch, **{key: value for key, value in overrides.items() if value is not None}}
     _check_values(settings)
     return settings

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from resbackbone.checks import check_choice, check_mapping, check_sequence, check_type
+from resbackbone.checks import UnknownKeyError, check_choice, check_mapping, check_sequence, check_type
 from resbackbone.layers import DropPath, Module, build_conv_layer, build_norm_layer, build_plugin_layer, plugin_name
 from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.deform_conv import rename_old_offsets
@@ -290,7 +290,7 @@ def check_plugins(plugins: Sequence[Config] | None, block: Any) -> None:
         check_type(name, plugin, Mapping, "a dict with `cfg`, `position` and optionally `stages`")
         if not {"cfg", "position"} <= set(plugin) <= {"cfg", "position", "stages"}:
             keys = ", ".join(map(repr, plugin)) or "nothing"
-            raise KeyError(f"`{name}` needs `cfg` and `position` and may have `stages`; got {keys}")
+            raise UnknownKeyError(f"`{name}` needs `cfg` and `position` and may have `stages`; got {keys}")
         check_choice(f"{name}['position'] in a {block.__name__}", plugin["position"], positions)
         find_type(split_type(plugin["cfg"], f"{name}['cfg']")[0], "plugin")
 

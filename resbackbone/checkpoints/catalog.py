@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from resbackbone.checks import nearest
+from resbackbone.checks import UnknownKeyError, nearest
 from resbackbone.preprocessing import Preprocessing
 
 # The same origin under an older name, as mmengine reads it.
@@ -92,7 +92,7 @@ def find_weights(name: str) -> Weights:
     asked = _modern(name)
     if asked not in known:
         hint = nearest(asked, known, list_all="`resbackbone list --weights` shows what there is")
-        raise KeyError(f"no weights are known as {name!r}{hint}")
+        raise UnknownKeyError(f"no weights are known as {name!r}{hint}")
     return known[asked]
 
 
@@ -114,7 +114,7 @@ def default_weights(config_name: str) -> Weights:
     defaults = {weights.config: weights for weights in _catalog().values() if weights.default}
     if config_name not in defaults:
         hint = nearest(config_name, defaults, list_all="`resbackbone list --weights` shows what there is")
-        raise KeyError(f"no published weights are known for {config_name!r}{hint}")
+        raise UnknownKeyError(f"no published weights are known for {config_name!r}{hint}")
     return defaults[config_name]
 
 

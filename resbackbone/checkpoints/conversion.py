@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from resbackbone.checkpoints.layouts import ALIASES, LAYOUTS, Layout, Tensors, is_native
-from resbackbone.checks import nearest
+from resbackbone.checks import UnknownKeyError, nearest
 
 # Tensors that nearly every net of the family has: where one of them is found, a backbone begins.
 _ANCHORS = (
@@ -94,7 +94,7 @@ def get_layout(name: str) -> Layout:
     """
     name = ALIASES.get(name, name)
     if name not in LAYOUTS:
-        raise KeyError(f"unknown layout {name!r}{nearest(name, [*LAYOUTS, *ALIASES])}")
+        raise UnknownKeyError(f"unknown layout {name!r}{nearest(name, [*LAYOUTS, *ALIASES])}")
     return LAYOUTS[name]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resbackbone.cli.console import say, user_errors
+from resbackbone.cli.console import Imports, check_file, import_named, say, user_errors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,6 +29,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile too, which takes a minute.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    imports: Imports = None,
 ) -> None:
     """Time a backbone, and in turn with it, on the same images, what `optimize` and `quantize` make of it.
 
@@ -45,6 +46,8 @@ def bench(
     from resbackbone.images import parse_size
 
     with user_errors():
+        import_named(imports)
+        check_file("--out", out)
         pixels = parse_size(size)
         height, width = (pixels, pixels) if isinstance(pixels, int) else pixels
         if threads is not None:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
+from resbackbone.checks import message_of
+
 Item = TypeVar("Item")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        help="Import a module of yours that registers types, before CONFIG is read. May be repeated.",
+        show_default=False,
+    ),
+]
 
 results = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
@@ -54,10 +67,38 @@ def with_progress(
 
 def one_line(error: BaseException) -> str:
     """Return an error's message in one line."""
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    text = message_of(error)
     if "Original Traceback (most recent call last):" in text:  # a data loader's worker has all of it in its message
         text = text.strip().splitlines()[-1]
     return " ".join(text.split()) or type(error).__name__
+
+
+def import_named(modules: Iterable[str] | None) -> None:
+    """Import what ``--import`` names, from the current folder as well, which is searched last.
+
+    Raises:
+        ImportError: If a module cannot be imported.
+    """
+    from resbackbone.lookup import import_modules
+
+    if modules:
+        sys.path.append(str(Path.cwd()))
+        import_modules(list(modules))
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Raise ValueError where a folder cannot be made, as a file stands in its way."""
+    for there in (path, *path.parents):
+        if there.exists() and not there.is_dir():
+            raise ValueError(f"{option} needs a folder, but {str(there)!r} is a file; give another one")
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Raise ValueError where a file cannot be written because of what is there, before it takes time to find out."""
+    if path is not None and path.is_dir():
+        raise ValueError(f"{option} needs the name of a file, but {str(path)!r} is a folder")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ValueError(f"{option} needs a folder that is there, but {str(path.parent)!r} is none")
 
 
 @contextmanager

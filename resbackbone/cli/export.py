@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from resbackbone.cli.console import say, user_errors
+from resbackbone.cli.console import Imports, check_file, import_named, say, user_errors
 
 
 class Target(str, Enum):
@@ -46,6 +46,7 @@ def export(
         str | None,
         typer.Option(help="Take images of this size only: one side of a square, or HEIGHTxWIDTH.", show_default="any"),
     ] = None,
+    imports: Imports = None,
 ) -> None:
     """Write a backbone to a file that takes batches and images of any size.
 
@@ -60,6 +61,8 @@ def export(
     from resbackbone.inference.export_formats import FORMATS
 
     with user_errors():
+        import_named(imports)
+        check_file("--out", out)
         pixels = None if size is None else parse_size(size)
         net = build_backbone(config)
         weights = "as the config initialises them (no checkpoint given)"

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resbackbone.cli.console import messages, printable, say, user_errors, with_progress
+from resbackbone.cli.console import (
+    Imports,
+    check_folder,
+    import_named,
+    messages,
+    printable,
+    say,
+    user_errors,
+    with_progress,
+)
 
 if TYPE_CHECKING:
     from resbackbone.cli.pipeline import Job, Outcome
@@ -72,6 +81,7 @@ def extract(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep results that are complete and made with the same settings.")
     ] = False,
+    imports: Imports = None,
 ) -> None:
     """Write every feature map of each picture, (channels, height, width), and pyramid.png, an overview.
 
@@ -88,8 +98,10 @@ def extract(
 
     keep_freed_memory()
     with user_errors():
+        import_named(imports)
         ranks = Ranks.from_environment()
         pixels = None if size is None else parse_size(size)
+        check_folder("--out", out)
         left_out: dict[Path, str] = {}
         found = find_images(pictures, leave_out=out, on_left_out=left_out.__setitem__)
         jobs = [Job(path, out / name) for path, name in ranks.share(found).items()]

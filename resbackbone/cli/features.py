@@ -55,6 +55,10 @@ class Extractor:
         self, config: str, *, checkpoint: str | None, device: str, dtype: str, fpn: bool, backend: str = "auto"
     ) -> None:
         check_device(device)
+        if dtype == "float16" and backend != "plain" and device == "cpu":
+            raise ValueError(
+                "`dtype` float16 is not for CPUs; take float32 or bfloat16, or --backend plain for the net as it is"
+            )
         backbone_config = load_config(config).backbone
         torch.manual_seed(SEED)
         net = build_backbone(backbone_config)

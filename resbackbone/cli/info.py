@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resbackbone.cli.console import results, say, user_errors
+from resbackbone.cli.console import Imports, import_named, results, say, user_errors
 
 
 def info(
@@ -18,6 +18,7 @@ def info(
     *,
     size: Annotated[str, typer.Option(help="Image in pixels: one side of a square, or HEIGHTxWIDTH.")] = "224",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    imports: Imports = None,
 ) -> None:
     """Show a backbone's stages: channels, strides, parameters, multiply-accumulates for one image."""
     from resbackbone.complexity import build_on_meta, measure
@@ -25,6 +26,7 @@ def info(
     from resbackbone.images import parse_size
 
     with user_errors():
+        import_named(imports)
         pixels = parse_size(size)
         loaded = load_config(config)
         net = build_on_meta(loaded.backbone)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from resbackbone.cli.console import results, user_errors
+from resbackbone.cli.console import Imports, import_named, results, user_errors
 
 
 def load_report(
@@ -16,6 +16,8 @@ def load_report(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="A file, a name that `resbackbone list --weights` shows, or a URL.")
     ],
+    *,
+    imports: Imports = None,
 ) -> None:
     """Show what loading SRC into CONFIG does, key by key; the exit status is 1 if it would be refused."""
     from resbackbone.checkpoints import load_checkpoint
@@ -23,6 +25,7 @@ def load_report(
     from resbackbone.config import construct_backbone
 
     with user_errors():
+        import_named(imports)
         report = load_checkpoint(construct_backbone(config), source, strict=False)
     results.print(report)
     if problems(report):

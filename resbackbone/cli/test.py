@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from resbackbone.cli.console import say, user_errors
+from resbackbone.cli.console import Imports, check_folder, import_named, say, user_errors
 from resbackbone.cli.train import ConfigFile, Launcher, MoreOverrides, Overrides, Started, WorkFolder
 
 
@@ -20,6 +20,7 @@ def measure(
     work_dir: WorkFolder = None,
     launcher: Started = Launcher.NONE,
     cfg_options: Overrides = None,
+    imports: Imports = None,
 ) -> None:
     """Measure a classifier's accuracy: one of `resbackbone train`, or anybody's with its fc."""
     from mmengine.dist import is_main_process
@@ -27,6 +28,9 @@ def measure(
     from resbackbone.training.running import build_runner, leave_processes
 
     with user_errors():
+        import_named(imports)
+        if work_dir is not None:
+            check_folder("--work-dir", work_dir)
         runner = build_runner(
             config,
             work_dir=work_dir,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from resbackbone.cli.console import say, user_errors
+from resbackbone.cli.console import Imports, check_folder, import_named, say, user_errors
 
 
 class Launcher(str, Enum):
@@ -50,6 +50,7 @@ def train(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Only operators that give the same result in every run.")
     ] = False,
+    imports: Imports = None,
 ) -> None:
     """Train by a config, which is Python and runs: use only one that you trust.
 
@@ -61,6 +62,9 @@ def train(
     from resbackbone.training.running import CheckpointDoesNotFit, build_runner, leave_processes
 
     with user_errors():
+        import_named(imports)
+        if work_dir is not None:
+            check_folder("--work-dir", work_dir)
         runner = build_runner(
             config,
             work_dir=work_dir,

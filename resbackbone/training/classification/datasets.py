@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from resbackbone.checks import check_choice, nearest
+from resbackbone.checks import UnknownKeyError, check_choice, nearest
 from resbackbone.images import describe_left_out, find_images, read_image, readable_suffixes
 from resbackbone.registry import DATASETS
 from resbackbone.training.classification.transforms import Transform, build_transforms
@@ -125,7 +125,7 @@ def _find_classes(root: Path, wanted: Sequence[str] | None, left_out: dict[Path,
         raise ValueError(f"{str(root)!r} has no subfolders; it should have one for each class")
     for name in wanted or ():
         if str(name) not in there:
-            raise KeyError(f"{str(root)!r} has no class {name!r}{nearest(name, there)}")
+            raise UnknownKeyError(f"{str(root)!r} has no class {name!r}{nearest(name, there)}")
     return tuple(there if wanted is None else map(str, wanted))
 
 

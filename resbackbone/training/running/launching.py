@@ -13,7 +13,8 @@ from mmengine.config import Config, DictAction
 from mmengine.dist import is_distributed
 from torch import distributed
 
-from resbackbone.checks import check_choice, nearest
+from resbackbone.checks import UnknownKeyError, check_choice, message_of, nearest
+from resbackbone.lookup import allow_imported
 from resbackbone.training.running.runner import ResumableRunner
 
 Launcher = Literal["none", "pytorch", "slurm", "mpi"]
@@ -61,21 +62,27 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         FileNotFoundError: If there is no such file.
         KeyError: If an override begins with a name that no config has.
-        ValueError: If the file does not run, or an override is none.
+        ValueError: If the file is no .py file or does not run, or an override is none.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config file at {str(path)!r}")
+    if Path(path).suffix != ".py":
+        raise ValueError(
+            f"the config of a training is a program, a .py file in OpenMMLab's format; got {str(path)!r}, which "
+            "mmengine would let import and call whatever it names; write it as a .py file"
+        )
     try:
         config = Config.fromfile(path)
     except Exception as error:  # whatever running somebody's Python raises
-        raise ValueError(f"{str(path)!r} does not run: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{str(path)!r} does not run: {type(error).__name__}: {message_of(error)}") from error
+    allow_imported(config.get("custom_imports"))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"an override is KEY=VALUE, such as train_cfg.max_epochs=5; got {override!r}")
         known = {*config, *_OPTIONAL}
         if (name := key.partition(".")[0]) not in known:
-            raise KeyError(f"the config has no {name!r}{nearest(name, known)}")
+            raise UnknownKeyError(f"the config has no {name!r}{nearest(name, known)}")
         config.merge_from_dict({key: DictAction._parse_iterable(value)})
     return config
 

@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
-from resbackbone.checks import check_mapping, nearest
+from resbackbone.checks import UnknownKeyError, check_mapping, nearest
 from resbackbone.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from resbackbone.training.param_groups import param_groups
 
@@ -34,12 +34,16 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         known = ("layer_decay", "no_decay")
         for name in paramwise_cfg or ():
             if name not in known:
-                raise KeyError(f"`paramwise_cfg` of LayerDecayConstructor has no {name!r}" + nearest(name, known))
+                raise UnknownKeyError(
+                    f"`paramwise_cfg` of LayerDecayConstructor has no {name!r}" + nearest(name, known)
+                )
         # Without any entry mmengine would not come to `add_params`.
         super().__init__(optim_wrapper_cfg, {"layer_decay": 1.0, **(paramwise_cfg or {})})
         for name in ("lr", "weight_decay"):
             if name not in self.optimizer_cfg:
-                raise KeyError(f"LayerDecayConstructor needs `{name}` in `optimizer`, got {dict(self.optimizer_cfg)!r}")
+                raise UnknownKeyError(
+                    f"LayerDecayConstructor needs `{name}` in `optimizer`, got {dict(self.optimizer_cfg)!r}"
+                )
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **unused: Any) -> None:
         """Add the groups of a model to ``params``."""

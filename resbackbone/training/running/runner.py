@@ -17,7 +17,7 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resbackbone.checks import nearest
+from resbackbone.checks import UnknownKeyError, nearest
 from resbackbone.registry import MODEL_WRAPPERS, RUNNERS
 from resbackbone.training.running.agreement import fail_together
 from resbackbone.training.running.checkpointing import (
@@ -202,7 +202,7 @@ def _wrapper(cfg: dict[str, Any]) -> dict[str, Any]:
     kind = MODEL_WRAPPERS.get(name)
     if kind is None:
         known = {*MODEL_WRAPPERS.module_dict, *MODEL_WRAPPERS.parent.module_dict}
-        raise KeyError(f"unknown model_wrapper_cfg.type {name!r}{nearest(name, known)}")
+        raise UnknownKeyError(f"unknown model_wrapper_cfg.type {name!r}{nearest(name, known)}")
     if name in MODEL_WRAPPERS.module_dict:
         cfg = {**cfg, "type": f"{MODEL_WRAPPERS.scope}.{name}"}
     on_cpus = issubclass(kind, DistributedDataParallel) and not torch.cuda.is_available()
