@@ -18,7 +18,7 @@ from torch import nn
 import resbackbone
 from resbackbone import FeatureInfo, ResNet, ResNetV2
 from resbackbone.complexity import build_on_meta
-from resbackbone.inference import export, optimize
+from resbackbone.inference import export, optimize, quantize
 from resbackbone.inference.export_formats import FORMATS
 from resbackbone.necks import FPN
 from resbackbone.preprocessing import CAFFE, TORCHVISION
@@ -171,6 +171,139 @@ class TestFiles:
         assert tuple(exported.differences) == tuple(info.name for info in net.feature_info)
 
 
+def with_fpn(net, **options):
+    return nn.Sequential(net, FPN(net.out_channels, 16, **options))
+
+
+class Detector(nn.Module):
+    """A detector as OpenMMLab has it, whose forward pass needs more than images."""
+
+    def __init__(self, net, neck=None):
+        super().__init__()
+        self.backbone = net
+        if neck is not None:
+            self.neck = neck
+        self.bbox_head = nn.Conv2d(16, 4, 1)
+
+    def extract_feat(self, images):
+        maps = self.backbone(images)
+        return self.neck(maps) if hasattr(self, "neck") else maps
+
+    def forward(self, images, data_samples):
+        return [self.bbox_head(level) for level in self.extract_feat(images)], data_samples
+
+
+class TorchvisionDetector(nn.Module):
+    """A detector that takes a list of images and returns a list of dicts."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.backbone = Named(net)
+
+    def forward(self, images, targets=None):
+        return [{"boxes": self.backbone(image[None])["0"]} for image in images]
+
+
+class Named(nn.Module):
+    """Returns a dict."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixel_values):
+        return {str(index): level for index, level in enumerate(self.net(pixel_values))}
+
+
+class Last(nn.Module):
+    """Returns a tensor."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)[-1]
+
+
+PYRAMID = ["p2", "p3", "p4", "p5", "p6"]
+MODELS = {
+    "neck": (lambda net: with_fpn(net, num_outs=5), PYRAMID),
+    "nested": (lambda net: nn.Sequential(nn.Sequential(net), with_fpn(net, num_outs=5)[1]), PYRAMID),
+    "extra convolutions": (lambda net: with_fpn(net, num_outs=6, add_extra_convs="on_output"), [*PYRAMID, "p7"]),
+    "from the second stage": (lambda net: with_fpn(net, num_outs=5, start_level=1), [*PYRAMID[1:], "p7"]),
+    "detector": (lambda net: Detector(net, with_fpn(net, num_outs=5)[1]), PYRAMID),
+    "detector without a neck": (Detector, [f"layer{index}" for index in range(1, 5)]),
+    "torchvision's detector": (TorchvisionDetector, ["0", "1", "2", "3"]),
+    "dict": (Named, ["0", "1", "2", "3"]),
+    "tensor": (Last, ["p5"]),
+}
+
+
+class TestModels:
+    """What is built around a backbone, with outputs that nobody has to list."""
+
+    @pytest.fixture
+    def net(self, shake):
+        return shake(ResNet(18, base_channels=8, stage_blocks=(1, 1, 1, 1))).eval()
+
+    @pytest.mark.parametrize("to", ["torch-export", pytest.param("onnx", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("model", MODELS)
+    @torch.no_grad()
+    def test_r12_a_model_around_a_backbone(self, net, tmp_path, model, to):
+        make_model, names = MODELS[model]
+        whole = make_model(net).eval()
+        exported = export(whole, tmp_path / f"net{FORMATS[to].suffix}", to)
+        assert [level.name for level in exported.levels] == list(exported.differences) == names
+        images = torch.randn(2, 3, 150, 290)
+        if to == "onnx":
+            outs = run_onnx(onnx_session(exported.path), images)
+        else:
+            outs = torch.export.load(exported.path).module()(images)
+        for out, level in zip(outs, exported.levels, strict=True):
+            assert out.shape[1] == level.channels
+            assert out.shape[2] in (150 // level.stride, -(-150 // level.stride))
+        if isinstance(whole, nn.Sequential):
+            assert_near(outs, whole(images), 1e-5)
+
+    @torch.no_grad()
+    def test_r12_only_what_is_exported_is_in_the_file(self, net, tmp_path):
+        exported = export(Detector(net, with_fpn(net, num_outs=5)[1]), tmp_path / "net.pt2", "torch-export")
+        assert not any("bbox_head" in name for name in torch.export.load(exported.path).state_dict)
+
+    @torch.no_grad()
+    def test_r12_the_stems_map(self, shake, tmp_path):
+        net = shake(ResNet(18, base_channels=8, out_indices=("stem", 0, 3))).eval()
+        assert list(export(net, tmp_path / "net.pt2", "torch-export").differences) == ["stem", "layer1", "layer4"]
+
+    @torch.no_grad()
+    def test_r12_a_classifier(self, tmp_path):
+        from resbackbone.training.classification import ImageClassifier
+
+        model = ImageClassifier({"type": "ResNet", "depth": 18, "base_channels": 8}, num_classes=7).eval()
+        exported = export(model, tmp_path / "net.pt2", "torch-export")
+        assert exported.levels == (FeatureInfo("logits", 0, 7, 0),)
+        images = torch.randn(3, 3, 64, 96)
+        assert_near(torch.export.load(exported.path).module()(images), [model(images)], 1e-5)
+
+    def test_r12_levels_that_do_not_fit_are_refused(self, net, tmp_path):
+        model = with_fpn(net, num_outs=5)
+        for levels, text in (
+            ([FeatureInfo("p2", 0, 16, 4)], "must be as many as the net's outputs, got 1 for 5"),
+            ([FeatureInfo(f"p{i}", i, 8, 4) for i in range(5)], r"`levels\[0\]` must have the 16 channels"),
+        ):
+            with pytest.raises(ValueError, match=text):
+                export(model, tmp_path / "n.pt2", "torch-export", levels=levels)
+
+    def test_r12_what_returns_no_maps_is_refused(self, net, tmp_path):
+        class Texts(Last):
+            def forward(self, x):
+                return ["a", "b"]
+
+        with pytest.raises(ValueError, match=r"Texts does not run on images .* must return a tensor, or a tuple"):
+            export(Texts(net), tmp_path / "n.pt2", "torch-export")
+
+
 class TestCheck:
     """What the file computes decides whether it is there."""
 
@@ -271,8 +404,15 @@ class TestRefuses:
         assert written(folder) == before
 
     def test_what_is_no_backbone(self, net, tmp_path):
-        for other in (nn.Conv2d(3, 8, 3), optimize(net)):
-            with pytest.raises(ValueError, match="`net` must be a backbone or hold one, got"):
+        with pytest.raises(ValueError, match="`net` must be a backbone or hold one, got Conv2d"):
+            export(nn.Conv2d(3, 8, 3), tmp_path / "n.onnx")
+
+    @pytest.mark.parametrize("optimized", [optimize, lambda net: quantize(net, torch.zeros(1, 3, 32, 32))])
+    def test_r12_what_is_optimized(self, net, tmp_path, optimized):
+        for other in (optimized(net), nn.Sequential(optimized(net), nn.Identity())):
+            with pytest.raises(
+                ValueError, match="`optimize` or `quantize` returned, which cannot be exported; export the"
+            ):
                 export(other, tmp_path / "n.onnx")
 
     @pytest.mark.parametrize("package", FORMATS["onnx"].packages)

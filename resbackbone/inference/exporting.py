@@ -23,16 +23,19 @@ from resbackbone.checks import check_choice, check_ints, check_type
 from resbackbone.features import FeatureInfo
 from resbackbone.inference.copying import copy_for_inference
 from resbackbone.inference.export_formats import FORMATS, Axes, ExportFormat
+from resbackbone.inference.levels import FeatureMaps, backbone_of, read_levels
 from resbackbone.preprocessing import preprocessing_of
 
 if TYPE_CHECKING:  # takes a second to import
     from torch.export import ExportedProgram
 
 AXES = {0: "batch", 2: "height", 3: "width"}
-# Batch, height and width that a net is recorded with. Halved and rounded up, the sides stay odd down to the last map:
-# of a pooling that nothing is left over of, Inductor believes that nothing ever will be.
-RECORDED = (2, 97, 65)
-CHECKED = ((1, 64, 96), (3, 101, 75))
+# Batch, and height and width in the largest stride and pixels beyond, that a net is recorded with, and that the file is
+# checked on: the last map has two pixels or more. Halved and rounded up, the first stay odd down to the last map: of a
+# pooling that nothing is left over of, Inductor believes that nothing ever will be.
+RECORDED = (2, (3, 1), (2, 1))
+CHECKED = ((1, (2, 0), (3, 0)), (3, (3, 5), (2, 11)))
+LEAST_STRIDE = 32  # where the largest is smaller, as if it were this
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,16 @@ def export(
     with. Only if every level is what the net computes does it appear under its own name, whole.
 
     Args:
-        net: A backbone, or what holds one and hands out several maps, such as ``nn.Sequential(net, fpn)``. It stays as
-            it is.
+        net: A backbone, or a model that has one and returns feature maps, as a tensor, or a tuple, list or dict of
+            them, such as ``nn.Sequential(net, fpn)``; or a detector or segmentor, of which ``backbone`` and ``neck``
+            are exported, without heads. It stays as it is.
         path: The file: ``.onnx``, or ``.pt2`` for the others. An earlier one is replaced.
         to: "onnx"; "torch-export", which ``torch.export.load`` reads; or "aoti", compiled for this machine's kind of
             processor, which ``torch._inductor.aoti_load_package`` reads.
         dtype: What the file takes, computes in and hands out.
         size: Height and width in pixels, to fix them; the batch varies still.
-        levels: Name, channels and stride of each output; the backbone's ``feature_info`` unless given.
+        levels: Name, channels and stride of each output. Unless given, they are the backbone's ``feature_info``, or
+            read off the outputs: called as the keys of a dict, or p2 for stride 4, p3 for stride 8 and so on.
         metadata: What the file shall say about itself beside dtype, levels and preprocessing, as JSON has it.
 
     Returns:
@@ -98,14 +103,20 @@ def export(
             "be several times slower than in float32; pass dtype='float32'",
             stacklevel=2,
         )
-    backbone = _backbone_of(net)
-    levels = _check_levels(backbone.feature_info if levels is None else levels)
-    facts = _facts(backbone, levels, dtype, metadata or {})
+    backbone = backbone_of(net)
+    if levels is not None:
+        levels = _check_levels(levels)
+    facts = _facts(backbone, dtype, metadata or {})
     _check_bytes(net, getattr(torch, dtype), form)
+    maps = FeatureMaps(net)
+    found = read_levels(net, maps)
+    levels = _agreed_levels(found, levels)
+    facts["levels"] = [{"name": level.name, "channels": level.channels, "stride": level.stride} for level in levels]
 
-    exact = copy_for_inference(net).cpu().float()
+    whole = net if isinstance(net, Backbone) else maps  # a backbone's tensors keep their names
+    exact = copy_for_inference(whole).cpu().float()
     model = copy.deepcopy(exact).to(getattr(torch, dtype))
-    recorded, *checked = _shapes(backbone.in_channels, size)
+    recorded, *checked = _shapes(backbone.in_channels, size, max(level.stride for level in found))
     axes = AXES if size is None else {0: AXES[0]}
     with torch.no_grad(), atomic_write(path) as temporary:
         examples = [_compute(exact, model, shape, levels) for shape in checked]
@@ -159,32 +170,38 @@ def _check_bytes(net: nn.Module, dtype: torch.dtype, form: ExportFormat) -> None
         )
 
 
-def _backbone_of(net: nn.Module) -> Backbone:
-    for module in net.modules():
-        if isinstance(module, Backbone):
-            return module
-    raise ValueError(
-        f"`net` must be a backbone or hold one, got {type(net).__name__}; of an optimised net export the original"
-    )
+def _agreed_levels(found: tuple[FeatureInfo, ...], levels: tuple[FeatureInfo, ...] | None) -> tuple[FeatureInfo, ...]:
+    """Return the levels as the user calls them, if the user does."""
+    if levels is None:
+        return found
+    if len(levels) != len(found):
+        raise ValueError(f"`levels` must be as many as the net's outputs, got {len(levels)} for {len(found)}")
+    for index, (level, actual) in enumerate(zip(levels, found, strict=True)):
+        if level.channels != actual.channels:
+            raise ValueError(
+                f"`levels[{index}]` must have the {actual.channels} channels of the net's output, got {level.channels}"
+            )
+    return levels
 
 
-def _shapes(channels: int, size: tuple[int, int] | None) -> list[tuple[int, ...]]:
+def _shapes(channels: int, size: tuple[int, int] | None, stride: int) -> list[tuple[int, ...]]:
     """The shape of the images that the net is recorded with, and those of the ones that the file is checked on."""
     if size is not None:
         height, width = check_ints("size", size, low=1, length=2, why="height, width")
         return [(batch, channels, height, width) for batch, *_ in (RECORDED, *CHECKED)]
-    return [(batch, channels, height, width) for batch, height, width in (RECORDED, *CHECKED)]
+    stride = max(stride, LEAST_STRIDE)
+    return [
+        (batch, channels, *(count * stride + beyond for count, beyond in sides))
+        for batch, *sides in (RECORDED, *CHECKED)
+    ]
 
 
-def _facts(
-    backbone: Backbone, levels: Sequence[FeatureInfo], dtype: str, metadata: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What the file says about itself."""
+def _facts(backbone: Backbone, dtype: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file says about itself, beside its levels."""
     preprocessing = preprocessing_of(backbone) if backbone.in_channels in (1, 3) else None  # others are no pictures
     facts = {
         "type": type(backbone).__name__,
         "dtype": dtype,
-        "levels": [{"name": level.name, "channels": level.channels, "stride": level.stride} for level in levels],
         "preprocessing": None if preprocessing is None else asdict(preprocessing),
         **metadata,
     }
@@ -196,13 +213,10 @@ def _compute(exact: nn.Module, model: nn.Module, shape: Sequence[int], levels: S
     """Compute what the file must reproduce.
 
     Raises:
-        ValueError: If the net does not hand out the levels, or numbers that nothing can be compared with.
+        ValueError: If the net computes numbers that nothing can be compared with.
     """
     images = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
     wanted = exact(images)
-    if not isinstance(wanted, (tuple, list)) or len(wanted) != len(levels):
-        got = len(wanted) if isinstance(wanted, (tuple, list)) else type(wanted).__name__
-        raise ValueError(f"`levels` must be as many as the net's outputs, got {len(levels)} for {got}")
     images = images.to(next(model.parameters()).dtype)
     outs = model(images)
     for level, out in zip(levels, outs, strict=True):
