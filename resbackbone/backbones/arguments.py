@@ -137,7 +137,7 @@ def _check_layer_configs(given: Mapping[str, Any]) -> None:
     for index, flag in enumerate(stages):
         check_flag(f"stage_with_dcn[{index}]", flag)
     if given["dcn"] is not None and not any(stages):
-        warnings.warn("`dcn` has no effect, as `stage_with_dcn` is False for every stage", UserWarning, stacklevel=5)
+        warnings.warn("`dcn` has no effect, as `stage_with_dcn` is False for every stage", UserWarning, stacklevel=6)
 
 
 def _check_plugins(plugins: Any, num_stages: int, block: Any) -> None:

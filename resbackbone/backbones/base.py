@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from resbackbone.backbones.initialisation import PretrainedModule
+from resbackbone.backbones.norm_eval import NormEvalModule
 from resbackbone.checks import check_int
 from resbackbone.features import FeatureInfo, OutIndex
 from resbackbone.layers.module import InitConfig
@@ -19,7 +18,7 @@ from resbackbone.registry import of_kind
 
 
 @of_kind("backbone")
-class Backbone(PretrainedModule):
+class Backbone(NormEvalModule):
     """The base of the backbones.
 
     A subclass sets ``in_channels``, ``out_indices``, ``frozen_stages`` and ``norm_eval``, reports its stem with
@@ -32,7 +31,6 @@ class Backbone(PretrainedModule):
 
     out_indices: tuple[OutIndex, ...]
     frozen_stages: int
-    norm_eval: bool
 
     def __init__(self, init_cfg: InitConfig | None = None) -> None:
         super().__init__(init_cfg)
@@ -171,16 +169,7 @@ class Backbone(PretrainedModule):
         """
         super().train(mode)
         self._freeze_stages()
-        if mode and self.norm_eval:
-            eval_batch_norms(self)
         return self
-
-
-def eval_batch_norms(net: nn.Module) -> None:
-    """Switch every batch norm of a net, synchronised ones too, to eval mode."""
-    for module in net.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
 
 
 def total_stride(modules: Iterable[nn.Module]) -> int:

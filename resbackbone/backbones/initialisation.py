@@ -73,7 +73,7 @@ def resolve_init_cfg(pretrained: str | None, init_cfg: InitConfig | None) -> Ini
         warnings.warn(
             "`pretrained` is the old spelling; use init_cfg=dict(type='Pretrained', checkpoint=...)",
             FutureWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         return {"type": "Pretrained", "checkpoint": pretrained}
     if init_cfg is not None:

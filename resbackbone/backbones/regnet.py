@@ -101,7 +101,7 @@ class RegNet(ResNet):
         if base_channels != _BASE_CHANNELS:
             warnings.warn(
                 f"`base_channels` (={base_channels}) does nothing in a RegNet; its widths come from `arch`",
-                stacklevel=3,
+                stacklevel=4,
             )
         num_stages = len(self.stage_widths)
         super().__init__(sum(self.stage_blocks), base_channels=self.stage_widths[0], num_stages=num_stages, **given)

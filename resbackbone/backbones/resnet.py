@@ -50,7 +50,7 @@ class ResNet(Backbone):
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages: no gradients, eval mode.
         conv_cfg: Config of the convolutions.
         norm_cfg: Config of the norms: "BN", "SyncBN", "GN", "IN", "FrozenBN" or any registered norm.
-        norm_eval: Keep every batch norm in eval mode (its affine parameters train all the same).
+        norm_eval: Keep every batch norm in eval mode, from construction on (its affine parameters train all the same).
         dcn: Config of the deformable convolutions, such as ``dict(type="DCNv2", deform_groups=1)``.
         stage_with_dcn: Which stages have them.
         plugins: Dicts of ``cfg``, ``position`` ("after_conv1", ...) and optionally ``stages``, one bool per stage.

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from resbackbone.backbones.arguments import check_depth
-from resbackbone.backbones.base import eval_batch_norms
-from resbackbone.backbones.initialisation import PretrainedModule, check_initialisation, resolve_init_cfg
+from resbackbone.backbones.initialisation import check_initialisation, resolve_init_cfg
+from resbackbone.backbones.norm_eval import NormEvalModule
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks.base import check_dcn
@@ -23,7 +23,7 @@ from resbackbone.registry import MODELS, find_type, of_kind, split_type
 # The name is mmdet's, in whose configs it stands as `shared_head=dict(type="ResLayer", ...)`.
 @of_kind("shared head")
 @MODELS.register_module("ResLayer")
-class SharedHead(PretrainedModule):
+class SharedHead(NormEvalModule):
     """One stage of a ResNet, run on the features of regions; the bounding-box and mask heads share it.
 
     Its keys are those of the stage in a ResNet (``layer4.0.conv1.weight``), so that it loads a ResNet's checkpoint.
@@ -107,17 +107,6 @@ class SharedHead(PretrainedModule):
         layer = getattr(self, f"layer{self.stage + 1}")
         out: Tensor = recompute_norms(layer, x, [layer]) if self.with_cp == "norms" else layer(x)
         return out
-
-    def train(self, mode: bool = True) -> Any:
-        """Switch to training (or eval) mode; every batch norm stays in eval under ``norm_eval``.
-
-        Returns:
-            The head itself.
-        """
-        super().train(mode)
-        if self.norm_eval:
-            eval_batch_norms(self)
-        return self
 
 
 def _check(given: dict[str, Any]) -> None:

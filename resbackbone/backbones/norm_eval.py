@@ -1,0 +1,68 @@
+"""Batch norms that stay in eval mode, from construction on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resbackbone.backbones.initialisation import PretrainedModule
+
+
+class NormEvalModule(PretrainedModule):
+    """A module that keeps every batch norm, synchronized ones too, in eval mode under ``norm_eval``.
+
+    They are in eval mode when the outermost constructor ends, whoever calls ``train()`` or not: those that a subclass
+    adds after our constructor, too, and without a line of code there.
+
+    Args:
+        init_cfg: As for :class:`~resbackbone.backbones.initialisation.PretrainedModule`.
+    """
+
+    norm_eval: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _completed(cls.__init__)  # type: ignore[method-assign]
+
+    def complete(self) -> None:
+        """Do what is left when the outermost constructor is through."""
+        if self.norm_eval:
+            eval_batch_norms(self)
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch to training (or eval) mode; every batch norm stays in eval under ``norm_eval``.
+
+        Returns:
+            The module itself.
+        """
+        super().train(mode)
+        if mode and self.norm_eval:
+            eval_batch_norms(self)
+        return self
+
+
+def eval_batch_norms(net: nn.Module) -> None:
+    """Switch every batch norm of a net, synchronized ones too, to eval mode."""
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
+def _completed(constructor: Callable[..., None]) -> Callable[..., None]:
+    """Have a constructor call :meth:`NormEvalModule.complete` at its end, unless it runs inside of another such."""
+
+    @wraps(constructor)
+    def construct(self: NormEvalModule, *args: Any, **kwargs: Any) -> None:
+        is_outermost = "_in_construction" not in vars(self)
+        vars(self)["_in_construction"] = True
+        constructor(self, *args, **kwargs)
+        if is_outermost:
+            del vars(self)["_in_construction"]
+            self.complete()
+
+    return construct
