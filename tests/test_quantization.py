@@ -1,5 +1,7 @@
 """A net of bytes hands out nearly what the net does."""
 
+import copy
+import json
 import math
 import pickle
 
@@ -197,3 +199,51 @@ def test_it_can_be_pickled(net, photograph):
 def test_refuses(net, pictures, text):
     with pytest.raises(ValueError, match=text):
         quantize(net, pictures)
+
+
+@pytest.mark.parametrize("with_neck", [False, True])
+def test_u9_saved_as_data_alone(net, photograph, tmp_path, with_neck):
+    def make(net):
+        return nn.Sequential(net, FPN(net.out_channels, 8, num_outs=5)).eval() if with_neck else net
+
+    model = make(net)
+    quantized = quantize(model, photograph)
+    torch.save({"ranges": quantized.ranges, "weights": quantized.state_dict()}, tmp_path / "int8.pth")
+    saved = torch.load(tmp_path / "int8.pth", weights_only=True)
+    other = make(copy.deepcopy(net))
+    for parameter in other.parameters():
+        nn.init.normal_(parameter)
+    restored = quantize(other, saved["ranges"])
+    restored.load_state_dict(saved["weights"])
+    assert all(map(torch.equal, restored(photograph), quantized(photograph)))
+    assert restored.ranges == quantized.ranges
+
+
+def test_u9_ranges_are_json(net, photograph):
+    quantized = quantize(net, photograph)
+    again = quantize(net, json.loads(json.dumps(quantized.ranges)))
+    assert all(map(torch.equal, again(photograph), quantized(photograph)))
+
+
+@every_case
+def test_u9_every_backbone_is_restored(case, photograph):
+    net = make(case).eval()
+    quantized = quantize(net, photograph)
+    restored = quantize(make(case), quantized.ranges)
+    restored.load_state_dict(quantized.state_dict())
+    assert all(map(torch.equal, restored(photograph), quantized(photograph)))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda ranges: ranges | {"layer9": (0.0, 1.0)}, "a range of 'layer9', which is no tensor of this net"),
+        (lambda ranges: ranges | {next(iter(ranges)): (0.0, math.inf)}, "must be two finite numbers, got"),
+        (lambda ranges: ranges | {next(iter(ranges)): "wide"}, "must be two finite numbers, got 'wide'"),
+        (lambda ranges: {}, "holds no range of"),
+    ],
+)
+def test_u9_ranges_that_do_not_fit_are_refused(net, photograph, change, text):
+    ranges = quantize(net, photograph).ranges
+    with pytest.raises(ValueError, match=text):
+        quantize(net, change(ranges))

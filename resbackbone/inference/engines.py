@@ -227,7 +227,13 @@ class Fused(Folded):
 
 
 class Quantized(Fused):
-    """A graph that calls operators of bytes, which can be neither NaN nor infinite."""
+    """A graph that calls operators of bytes, which can be neither NaN nor infinite.
+
+    Attributes:
+        ranges: The smallest and the largest number that each tensor had while they were measured, by its name.
+    """
+
+    ranges: dict[str, tuple[float, float]]
 
     def _run_safely(self, x: Tensor) -> Any:
         spoilt = ~x.isfinite().flatten(1).all(1)

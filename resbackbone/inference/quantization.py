@@ -43,9 +43,12 @@ class Grid(NamedTuple):
 _FLOATS = Grid(1.0, 0)  # what the operators want for a result in float32
 
 
+Ranges = Mapping[str, tuple[float, float]]  # the smallest and the largest number of each tensor, by its name
+
+
 def quantize(
-    net: nn.Module, pictures: str | Path | Tensor | Iterable[Tensor], *, pack_bytes: int = PACK_BYTES
-) -> nn.Module:
+    net: nn.Module, pictures: str | Path | Tensor | Iterable[Tensor] | Ranges, *, pack_bytes: int = PACK_BYTES
+) -> Quantized:
     """Return a net for inference on CPUs whose convolutions compute with bytes.
 
     Norms, sums and ReLUs are part of the convolutions as in :func:`~resbackbone.inference.optimize`. What is no
@@ -55,28 +58,52 @@ def quantize(
         net: As for :func:`~resbackbone.inference.optimize`; it stays as it is.
         pictures: What to measure ranges on: a folder of pictures, normalised as
             :func:`~resbackbone.preprocessing.preprocessing_of` says, of which one that cannot be read is left out with
-            a warning; or images as the net takes them, one or several
-            tensors ``(N, in_channels, H, W)``. A hundred like those to come are plenty.
+            a warning; or images as the net takes them, one or several tensors ``(N, in_channels, H, W)``. A hundred
+            like those to come are plenty. Or the ``ranges`` of a net that was quantized before, to measure nothing.
         pack_bytes: Bytes that laid-out weights may take; 0 for none.
 
     Returns:
-        A module: images ``(N, in_channels, H, W)`` to the same feature maps in float32, each near to the net's own.
+        A module: images ``(N, in_channels, H, W)`` to the same feature maps in float32, each near to the net's own. Its
+        ``ranges`` are what was measured, and with its ``state_dict()`` all that restores it: docs/inference.md.
 
     Raises:
-        ValueError: If there is no picture, ranges are not finite, ``net`` cannot be traced, or its weights are not on
-            a CPU for which PyTorch has oneDNN.
+        ValueError: If there is no picture, ranges are not finite or of another net, ``net`` cannot be traced, or its
+            weights are not on a CPU for which PyTorch has oneDNN.
         FileNotFoundError: If there is no such folder.
     """
     require_onednn(net)
     copied = copy_for_inference(net).float()
     traced = trace(copied)
     fused = fuse(traced, FusedConv2d, torch.float32)
-    images = _read(net, pictures) if isinstance(pictures, (str, Path)) else _as_batches(pictures)
-    calibration = _Calibration(traced, [conv.forward for conv in fused])
-    if not calibration.watch(images):
-        raise ValueError("`pictures` is empty; ranges need at least one image to be measured on")
-    graph, convolutions = _lower(traced, fused, calibration)
-    return Quantized(copied, graph, convolutions, torch.float32, pack_bytes)
+    if isinstance(pictures, Mapping):
+        ranges = _given_ranges(traced, pictures)
+    else:
+        images = _read(net, pictures) if isinstance(pictures, (str, Path)) else _as_batches(pictures)
+        calibration = _Calibration(traced, [conv.forward for conv in fused])
+        if not calibration.watch(images):
+            raise ValueError("`pictures` is empty; ranges need at least one image to be measured on")
+        ranges = calibration.ranges
+    graph, convolutions = _lower(traced, fused, ranges)
+    quantized = Quantized(copied, graph, convolutions, torch.float32, pack_bytes)
+    quantized.ranges = {node.name: found for node, found in ranges.items()}
+    return quantized
+
+
+def _given_ranges(traced: fx.GraphModule, given: Mapping[Any, Any]) -> dict[fx.Node, tuple[float, float]]:
+    """Return ranges that were measured before, by step."""
+    nodes = {node.name: node for node in traced.graph.nodes}
+    if unknown := [name for name in given if name not in nodes]:
+        raise ValueError(
+            f"`pictures` holds a range of {unknown[0]!r}, which is no tensor of this net: give the `ranges` of one of "
+            "the same architecture, or pictures"
+        )
+    ranges = {}
+    for name, found in given.items():
+        numbers = tuple(found) if isinstance(found, (tuple, list)) else ()
+        if len(numbers) != 2 or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+            raise ValueError(f"the range of {name!r} must be two finite numbers, got {found!r}")
+        ranges[nodes[name]] = (float(numbers[0]), float(numbers[1]))
+    return ranges
 
 
 def _as_batches(images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
@@ -209,10 +236,10 @@ class _Calibration(fx.Interpreter):
 
 
 def _lower(
-    traced: fx.GraphModule, fused: Sequence[FusedConv2d], calibration: _Calibration
+    traced: fx.GraphModule, fused: Sequence[FusedConv2d], ranges: Mapping[fx.Node, tuple[float, float]]
 ) -> tuple[fx.GraphModule, list[QuantizedConv2d]]:
     """Build the graph whose convolutions compute with bytes, and the convolutions."""
-    lowering = _Lowering(traced, fused, calibration)
+    lowering = _Lowering(traced, fused, ranges)
     for node in traced.graph.nodes:
         lowering.add(node)
     lowering.graph.lint()
@@ -222,11 +249,13 @@ def _lower(
 class _Lowering:
     """Copies a graph step by step, with each tensor as bytes or in float32, and the conversions between."""
 
-    def __init__(self, traced: fx.GraphModule, fused: Sequence[FusedConv2d], calibration: _Calibration) -> None:
+    def __init__(
+        self, traced: fx.GraphModule, fused: Sequence[FusedConv2d], ranges: Mapping[fx.Node, tuple[float, float]]
+    ) -> None:
         self.graph = fx.Graph()
         self.convolutions: list[QuantizedConv2d] = []
         self._traced, self._fused = traced, fused
-        self._ranges: Mapping[fx.Node, tuple[float, float]] = calibration.ranges
+        self._ranges = ranges
         self._old_calls = next(node for node in traced.graph.nodes if node.target == "calls")
         self._bytes: dict[fx.Node, fx.Node] = {}
         self._floats: dict[fx.Node, fx.Node] = {}
@@ -273,6 +302,8 @@ class _Lowering:
     def _grid(self, node: fx.Node) -> Grid:
         if self._max_pool(node) is not None:  # which changes no number
             return self._grid(node.all_input_nodes[0])
+        if node not in self._ranges:
+            raise ValueError(f"`pictures` holds no range of {node.name!r}: give the `ranges` of a net like this one")
         return Grid.over(*self._ranges[node])
 
     def _max_pool(self, node: fx.Node) -> nn.MaxPool2d | None:
