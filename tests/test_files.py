@@ -259,11 +259,17 @@ def test_plain_values_read_as_what_they_were(save, protocol, tmp_path):
     assert_same(read_file(tmp_path / "a"), PLAIN)
 
 
-def test_default_dicts_and_deques_read_as_plain_ones(tmp_path):
-    content = {"defaults": defaultdict(list, {"a": [1], 2: []}), "deque": deque([1, "b"], maxlen=3)}
+def test_default_dicts_and_the_like_read_as_plain_ones(tmp_path):
+    content = {
+        "bytes": bytearray(b"abc"),
+        "none": bytearray(),
+        "defaults": defaultdict(list, {"a": [1], 2: []}),
+        "deque": deque([1, "b"], maxlen=3),
+    }
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
-        assert_same(read_file(tmp_path / "a.pkl"), {"defaults": {"a": [1], 2: []}, "deque": [1, "b"]})
+        expected = {"bytes": b"abc", "none": b"", "defaults": {"a": [1], 2: []}, "deque": [1, "b"]}
+        assert_same(read_file(tmp_path / "a.pkl"), expected)
 
 
 # Memory

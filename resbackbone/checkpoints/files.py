@@ -78,7 +78,7 @@ def not_loaded(content: Mapping[str, Any]) -> tuple[str, ...]:
         places.setdefault(name, []).append(place)
     notes = []
     for name, found in places.items():
-        more = f" and {len(found) - 1} more places" if len(found) > 1 else ""
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         notes.append(f"{name} at {printable(found[0], 60)!r}{more}")
     return (*notes[:_SHOWN], *([f"{len(notes) - _SHOWN} more classes"] if len(notes) > _SHOWN else []))
 
@@ -90,7 +90,7 @@ def _inert(value: Any, place: str) -> Iterator[tuple[str, str]]:
         for key, item in value.items():
             below = f"{place}.{key}" if place else str(key)
             if not isinstance(key, str):
-                yield from _inert(key, place)
+                yield from _inert(key, below)
             yield from _inert(item, below)
     elif isinstance(value, (list, tuple, set, frozenset)):
         for item in value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from resbackbone.checkpoints.pickle_names import UnreadableError
 from resbackbone.checkpoints.pickles import CUT_OFF
+
+_CLOCK = 20_000_000  # nanoseconds; file systems keep times no finer than a tick of the system's clock
 
 
 class OpenFile:
@@ -30,7 +33,9 @@ class OpenFile:
     def __init__(self, path: Path) -> None:
         self.file = path.open("rb")
         self._state = self._look()
-        self.size = self._state[0]
+        self.size, written = self._state
+        if 0 <= time.time_ns() - written < _CLOCK:  # or what is written next would have the same time
+            time.sleep(_CLOCK / 1e9)
 
     def __enter__(self) -> OpenFile:
         """Begin to read."""

@@ -267,6 +267,11 @@ def _no_bytes() -> bytes:
     return b""
 
 
+def _bytearray(data: object = b"", *_: object) -> bytes | Inert:
+    """Stand for ``bytearray``, which makes any number of bytes if it is given a number."""
+    return bytes(data) if isinstance(data, (bytes, bytearray)) else Inert("builtins.bytearray")
+
+
 def _complex(real: object, imaginary: object = 0.0) -> complex:
     if not isinstance(real, (int, float)) or not isinstance(imaginary, (int, float)):
         raise UnreadableError("holds a complex number of two parts that are no numbers")
@@ -406,6 +411,7 @@ _FUNCTIONS: Mapping[str, Callable[..., object]] = {
     "builtins.complex": _complex,
     "_codecs.encode": _encode,
     "builtins.bytes": _no_bytes,  # how Python 3 writes the bytes of an empty array for Python 2
+    "builtins.bytearray": _bytearray,
     "builtins.tuple": _tuple,
     "copyreg._reconstructor": _reconstruct,
 }

@@ -126,8 +126,11 @@ class SafeUnpickler(pickle._Unpickler):
         """Return what stands for a name."""
         return find(module, name)
 
-    def persistent_load(self, identity: object) -> Storage:
-        """Return what stands for the numbers of a tensor."""
+    def persistent_load(self, identity: object) -> Storage | Inert:
+        """Return what stands for the numbers of a tensor or, before PyTorch 1.6, for a class with its source."""
+        match identity:
+            case ("module", Inert() as kind, *_):
+                return kind
         storage = Storage.from_id(identity)
         self.storages.setdefault(storage.key, storage.dtype)
         return storage
@@ -346,6 +349,8 @@ class _Plain:
                 return self.inert.setdefault(id(value), value)
             case Function():
                 return Inert(value.name)
+            case NumpyType():
+                return Inert("numpy.dtype")
             case _:
                 raise UnreadableError(f"holds {type(value).__name__} where a tensor or a plain value should be")
 

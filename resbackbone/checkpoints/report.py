@@ -49,9 +49,10 @@ class LoadReport:
             "of another shape": self.mismatched,
             "kept as they were": self.kept,
             "of heads ignored": self.ignored,
-            "kinds of other objects not loaded": self.not_loaded,
         }
         rest = [f"{len(names)} {what}" for what, names in counts.items() if names]
+        if self.not_loaded:
+            rest.append(f"objects of {len(self.not_loaded)} other class{'es' * (len(self.not_loaded) > 1)} not loaded")
         return ", ".join([f"{len(self.loaded)} tensors loaded ({self.layout} keys)", *rest, *self.adapted])
 
     def __rich__(self) -> Table:
