@@ -1,11 +1,15 @@
 """What goes wrong while training: kills at any moment, full disks, losses that are none, pictures that are none."""
 
 import errno
+import io
 import os
 import random
 import resource
 import signal
 import time
+import tracemalloc
+import zipfile
+from collections import Counter, OrderedDict
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -13,9 +17,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from training_runs import CONFIG, assert_same, last_checkpoint, prepare, run, start, state, train
 
 from resbackbone.training.running import checkpointing, read_checkpoint
+from resbackbone.training.running.checkpointing import find_last_checkpoint
 
 BY_EPOCH = ("default_hooks.checkpoint.by_epoch=True", "default_hooks.checkpoint.interval=1")
 
@@ -369,6 +375,108 @@ def test_a_checkpoint_that_would_run_code_is_refused(folder, tmp_path):
         read_checkpoint(tmp_path / "run" / "iter_2.pth")
     assert "holds more than tensors and plain values" in train(folder, tmp_path / "run", "--resume", status=2)
     assert not (tmp_path / "harm").exists()
+
+
+def resumable(meta):
+    """A file that is resumed, with a pickle of one's own for what it notes."""
+    hub = b"}(X\x0b\0\0\0log_scalars}X\x0c\0\0\0runtime_info}X\x0c\0\0\0resumed_keys}u"
+    content = b"}(X\4\0\0\0meta" + meta + b"X\x0a\0\0\0state_dict}X\x0b\0\0\0message_hub" + hub + b"u"
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\4" + content + b".")
+    return file.getvalue()
+
+
+BOMBS = {
+    "bytearray": b"c__builtin__\nbytearray\nJ\0\xa3\xe1\x11\x85R",  # of 300 MB
+    "bytearray, dropped": b"c__builtin__\nbytearray\nJ\0\xa3\xe1\x11\x85R0}",
+    "bytes by length": b"\x8e\0\xa3\xe1\x11\0\0\0\0",
+    "bytearray by length": b"\x96\0\xa3\xe1\x11\0\0\0\0",
+    "memo": b"}r\0\xa3\xe1\x11",
+    "copies": b"](X\0\1\0\0" + b"x" * 256 + b"q\0" + b"ccollections\nOrderedDict\n](h\0h\0\x86" * 9 + b"e",
+    "tensor": b"ctorch\nFloatTensor\nJ\0\xa3\xe1\x11\x85R",
+    "laughs": b"]q\0" + b"".join(b"(" + b"h%c" % k * 10 + b"tq%c" % (k + 1) for k in range(30)),
+    "deep": b"]" * 40_000 + b"a" * 39_999,
+    "unknown": b"cos\nmkdir\nX\4\0\0\0harm\x85R",
+    "extension": b"\x82\x01",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_s3_resuming_is_bounded_as_loading_is(bomb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "iter_2.pth"
+    path.write_bytes(resumable(BOMBS[bomb]))
+    tracemalloc.start()
+    try:
+        if bomb in ("bytearray, dropped", "memo"):
+            assert read_checkpoint(path)["meta"] == {}
+        else:
+            with pytest.raises(ValueError, match=r"iter_2.pth' "):
+                read_checkpoint(path)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+    assert not Path("harm").exists()
+
+
+def test_s3_a_bomb_ends_a_resumed_run_in_one_line(folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "iter_2.pth").write_bytes(resumable(BOMBS["bytearray"]))
+    (tmp_path / "run" / "last_checkpoint").write_text(str(tmp_path / "run" / "iter_2.pth"))
+    said = train(folder, tmp_path / "run", "--resume", status=2).splitlines()[-1]
+    assert "iter_2.pth' holds more than tensors and plain values, which nothing here runs: builtins.bytearray" in said
+
+
+@pytest.mark.parametrize("note", [b"", b"\0", b"\xff\xfe", b"a\0b.pth", b"/", b"x" * 100_000, b"."])
+def test_s3_a_damaged_note_of_the_last_checkpoint(note, tmp_path):
+    (tmp_path / "last_checkpoint").write_bytes(note)
+    with pytest.raises((ValueError, OSError), match=r"last_checkpoint' is damaged: write the path|no checkpoint at"):
+        read_checkpoint(find_last_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("hub", [1, {}, {"log_scalars": 1}, {"log_scalars": {"a": {}}}])
+def test_s3_a_hub_that_no_run_has_saved(hub, tmp_path):
+    torch.save({"meta": {}, "state_dict": {}, "message_hub": hub}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"no checkpoint of a run|has a message_hub that no run has saved"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_s3_all_that_can_be_saved_is_read_again(tmp_path):
+    """To the bit and to the type, as ``torch.load`` has it."""
+    content = {
+        "meta": {
+            "tuple": (1, (2.5, None)), "set": {1, "a"}, "complex": 1 + 2j, "bytes": b"\0",
+            "ordered": OrderedDict(a=1), "count": Counter({8: 1, 11: 2}), "size": torch.Size([1, 2]), "big": 2**200,
+            "dtype": torch.float16, "device": torch.device("cuda", 3), "keys": {0: 1, None: 2, True: 3, 2.5: 4},
+            "nan": float("nan"), "zero": -0.0, "text": "\0\n", "true": True,
+        },
+        "state_dict": nn.BatchNorm2d(2).state_dict(),
+        "message_hub": {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2, 3).t(), "mask": torch.tensor([True])}},
+            "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0, 1]}],
+        },
+        "more": [torch.randn(3, dtype=dtype) for dtype in (torch.bfloat16, torch.float64, torch.complex64)],
+    }  # fmt: skip
+    checkpointing.save_checkpoint(content, tmp_path / "a.pth")
+    expected = torch.load(tmp_path / "a.pth", weights_only=True)
+    found = read_checkpoint(tmp_path / "a.pth")
+    assert repr(found) == repr(expected)
+    assert found["state_dict"]._metadata == expected["state_dict"]._metadata
+    same = [(found["optimizer"]["state"][0][key], value) for key, value in expected["optimizer"]["state"][0].items()]
+    for one, other in [*same, *zip(found["more"], expected["more"], strict=True)]:
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.eye(2).to_sparse(), lambda: torch.empty(1, device="meta"), lambda: torch.tensor(1j).conj()]
+)
+def test_s3_what_could_not_be_read_is_not_saved(make, tmp_path):
+    with pytest.raises(OSError, match=r"cannot save .*: optimizer.x is no plain tensor, which alone can be resumed"):
+        checkpointing.save_checkpoint({"optimizer": {"x": make()}}, tmp_path / "a.pth")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_that_are_no_checkpoints(tmp_path):

@@ -22,7 +22,7 @@ from resbackbone.registry import HOOKS
 from resbackbone.training.running.agreement import fail_together
 
 _LAST = "last_checkpoint"  # the file's name is mmengine's
-_CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set, frozenset)
+_CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
 _LONGEST_PATH = 1 << 16  # bytes
 ADVICE = (
     "Try a lower learning rate, a longer warm-up, optim_wrapper.clip_grad=dict(max_norm=1.0), bfloat16 in place of "
@@ -137,12 +137,14 @@ def find_last_checkpoint(folder: str | Path) -> Path | None:
     if not note.is_file():
         return None
     with note.open("rb") as file:
-        name = file.read(_LONGEST_PATH).decode("utf-8", "replace").strip()
-    if "\0" in name or not Path(name).name:
-        raise CheckpointDoesNotFit(f"{str(note)!r} is damaged: write the path of the checkpoint to resume into it")
-    path = Path(name)
-    moved = note.with_name(path.name)  # which comes first, as another run may be in this one's old place
-    return path if path.is_file() and not moved.is_file() else moved
+        path = Path(file.read(_LONGEST_PATH).decode("utf-8", "replace").strip())
+    try:
+        moved = note.with_name(path.name)  # which comes first, as another run may be in this one's old place
+        return path if path.is_file() and not moved.is_file() else moved
+    except (ValueError, OSError) as error:  # empty, too long, or with characters that no path has
+        raise CheckpointDoesNotFit(
+            f"{str(note)!r} is damaged: write the path of the checkpoint to resume into it"
+        ) from error
 
 
 def plain_state(message_hub: Mapping[str, Any]) -> dict[str, Any]:
