@@ -66,6 +66,8 @@ TORCHVISION = Preprocessing()
 CAFFE = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), order="BGR")  # as detectron2 has it
 DETECTRON = Preprocessing(mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), order="BGR")  # and its forerunner
 
+INCEPTION = Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3)  # from -1 to 1, which BiT expects
+
 
 def preprocessing_for(*, in_channels: int, style: str) -> Preprocessing:
     """Return the usual preprocessing: for one channel the colours' numbers, averaged.
@@ -93,10 +95,17 @@ def preprocessing_of(net: nn.Module) -> Preprocessing:
         net: A backbone, or what holds one. Of what holds none, the numbers of torchvision are expected.
 
     Raises:
-        ValueError: If the backbone says nothing, and does not take 1 or 3 channels.
+        ValueError: If the backbone says nothing, and does not take 1 or 3 channels; or if weights were loaded of which
+            nobody knows it, and ``net.preprocessing`` is None therefore.
     """
     backbone = next((module for module in net.modules() if hasattr(module, "preprocessing")), net)
     own: Preprocessing | None = getattr(backbone, "preprocessing", None)
+    if own is None and "preprocessing" in vars(backbone):  # set when weights were loaded; until then the class has it
+        raise ValueError(
+            "nobody says what the loaded weights expect of a picture, as they were trained on, or adapted to, channels "
+            "that are not those of a color or gray picture; set `net.preprocessing` to a `Preprocessing(mean=..., "
+            "std=...)`, or feed the net from Python, with tensors of your own"
+        )
     return own or preprocessing_for(
         in_channels=getattr(backbone, "in_channels", 3), style=getattr(backbone, "style", "pytorch")
     )

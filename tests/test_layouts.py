@@ -94,7 +94,7 @@ def test_torchvisions_names(torchvision, config, model, layout):
         ("resnet18", {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}),
     ],
 )
-def test_hugging_faces_names(config, sizes):
+def test_hugging_faces_names(torchvision, config, sizes):
     transformers = pytest.importorskip("transformers")
     theirs = tensors_of(transformers.ResNetForImageClassification, transformers.ResNetConfig(**sizes))
     assert find_backbone(theirs).prefix == "resnet."
@@ -105,13 +105,171 @@ def test_hugging_faces_names(config, sizes):
     assert_same(back, {key.removeprefix("resnet."): tensor for key, tensor in theirs.items()})
 
 
-def test_the_names_of_rt_detr():
+def test_the_names_of_rt_detr(torchvision):
     transformers = pytest.importorskip("transformers")
     sizes = {"depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048], "layer_type": "bottleneck"}
     theirs = tensors_of(transformers.RTDetrResNetBackbone, transformers.RTDetrResNetConfig(**sizes))
     check_both_ways(theirs, "resnet50_v1d", "huggingface")
     detector = {f"model.backbone.model.{key}": tensor for key, tensor in theirs.items()}
     assert_same(convert_state_dict(detector), convert_state_dict(theirs))
+
+
+@pytest.mark.parametrize(
+    ("config", "layer_type"), [("regnetx_400mf", "x"), ("regnety_400mf", "y")], ids=["regnetx", "regnety"]
+)
+def test_r6_hugging_faces_regnets(torchvision, config, layer_type):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"x": ([1, 2, 7, 12], [32, 64, 160, 384], 16), "y": ([1, 3, 6, 6], [48, 104, 208, 440], 8)}
+    depths, widths, group = sizes[layer_type]
+    theirs = tensors_of(
+        transformers.RegNetForImageClassification,
+        transformers.RegNetConfig(
+            depths=depths, hidden_sizes=widths, groups_width=group, layer_type=layer_type, embedding_size=32
+        ),
+    )
+    native = convert_state_dict(theirs)
+    assert detect_layout(theirs) == "huggingface"
+    assert_fills(native, config)
+    back = convert_state_dict(native, target="huggingface")
+    assert_same(back, {key.removeprefix("regnet."): tensor for key, tensor in theirs.items()})
+
+
+def test_r6_hugging_faces_bit(torchvision):
+    transformers = pytest.importorskip("transformers")
+    theirs = tensors_of(transformers.BitForImageClassification, transformers.BitConfig())
+    native = convert_state_dict(theirs)
+    assert detect_layout(theirs) == "huggingface"
+    assert_fills(native, "resnetv2_50x1_bit")
+    back = convert_state_dict(native, target="huggingface")
+    assert_same(back, {key.removeprefix("bit."): tensor for key, tensor in theirs.items()})
+
+
+FEATURES = [row for row in TIMM if not row[1].startswith("legacy")]
+
+
+@pytest.mark.parametrize("kind", [None, "getter", "hook"])
+@pytest.mark.parametrize(("config", "model", "layout"), FEATURES)
+def test_r6_timms_names_with_features_only(timm, config, model, layout, kind):
+    theirs = tensors_of(timm.create_model, model, features_only=True, **({"feature_cls": kind} if kind else {}))
+    assert detect_layout(theirs) == layout
+    native = convert_state_dict(theirs)
+    assert_fills(native, config)
+    written = convert_state_dict(native, target=layout)
+    # As timm's whole model has them, without what features do not need.
+    assert written.keys() <= tensors_of(timm.create_model, model).keys()
+    inside_a_transformer = {f"model.backbone._backbone.{key}": tensor for key, tensor in theirs.items()}
+    assert_same(convert_state_dict(inside_a_transformer), native)
+
+
+@pytest.mark.parametrize(("config", "name", "layout"), TORCHVISION)
+def test_r6_torchvisions_names_of_extracted_features(torchvision, config, name, layout):
+    model = torchvision.models.get_model(name)
+    native = convert_state_dict(model.state_dict())
+    regnet = name.startswith("regnet")
+    layers = [f"trunk_output.block{i}" if regnet else f"layer{i}" for i in (1, 2, 3, 4)]
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    extracted = [create_feature_extractor(model, layers)]
+    if not regnet:
+        extracted.append(IntermediateLayerGetter(model, {layer: layer for layer in layers}))
+    for features in extracted:
+        theirs = features.state_dict()
+        assert detect_layout(theirs) == layout
+        for prefix in ("", "backbone.body.", "encoder."):
+            found = convert_state_dict({f"{prefix}{key}": tensor for key, tensor in theirs.items()})
+            assert_fills(found, config)
+            assert all(torch.equal(tensor, native[key]) for key, tensor in found.items())
+
+
+def test_a_vd_net_of_rt_detr():
+    """Its shortcuts pool but in the first stage, and its first convolution is called like a plain stem's."""
+    names = {
+        "conv1.conv1_1.conv.weight": "stem.0.weight",
+        "conv1.conv1_2.conv.weight": "stem.3.weight",
+        "conv1.conv1_3.norm.running_mean": "stem.7.running_mean",
+        "res_layers.0.blocks.0.branch2a.conv.weight": "layer1.0.conv1.weight",
+        "res_layers.0.blocks.0.short.conv.weight": "layer1.0.downsample.1.weight",
+        "res_layers.0.blocks.0.short.norm.bias": "layer1.0.downsample.2.bias",
+        "res_layers.1.blocks.0.short.conv.conv.weight": "layer2.0.downsample.1.weight",
+        "res_layers.3.blocks.0.short.conv.norm.running_var": "layer4.0.downsample.2.running_var",
+    }
+    theirs = {name: torch.zeros(1) for name in names}
+    native = convert_state_dict(theirs)
+    assert list(native) == list(names.values())
+    assert list(convert_state_dict(native, target="rtdetr")) == list(theirs)
+    wrapped = {f"ema.module.backbone.{name}": tensor for name, tensor in theirs.items()}
+    assert find_backbone(wrapped | {"ema.module.decoder.x": torch.zeros(1)}).prefix == "ema.module.backbone."
+    assert list(convert_state_dict(wrapped)) == list(native)
+
+
+# Nets taken apart: what a layer is called depends on how many without parameters stand before it.
+
+
+def plain(net):
+    return [net.conv1, net.bn1, net.relu, net.maxpool, *stages_of(net)]
+
+
+def stages_of(net):
+    return [net.layer1, net.layer2, net.layer3, net.layer4]
+
+
+def named(*layers):
+    return torch.nn.Sequential(*layers).state_dict()
+
+
+TAKEN_APART = {
+    "all children": ("resnet18", lambda net: named(*plain(net), torch.nn.AdaptiveAvgPool2d(1))),
+    "all but the pool": ("resnet18", lambda net: named(net.conv1, net.bn1, net.relu, *stages_of(net))),
+    "all but ReLU and pool": ("resnet18", lambda net: named(net.conv1, net.bn1, *stages_of(net))),
+    "body and head": ("resnet50", lambda net: named(torch.nn.Sequential(*plain(net)), torch.nn.Linear(1, 1))),
+    "two stages": ("resnet18", lambda net: named(*plain(net)[:6])),
+    "stem and stages": ("resnet18", lambda net: named(torch.nn.Sequential(*plain(net)[:4]), *stages_of(net))),
+    "stem, pool and stages": (
+        "resnet18",
+        lambda net: named(torch.nn.Sequential(*plain(net)[:3]), net.maxpool, *stages_of(net)),
+    ),
+    "layer0": (
+        "resnet18",
+        lambda net: {
+            re.sub(r"^conv1\b", "layer0.0", re.sub(r"^bn1\b", "layer0.1", key)): tensor
+            for key, tensor in net.state_dict().items()
+        },
+    ),
+    "deep stem": ("resnet50_v1d", lambda net: named(*net.children())),
+    "deep stem without pool": ("resnet50_v1d", lambda net: named(net.stem, *stages_of(net))),
+    "CIFAR's names inside": (
+        "resnet18",
+        lambda net: {
+            key.replace("downsample", "shortcut"): tensor
+            for key, tensor in named(net.conv1, net.bn1, *stages_of(net)).items()
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "state_dict.model.0."])
+@pytest.mark.parametrize("how", TAKEN_APART)
+def test_r6_a_net_taken_apart(how, prefix):
+    config, take_apart = TAKEN_APART[how]
+    net = build_on_meta(config)
+    expected = net.state_dict()
+    theirs = {f"{prefix}{key}": tensor for key, tensor in take_apart(net).items()}
+    found = find_backbone(theirs)
+    ours = {key: tensor for key, tensor in found.native.items() if key in expected}
+    kept = {key for key in expected if how != "two stages" or not key.startswith(("layer3", "layer4"))}
+    assert ours.keys() == kept
+    assert all(tensor is expected[key] or tensor.shape == expected[key].shape for key, tensor in ours.items())
+    assert found.layout.name == "sequential"
+    assert [key for key in found.native if key not in expected] == []
+
+
+@pytest.mark.parametrize("config", ["resnet18d", "seresnet50", "ecaresnet50t", "resnet50"])
+def test_r6_a_net_of_timm_taken_apart(timm, config):
+    with torch.device("meta"):
+        model = timm.create_model(config)
+    whole, apart = convert_state_dict(model.state_dict()), convert_state_dict(named(*model.children()))
+    assert {key: tensor.shape for key, tensor in apart.items()} == {key: tensor.shape for key, tensor in whole.items()}
 
 
 # Libraries that do not install here: a few names of each as they are documented, and the whole net there and back.
@@ -161,6 +319,44 @@ DOCUMENTED = {
         "s3.b1.f.se.f_ex.0.bias": "layer3.0.se_layer.conv1.conv.bias",
         "head.fc.weight": "fc.weight",
     },
+    "rtdetr": {
+        "conv1.conv1_1.conv.weight": "conv1.weight",  # a 7x7, where no further ones follow
+        "conv1.conv1_1.norm.running_var": "bn1.running_var",
+        "res_layers.0.blocks.0.branch2a.conv.weight": "layer1.0.conv1.weight",
+        "res_layers.0.blocks.2.branch2c.norm.bias": "layer1.2.bn3.bias",
+        "res_layers.0.blocks.0.short.conv.weight": "layer1.0.downsample.0.weight",
+        "res_layers.3.blocks.0.short.norm.running_mean": "layer4.0.downsample.1.running_mean",
+    },
+    "mmaction2": {
+        "conv1.conv.weight": "conv1.weight",
+        "conv1.bn.bias": "bn1.bias",
+        "layer1.0.conv1.conv.weight": "layer1.0.conv1.weight",
+        "layer4.1.conv3.bn.running_var": "layer4.1.bn3.running_var",
+        "layer2.0.downsample.conv.weight": "layer2.0.downsample.0.weight",
+        "layer2.0.downsample.bn.bias": "layer2.0.downsample.1.bias",
+    },
+    "cifar": {
+        "conv1.weight": "conv1.weight",
+        "layer2.0.shortcut.0.weight": "layer2.0.downsample.0.weight",
+        "layer2.0.shortcut.1.running_mean": "layer2.0.downsample.1.running_mean",
+        "linear.bias": "fc.bias",
+    },
+    "sequential": {
+        "0.weight": "conv1.weight",
+        "1.running_mean": "bn1.running_mean",
+        "4.0.conv1.weight": "layer1.0.conv1.weight",
+        "5.0.downsample.0.weight": "layer2.0.downsample.0.weight",
+        "7.2.bn3.bias": "layer4.2.bn3.bias",
+        "9.weight": "fc.weight",
+    },
+    "bit": {
+        "resnet/root_block/standardized_conv2d/kernel": "conv1.weight",
+        "resnet/block1/unit01/a/group_norm/gamma": "layer1.0.gn1.weight",
+        "resnet/block3/unit23/c/standardized_conv2d/kernel": "layer3.22.conv3.weight",
+        "resnet/block2/unit01/a/proj/standardized_conv2d/kernel": "layer2.0.downsample.0.weight",
+        "resnet/group_norm/beta": "gn.bias",
+        "resnet/head/conv2d/kernel": "fc.weight",
+    },
     "mmpretrain": {
         "stem.0.conv.weight": "stem.0.weight",
         "stem.2.bn.running_var": "stem.7.running_var",
@@ -172,10 +368,11 @@ DOCUMENTED = {
 
 @pytest.mark.parametrize("layout", DOCUMENTED)
 def test_documented_names(layout):
-    beginning = {name: torch.zeros(1) for name in ("layer1.0.conv1.weight", "layer1.0.bn1.running_mean")}
-    anchor = convert_state_dict(beginning, "native", layout)
+    dims = 4 if layout == "bit" else 1
+    names = ["layer1.0.conv1.weight", *(["layer1.0.bn1.running_mean"] if layout != "bit" else [])]
+    anchor = convert_state_dict({name: torch.zeros((1,) * dims) for name in names}, "native", layout)
     for name, native in DOCUMENTED[layout].items():
-        assert native in convert_state_dict(anchor | {name: torch.zeros(1)}, layout), name
+        assert native in convert_state_dict(anchor | {name: torch.zeros((1,) * dims)}, layout), name
 
 
 def test_a_vd_net_of_paddle():
@@ -220,8 +417,21 @@ EXPRESSIBLE = {
     "pycls": ["regnetx_400mf", "regnety_400mf"],
     "mmpretrain": [*RESNETS, "resnet50_v1c", "resnet50_v1d", "seresnet50"],
     "detectron2": [*RESNETS, "resnet50_v1c"],
-    "huggingface": ["resnet18", "resnet50", "resnet101", "resnet50_v1d"],
-    "paddle": [*RESNETS, "resnet50_v1c", "resnet50_v1d", "resnet101_v1d", "seresnet50"],
+    "huggingface": [
+        "resnet18",
+        "resnet50",
+        "resnet101",
+        "resnet50_v1d",
+        "rtdetr_r18",
+        "regnetx_400mf",
+        "regnety_400mf",
+    ],
+    "paddle": [*RESNETS, "resnet50_v1c", "resnet50_v1d", "resnet101_v1d", "seresnet50", "rtdetr_r18", "rtdetr_r34"],
+    "rtdetr": ["resnet18", "resnet50", "resnet50_v1c", "rtdetr_r18", "rtdetr_r34", "rtdetr_r50", "rtdetr_r101"],
+    "mmaction2": RESNETS,
+    "cifar": [*RESNETS, "resnet18_cifar"],
+    "sequential": [*RESNETS, "resnet50_v1c", "resnet50_v1d", "res2net50_26w_4s", "wide_resnet50_2"],
+    "bit": ["resnetv2_50x1_bit", "resnetv2_101x3_bit"],
 }
 ROUND_TRIPS = [(layout, config) for layout, configs in EXPRESSIBLE.items() for config in configs]
 

@@ -10,11 +10,15 @@ import torch
 from faulty_web import serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from resbackbone import ResNet, SharedHead, build_backbone
 from resbackbone.checkpoints import convert_state_dict, find_weights, load_checkpoint
-from resbackbone.preprocessing import CAFFE, DETECTRON, TORCHVISION, Preprocessing
+from resbackbone.checkpoints.saving import save_weights
+from resbackbone.cli import app
+from resbackbone.preprocessing import CAFFE, DETECTRON, TORCHVISION, Preprocessing, preprocessing_of
 
 SAME = {"rtol": 0, "atol": 0}
 
@@ -114,6 +118,70 @@ def test_rt_detr(shake, images, tmp_path):
     load_checkpoint(net, tmp_path / "m.pth")
     with torch.no_grad():
         assert_features(net, model(images).feature_maps, images)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("kind", ["sequential", "getter", "extractor"])
+def test_r6_torchvisions_net_taken_apart(torchvision, shake, images, tmp_path, name, kind):
+    model = shake(torchvision.models.get_model(name)).eval()
+    expected = levels_of(model, STAGES, images)
+    if kind == "sequential":
+        weights = torch.nn.Sequential(torch.nn.Sequential(*list(model.children())[:-2]), torch.nn.Linear(1, 1))
+    elif kind == "getter":
+        from torchvision.models._utils import IntermediateLayerGetter
+
+        weights = IntermediateLayerGetter(model, {stage: stage for stage in STAGES})
+    else:
+        from torchvision.models.feature_extraction import create_feature_extractor
+
+        weights = create_feature_extractor(model, list(STAGES))
+    torch.save({"model": weights.state_dict()}, tmp_path / "model.pth")
+    net = build_backbone(name)
+    load_checkpoint(net, tmp_path / "model.pth")
+    assert_features(net, expected, images)
+
+
+@pytest.mark.parametrize(("config", "name"), [("resnetv2_18", "resnetv2_18"), ("resnetv2_50d", "resnetv2_50d")])
+def test_r6_timms_pre_activation_nets_with_features_only(timm, shake, images, tmp_path, config, name):
+    model = shake(timm.create_model(name, features_only=True)).eval()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    net = build_backbone(config)
+    assert load_checkpoint(net, tmp_path / "model.safetensors").layout == "timm-resnetv2"
+    with torch.no_grad():
+        assert_features(net, model(images)[1:], images, rtol=1e-5, atol=1e-5)
+
+
+def test_r6_big_transfers_own_file(timm, shake, images, tmp_path):
+    """Timm's own reader of such files makes the same net of it."""
+    model = shake(timm.create_model("resnetv2_50x1_bit", num_classes=10)).eval()
+    weights = convert_state_dict(model.state_dict(), "timm-resnetv2", "bit")
+    save_weights(weights, tmp_path / "BiT-M-R50x1.npz")
+    theirs = timm.create_model("resnetv2_50x1_bit", num_classes=10).eval()
+    theirs.load_pretrained(str(tmp_path / "BiT-M-R50x1.npz"))
+    assert all(
+        torch.equal(*pair) for pair in zip(theirs.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    net = build_backbone("resnetv2_50x1_bit", final_norm=True)
+    report = load_checkpoint(net, tmp_path / "BiT-M-R50x1.npz")
+    assert (report.layout, report.ignored) == ("bit", ("fc.weight", "fc.bias"))
+    assert net.preprocessing == Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3)
+    with torch.no_grad():
+        expected = theirs.forward_intermediates(images, indices=4, norm=True, intermediates_only=True)
+    assert_features(net, expected, images, rtol=1e-5, atol=1e-5)
+
+
+def test_r6_hugging_faces_bit(torchvision, shake, images, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = shake(transformers.BitModel(transformers.BitConfig())).eval()
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    net = build_backbone("resnetv2_50")
+    with pytest.raises(ValueError, match="does not fit ResNetV2"):  # batch norms are no group norms
+        load_checkpoint(net, tmp_path / "model.pth")
+    net = build_backbone("resnetv2_50x1_bit")
+    assert load_checkpoint(net, tmp_path / "model.pth").layout == "huggingface"
+    with torch.no_grad():
+        expected = model(images, output_hidden_states=True).hidden_states[1:]
+    assert_features(net, expected, images)
 
 
 # Libraries that do not install here: files in the layout that they document, of a net that is known otherwise.
@@ -217,6 +285,67 @@ def test_other_numbers_of_channels(source, tmp_path, in_channels):
         repeated = torch.cat([given, given], 1)[:, :in_channels]
         torch.testing.assert_close(net.conv1.weight, repeated * 3 / in_channels)
         assert net.preprocessing is None
+
+
+@pytest.mark.parametrize(
+    ("trained", "taken", "expected"),
+    [
+        (3, 3, TORCHVISION),
+        (3, 1, TORCHVISION.gray()),
+        (1, 1, TORCHVISION.gray()),
+        *(
+            (trained, taken, None)
+            for trained in (1, 2, 4, 13)
+            for taken in (1, 2, 3, 4, 13)
+            if (trained, taken) != (1, 1)
+        ),
+        *((3, taken, None) for taken in (2, 4, 13)),
+    ],
+)
+def test_w6_only_of_colors_and_gray_anybody_knows_what_is_expected(tmp_path, trained, taken, expected):
+    source = ResNet(18, base_channels=2, in_channels=trained)
+    torch.save(source.state_dict(), tmp_path / "m.pth")
+    net = ResNet(18, base_channels=2, in_channels=taken)
+    report = load_checkpoint(net, tmp_path / "m.pth")
+    assert net.preprocessing == expected
+    if expected is None:
+        with pytest.raises(ValueError, match=r"nobody says what the loaded weights expect .* set `net\.preprocessing`"):
+            preprocessing_of(net)
+    else:
+        assert preprocessing_of(net) == expected
+    weight = source.conv1.weight
+    if taken == 1 != trained:
+        torch.testing.assert_close(net.conv1.weight, weight.sum(1, keepdim=True))
+    else:  # the n-th channel gets the filters of the n-th, and of the first again behind the last
+        repeated = weight[:, [channel % trained for channel in range(taken)]]
+        torch.testing.assert_close(net.conv1.weight, repeated * (trained / taken))
+    changed = (f"conv1.weight takes {taken} channels in place of {trained}",) if trained != taken else ()
+    assert report.adapted == changed
+    net.preprocessing = TORCHVISION
+    assert preprocessing_of(net) == TORCHVISION
+
+
+@pytest.mark.parametrize("channels", [2, 4, 13])
+def test_w6_a_run_of_other_channels_says_nothing_of_pictures(tmp_path, channels):
+    weights = {
+        f"state_dict.backbone.{key}": value for key, value in ResNet(18, in_channels=channels).state_dict().items()
+    }
+    own = {"channels": torch.arange(channels), "mean": torch.ones(channels), "std": torch.ones(channels)}
+    torch.save(
+        weights | {f"state_dict.data_preprocessor.{key}": value for key, value in own.items()}, tmp_path / "m.pth"
+    )
+    net = ResNet(18, in_channels=channels)
+    load_checkpoint(net, tmp_path / "m.pth")
+    assert net.preprocessing is None
+
+
+def test_w6_the_command_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(ResNet(18, in_channels=13).state_dict(), tmp_path / "m.pth")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    result = CliRunner().invoke(app, ["extract", "resnet18", "a.png", "--checkpoint", "m.pth", "--out", "features"])
+    assert result.exit_code == 2
+    assert "nobody says what the loaded weights expect of a picture" in result.output
 
 
 def test_group_norms_by_whatever_name(tmp_path):

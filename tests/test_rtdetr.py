@@ -3,10 +3,13 @@
 import pytest
 import torch
 from cases import every_class, make, stages
+from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
 
 from resbackbone import ResNet, build_backbone
 from resbackbone.checkpoints import convert_state_dict, load_checkpoint
+from resbackbone.cli import app
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 NORM = {"norm_eval": False, "zero_init_residual": False}
@@ -71,6 +74,39 @@ def test_r4_the_published_size_is_transformers_to_the_last_bit(published, tmp_pa
     torch.save(reference.state_dict(), tmp_path / "m")
     net = build_backbone(f"rtdetr_r{depth}", checkpoint=tmp_path / "m", **NORM)
     assert_identical(net, reference, torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_r5_the_authors_own_keys_in_both_directions(published, tmp_path, depth):
+    """As their checkpoints have them: the average beside the raw model, whose norms are frozen and have no counters."""
+    reference = published(depth, base_channels=8)
+    weights = {key: value for key, value in reference.state_dict().items() if "num_batches" not in key}
+    theirs = convert_state_dict(weights, "huggingface", "rtdetr")
+    assert all(key.startswith(("conv1.conv1_", "res_layers.")) for key in theirs)
+    raw = {f"backbone.{key}": value + 1 for key, value in theirs.items()} | {"decoder.x": torch.zeros(1)}
+    averaged = {f"backbone.{key}": value for key, value in theirs.items()} | {"decoder.x": torch.ones(1)}
+    torch.save({"model": raw, "ema": {"module": averaged, "updates": 7}, "last_epoch": 71}, tmp_path / "rtdetr.pth")
+    net = build_backbone(f"rtdetr_r{depth}", base_channels=8, **NORM)
+    with pytest.warns(
+        UserWarning, match=r"the one below 'ema\.module\.backbone\.' is taken.*prefix='model\.backbone\.'"
+    ):
+        report = load_checkpoint(net, tmp_path / "rtdetr.pth")
+    assert (report.layout, report.missing, report.unexpected) == ("rtdetr", (), ())
+    back = convert_state_dict(net.state_dict(), target="huggingface")
+    assert all(torch.equal(back[key], weights[key]) for key in weights)
+    assert_identical(net, reference, torch.randn(2, 3, 64, 64))
+
+
+def test_r5_the_command_converts(published, tmp_path):
+    """From the authors' keys to transformers' and back."""
+    weights = {key: value for key, value in published(18, base_channels=8).state_dict().items() if "num_bat" not in key}
+    save_file(weights, tmp_path / "hf.safetensors")
+    for source, target, layout in (("hf.safetensors", "r.pth", "rtdetr"), ("r.pth", "back.safetensors", "huggingface")):
+        result = CliRunner().invoke(app, ["convert", str(tmp_path / source), str(tmp_path / target), "--to", layout])
+        assert result.exit_code == 0, result.output
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[key], weights[key]) for key in weights)
 
 
 @every_class

@@ -33,7 +33,7 @@ def adapt(tensors: dict[str, Tensor], net: nn.Module, expected: Preprocessing, *
     Args:
         tensors: By native key; not changed.
         net: The net that they are for.
-        expected: What they expect of an image.
+        expected: What they expect of an image of three channels, or of one.
         absorb: Whether they shall take images normalised as torchvision's.
     """
     tensors = dict(tensors)
@@ -52,20 +52,25 @@ def adapt(tensors: dict[str, Tensor], net: nn.Module, expected: Preprocessing, *
         tensors[first], expected = absorb_normalisation(tensors[first], expected)
         notes.append(f"{first} takes RGB and torchvision's deviations in place of {what}")
     given, wanted = tensors[first].shape[1], own[first].shape[1] if first in own else 0
-    if given == wanted == 1:
-        return Adapted(tensors, expected.gray(), tuple(notes))
-    if not wanted or given == wanted:
-        return Adapted(tensors, expected, tuple(notes))
-    tensors[first] = adapt_channels(tensors[first], wanted)
-    notes.append(f"{first} takes {wanted} channels in place of {given}")
-    return Adapted(tensors, expected.gray() if wanted == 1 else None, tuple(notes))
+    if wanted and given != wanted:
+        tensors[first] = adapt_channels(tensors[first], wanted)
+        notes.append(f"{first} takes {wanted} channels in place of {given}")
+    return Adapted(tensors, _expected_of(wanted or given, trained=given, usual=expected), tuple(notes))
+
+
+def _expected_of(channels: int, *, trained: int, usual: Preprocessing) -> Preprocessing | None:
+    """What a net of so many channels expects; only of colors and gray does anybody say it."""
+    if channels == 1 and trained in (1, 3):
+        return usual.gray()
+    return usual if channels == trained == 3 else None
 
 
 def adapt_channels(weight: Tensor, in_channels: int) -> Tensor:
     """Give a first convolution another number of input channels.
 
     For one channel the filters are summed up; otherwise they are repeated in turn and scaled by the old number over the
-    new one.
+    new one. So fewer channels get the filters of the first ones, whatever these were: of 13 bands for 3 those of the
+    first three bands, times 13/3.
 
     Args:
         weight: ``(C, c, K, K)``.

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from resbackbone.checkpoints.layouts import ALIASES, LAYOUTS, Layout, Tensors, is_native
-from resbackbone.checks import UnknownKeyError, nearest
-
-# Tensors that nearly every net of the family has: where one of them is found, a backbone begins.
-_ANCHORS = (
-    "layer1.0.conv1.weight",
-    "layer1.0.conv2.weight",
-    "layer1.0.conv2.conv.weight",
-    "layer1.0.conv1.paths.0.conv.weight",
-    "layer1.0.conv2.paths.0.conv.weight",
+from resbackbone.checkpoints.layouts import ALIASES, LAYOUTS, Layout, Tensors
+from resbackbone.checkpoints.selection import (
+    Candidate,
+    below,
+    choose,
+    differ,
+    find_candidates,
+    unwrap,
+    warn_of_copies,
 )
-# Of two backbones in one file the other one is meant: what is trained slower, or by the other.
-_SECOND_CHOICE = re.compile(r"(^|\.)(student|encoder_k|momentum_\w+|target_\w+)\.")
+from resbackbone.checks import UnknownKeyError, check_type, nearest
 
 
 @dataclass(frozen=True)
-class Backbone:
+class FoundBackbone:
     """A backbone that was found among tensors.
 
     Attributes:
@@ -32,7 +29,7 @@ class Backbone:
         prefix: What stands before its names, such as "backbone.".
         native: Its tensors, and its classifier's, by their native names.
         others: The names of all other tensors, which are those of heads, necks and the like.
-        prefixes: Where further backbones were found.
+        prefixes: Where further backbones were found, of other values.
     """
 
     layout: Layout
@@ -51,7 +48,7 @@ def detect_layout(state_dict: Mapping[str, Tensor]) -> str:
     Returns:
         A key of ``LAYOUTS``: "native" (also torchvision's ResNets, mmdet's and mmseg's), "timm" (where it differs from
         native), "timm-resnetv2", "timm-regnet", "torchvision-regnet", "pycls", "mmpretrain" (where it differs),
-        "detectron2", "caffe2", "huggingface" or "paddle".
+        "detectron2", "caffe2", "huggingface", "paddle", "rtdetr", "mmaction2", "cifar", "sequential" or "bit".
 
     Raises:
         ValueError: If no layout fits.
@@ -60,7 +57,7 @@ def detect_layout(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def convert_state_dict(
-    state_dict: Mapping[str, Tensor], source: str | None = None, target: str = "native"
+    state_dict: Mapping[str, Tensor], source: str | None = None, target: str = "native", *, prefix: str | None = None
 ) -> dict[str, Tensor]:
     """Turn a backbone's state dict into another library's.
 
@@ -70,6 +67,8 @@ def convert_state_dict(
         source: Whose they are, as :func:`detect_layout` says it, which is asked where this is None; "torchvision",
             "mmdet", "mmseg" and "mmcls" are known, too.
         target: Whose they shall be.
+        prefix: What stands before the backbone's keys, where there are several backbones; None for the one that
+            docs/weights.md says, with a warning that names the others.
 
     Returns:
         The tensors by their keys there, without a prefix. They share memory with the given ones where only the name
@@ -77,13 +76,16 @@ def convert_state_dict(
 
     Raises:
         KeyError: If ``source`` or ``target`` is unknown.
-        ValueError: If ``state_dict`` has no backbone of that layout.
+        ValueError: If ``state_dict`` has no backbone of that layout or below that prefix.
 
     >>> import torch
     >>> list(convert_state_dict({"res2.0.conv1.weight": torch.zeros(1)}, target="native"))
     ['layer1.0.conv1.weight']
     """
-    return get_layout(target).to_foreign(find_backbone(state_dict, source).native)
+    layout = get_layout(target)
+    found = find_backbone(state_dict, source, prefix)
+    warn_of_copies("the state dict", found.prefix, found.prefixes)
+    return layout.to_foreign(found.native)
 
 
 def get_layout(name: str) -> Layout:
@@ -98,55 +100,66 @@ def get_layout(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def find_backbone(tensors: Mapping[str, Tensor], layout: str | None = None) -> Backbone:
+def find_backbone(
+    tensors: Mapping[str, Tensor], layout: str | None = None, prefix: str | None = None, *, swapped: bool = False
+) -> FoundBackbone:
     """Find the backbone among tensors, and give it its native names.
+
+    Of several the one is taken that :func:`resbackbone.checkpoints.selection.choose` puts first.
 
     Args:
         tensors: By whatever key.
         layout: Whose they are; None to find out.
+        prefix: What stands before the backbone's names, or some parts of that; None to find out.
+        swapped: Whether they come from a file of mmengine's, whose ``ema_state_dict`` holds the raw weights.
 
     Raises:
         KeyError: If ``layout`` is unknown.
+        TypeError: If ``prefix`` is no text.
         ValueError: If there is none.
     """
-    layouts = list(LAYOUTS.values()) if layout is None else [get_layout(layout)]
-    found = [(_fit(tensors, *candidate), candidate) for candidate in _candidates(tensors, layouts)]
-    if not found:
-        some = ", ".join(list(tensors)[:5]) or "none"
-        raise ValueError(
-            f"no {'known' if layout is None else layout} backbone is among the keys, the first of which are: {some}; "
-            f"known layouts: {', '.join(LAYOUTS)}"
-        )
-    _, (best, prefix) = max(found, key=lambda item: item[0])  # of equals the first
-    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    native = best.to_native(inside)
-    # A classifier stands beside a backbone that has a prefix, and in the same wrappings.
-    wrappings = prefix.removesuffix(".").rpartition(".")
-    beside = {name.removeprefix("".join(wrappings[:2])): name for name in tensors if not name.startswith(prefix)}
-    outside = {beside[name]: ours for name, ours in best.native_names(beside).items()}
-    native |= {ours: tensors[name] for name, ours in outside.items() if ours.startswith("fc.")}
-    others = tuple(name for name, ours in outside.items() if not ours.startswith("fc."))
-    return Backbone(best, prefix, native, others, tuple(sorted({other for _, (_, other) in found} - {prefix})))
+    if prefix is not None:
+        check_type("prefix", prefix, str, "what stands before the backbone's keys, such as 'backbone.'")
+    candidates = find_candidates(tensors, list(LAYOUTS.values()) if layout is None else [get_layout(layout)])
+    asked = candidates if prefix is None else below(prefix, candidates)
+    if not asked:
+        raise ValueError(_none_found(tensors, layout, prefix))
+    best, *rest = choose(asked, swapped=swapped)
+    native = best.layout.to_native({bare: tensors[name] for bare, name in best.names.items()})
+    outside = _beside(best, candidates, tensors)
+    if not any(name.startswith("fc.") for name in native):
+        native |= {ours: tensors[name] for name, ours in outside.items() if ours.startswith("fc.")}
+    mine = set(best.names.values())
+    others = tuple(name for name in tensors if name not in mine and not outside.get(name, "").startswith("fc."))
+    rivals = (one.prefix for one in rest if differ(best, one, tensors))
+    return FoundBackbone(best.layout, best.prefix, native, others, tuple(sorted(rivals)))
 
 
-def _candidates(names: Iterable[str], layouts: Iterable[Layout]) -> Iterator[tuple[Layout, str]]:
-    """Yield every layout and prefix that has one of the anchors."""
-    names = list(names)
-    for layout in layouts:
-        anchors = {table.to_foreign([anchor]).get(anchor, anchor) for table in layout.tables for anchor in _ANCHORS}
-        endings = tuple(anchors or _ANCHORS)
-        prefixes: dict[str, None] = {}  # in the order in which they come
-        for name in names:
-            if name.endswith(endings):
-                for anchor in endings:
-                    prefix = name.removesuffix(anchor)
-                    if prefix != name and (not prefix or prefix.endswith(".")):
-                        prefixes[prefix] = None
-        yield from ((layout, prefix) for prefix in prefixes)
+def _beside(best: Candidate, candidates: Iterable[Candidate], names: Iterable[str]) -> dict[str, str]:
+    """Give native names to what stands beside a backbone that has a prefix, in the same wrappings: its classifier."""
+    if not best.prefix:
+        return {}
+    parent = "".join(best.prefix.removesuffix(".").rpartition(".")[:2])
+    taken = {name for one in candidates for name in one.names.values()}
+    beside = {
+        unwrap(name.removeprefix(parent)): name for name in names if name.startswith(parent) and name not in taken
+    }
+    return {beside[name]: ours for name, ours in best.layout.native_names(beside).items()}
 
 
-def _fit(names: Iterable[str], layout: Layout, prefix: str) -> tuple[int, bool]:
-    """Rate how well a layout explains what stands behind a prefix: by how many names, and whether it is meant."""
-    inside = dict.fromkeys(name.removeprefix(prefix) for name in names if name.startswith(prefix))
-    native = layout.native_names(layout.tidy(inside)).values()  # type: ignore[arg-type]  # names alone matter here
-    return sum(map(is_native, native)), _SECOND_CHOICE.search(prefix) is None
+def _none_found(names: Iterable[str], layout: str | None, prefix: str | None) -> str:
+    """Say what was looked for in vain, and what is there."""
+    found = sorted(find_candidates(names, list(LAYOUTS.values())), key=lambda one: one.prefix)
+    there = ", ".join(
+        f"below {one.prefix!r} ({one.layout.name} keys)" if one.prefix else f"without a prefix ({one.layout.name} keys)"
+        for one in found
+    )
+    what = "known" if layout is None else layout
+    where = "" if prefix is None else f" below prefix {prefix!r}"
+    if there:
+        return f"no {what} backbone is{where} among the keys; there is one {there}"
+    some = ", ".join(list(names)[:5]) or "none"
+    tops = list(dict.fromkeys(name.partition(".")[0] + "." for name in names if "." in name))
+    start = f"; their prefixes are: {', '.join(tops[:10])}" if prefix is not None and tops else ""
+    known = ", ".join(LAYOUTS)
+    return f"no {what} backbone is{where} among the keys, the first of which are: {some}{start}; known layouts: {known}"

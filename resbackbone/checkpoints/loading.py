@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from resbackbone.blocks.base import ResidualBlock
 from resbackbone.checkpoints.adapting import Adapted, adapt
 from resbackbone.checkpoints.catalog import Weights
-from resbackbone.checkpoints.conversion import find_backbone
+from resbackbone.checkpoints.conversion import FoundBackbone, find_backbone
 from resbackbone.checkpoints.files import check_weights, not_loaded, read_file
 from resbackbone.checkpoints.layouts import Tensors
 from resbackbone.checkpoints.pickle_names import ADVICE
 from resbackbone.checkpoints.report import LoadReport
+from resbackbone.checkpoints.selection import warn_of_copies
 from resbackbone.checkpoints.sources import locate
 from resbackbone.checks import check_choice
 from resbackbone.layers.plugins import plugin_name
-from resbackbone.preprocessing import CAFFE, DETECTRON, TORCHVISION, Preprocessing
+from resbackbone.preprocessing import CAFFE, DETECTRON, INCEPTION, TORCHVISION, Preprocessing
 
 # What a trainer saves beside weights, which is not read; mmengine's names, Lightning's and those of training scripts.
 _NO_WEIGHTS = {
@@ -42,11 +43,13 @@ class CheckpointTensors(NamedTuple):
         tensors: Every tensor, by the names of all the mappings that lead to it, with dots between.
         known: What the catalog says of it; None if it does not have it.
         not_loaded: What else is in it that is not loaded: the class, and where it is.
+        swapped: Whether it is mmengine's, whose ``ema_state_dict`` holds the raw weights.
     """
 
     tensors: Tensors
     known: Weights | None
     not_loaded: tuple[str, ...]
+    swapped: bool
 
 
 def load_checkpoint(
@@ -60,7 +63,8 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load weights of whatever origin, all of them or none.
 
-    Afterwards ``net.preprocessing`` says what the weights expect of an image.
+    Afterwards ``net.preprocessing`` says what the weights expect of an image. It is None where nobody says that: for
+    weights trained on other than 3 channels or 1, or adapted to another number of channels.
 
     Args:
         net: The backbone. It changes only if the whole load succeeds.
@@ -72,7 +76,8 @@ def load_checkpoint(
             have besides; heads are ignored and counted. "all": there must be no heads either, a classifier apart.
             False: what fits is loaded, and the report tells the rest.
         layout: Whose keys they are; None to find out.
-        prefix: What stands before the backbone's keys, where a file has several; None to find out.
+        prefix: What stands before the backbone's keys, where a file has several; "" for nothing. None for the one that
+            docs/weights.md says, with a warning that names the others.
         expects: "checkpoint" leaves the first convolution as it was trained; "torchvision" makes it take RGB images
             divided by torchvision's deviations, also where it was trained on BGR or undivided ones.
 
@@ -87,19 +92,18 @@ def load_checkpoint(
     """
     check_choice("strict", strict, ("backbone", "all", True, False))
     check_choice("expects", expects, ("checkpoint", "torchvision"))
-    tensors, known, left = read_tensors(source)
-    if prefix is not None:
-        tensors = {key: tensor for key, tensor in tensors.items() if f".{prefix}" in f".{key}"}
-    found = find_backbone(tensors, layout)
-    expected = _trained_with(tensors) if known is None else known.preprocessing
-    expected = expected or _usual_preprocessing(found.layout.name, getattr(net, "style", "pytorch"))
+    content = read_tensors(source)
+    found = find_backbone(content.tensors, layout, prefix, swapped=content.swapped)
+    expected = _trained_with(content.tensors) if content.known is None else content.known.preprocessing
+    expected = expected or _usual_preprocessing(found, getattr(net, "style", "pytorch"))
     adapted = adapt(found.native, net, expected, absorb=expects == "torchvision")
+    warn_of_copies(repr(str(source)), found.prefix, found.prefixes)
     notes = [f"the backbone below {found.prefix!r}"] if found.prefix else []
     notes += [f"not the one below {prefix!r}" for prefix in found.prefixes]
     report = _compare(
         net, adapted, found.others, source=str(source), layout=found.layout.name, notes=(*notes, *adapted.notes)
     )
-    report = replace(report, not_loaded=left)
+    report = replace(report, not_loaded=content.not_loaded)
     if wrong := problems(report, strict):
         raise ValueError(
             f"{str(source)!r} does not fit {type(net).__name__}, nothing was changed: {report.summary()}: "
@@ -118,14 +122,19 @@ def _trained_with(tensors: Tensors) -> Preprocessing | None:
         stem = name.removesuffix("channels")
         if name.endswith("data_preprocessor.channels") and {f"{stem}mean", f"{stem}std"} <= tensors.keys():
             mean, std = (tuple(tensors[f"{stem}{key}"].flatten().tolist()) for key in ("mean", "std"))
+            if len(mean) not in (1, 3):
+                return None  # no pictures; `adapt` says so of the weights, too
             return Preprocessing(mean, std, "RGB" if channels.tolist() == sorted(channels.tolist()) else "BGR")
     return None
 
 
-def _usual_preprocessing(layout: str, style: str) -> Preprocessing:
+def _usual_preprocessing(found: FoundBackbone, style: str) -> Preprocessing:
     """What weights of that layout for a net of that style most often expect, where nobody says."""
+    layout = found.layout.name
     if layout == "caffe2":
         return DETECTRON
+    if layout == "bit":
+        return INCEPTION
     return CAFFE if layout == "detectron2" or style == "caffe" else TORCHVISION
 
 
@@ -140,7 +149,8 @@ def read_tensors(source: str | Path) -> CheckpointTensors:
     tensors, left = dict(_flatten(content)), not_loaded(content)
     if left and not tensors:
         raise ValueError(f"{str(path)!r} has no tensors by name, and of what it has was not loaded {left[0]}; {ADVICE}")
-    return CheckpointTensors(tensors, known, left)
+    swapped = "ema_state_dict" in content and "meta" in content
+    return CheckpointTensors(tensors, known, left, swapped)
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from resbackbone.cli.console import say, user_errors
+from resbackbone.cli.console import messages, say, user_errors
 
 
 def convert(
@@ -22,6 +22,10 @@ def convert(
     layout: Annotated[
         str | None, typer.Option("--from", metavar="LAYOUT", help="Whose names SRC has.", show_default="found out")
     ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="What stands before the backbone's keys, where SRC has several.", show_default="found out"),
+    ] = None,
 ) -> None:
     """Write the backbone of a checkpoint, and its classifier, with another library's keys."""
     from resbackbone.checkpoints.conversion import find_backbone, get_layout
@@ -30,12 +34,15 @@ def convert(
 
     with user_errors():
         target = get_layout(to)
-        tensors, _, left = read_tensors(source)
-        found = find_backbone(tensors, layout)
+        content = read_tensors(source)
+        found = find_backbone(content.tensors, layout, prefix, swapped=content.swapped)
         converted = target.to_foreign(found.native)
         save_weights(converted, destination)
+    if found.prefixes:
+        others = ", ".join(map(repr, found.prefixes))
+        say(f"took the backbone below {found.prefix!r}, not {others}; choose with --prefix", console=messages)
     say(f"{len(converted)} tensors, {found.layout.name} to {target.name}: {destination}", style="green")
     if found.others:
         say(f"{len(found.others)} left out that are no backbone's, such as {found.others[0]}")
-    if left:
-        say(f"not loaded: {', '.join(left)}")
+    if content.not_loaded:
+        say(f"not loaded: {', '.join(content.not_loaded)}")

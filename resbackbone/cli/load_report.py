@@ -17,6 +17,10 @@ def load_report(
         str, typer.Argument(metavar="SRC", help="A file, a name that `resbackbone list --weights` shows, or a URL.")
     ],
     *,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="What stands before the backbone's keys, where SRC has several.", show_default="found out"),
+    ] = None,
     imports: Imports = None,
 ) -> None:
     """Show what loading SRC into CONFIG does, key by key; the exit status is 1 if it would be refused."""
@@ -26,7 +30,7 @@ def load_report(
 
     with user_errors():
         import_named(imports)
-        report = load_checkpoint(construct_backbone(config), source, strict=False)
+        report = load_checkpoint(construct_backbone(config), source, strict=False, prefix=prefix)
     results.print(report)
     if problems(report):
         raise typer.Exit(1)

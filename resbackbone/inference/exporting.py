@@ -198,7 +198,10 @@ def _shapes(channels: int, size: tuple[int, int] | None, stride: int) -> list[tu
 
 def _facts(backbone: Backbone, dtype: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What the file says about itself, beside its levels."""
-    preprocessing = preprocessing_of(backbone) if backbone.in_channels in (1, 3) else None  # others are no pictures
+    try:
+        preprocessing = preprocessing_of(backbone)
+    except ValueError:  # of tensors that are no pictures nobody says it
+        preprocessing = None
     facts = {
         "type": type(backbone).__name__,
         "dtype": dtype,

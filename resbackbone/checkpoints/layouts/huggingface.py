@@ -1,6 +1,7 @@
-"""Hugging Face's ResNet, and that of its RT-DETR, which has ResNet-D's stem and shortcuts.
+"""Hugging Face's ResNet, RegNet and BiT, and the ResNet of its RT-DETR, which has ResNet-D's stem and shortcuts.
 
-Source: transformers, ``models/resnet/modeling_resnet.py`` and ``models/rt_detr/modeling_rt_detr_resnet.py``.
+Source: transformers, ``models/resnet/modeling_resnet.py``, ``models/rt_detr/modeling_rt_detr_resnet.py``,
+``models/regnet/modeling_regnet.py`` (of X the names are ResNet's) and ``models/bit/modeling_bit.py``.
 """
 
 from __future__ import annotations
@@ -14,18 +15,32 @@ _STAGES = """
     fc                    classifier.1
 """
 
+_PLAIN = """
+    conv1                      embedder.embedder.convolution
+    bn1                        embedder.embedder.normalization
+    layer{s}.{b}.downsample.0  encoder.stages.{s-1}.layers.{b}.shortcut.convolution
+    layer{s}.{b}.downsample.1  encoder.stages.{s-1}.layers.{b}.shortcut.normalization
+"""
+# RegNet-Y's third layer is its attention.
+_REGNET_Y = """
+    layer{s}.{b}.conv3                encoder.stages.{s-1}.layers.{b}.layer.3.convolution
+    layer{s}.{b}.bn3                  encoder.stages.{s-1}.layers.{b}.layer.3.normalization
+    layer{s}.{b}.se_layer.conv1.conv  encoder.stages.{s-1}.layers.{b}.layer.2.attention.0
+    layer{s}.{b}.se_layer.conv2.conv  encoder.stages.{s-1}.layers.{b}.layer.2.attention.2
+"""
+_BIT = """
+    conv1                      embedder.convolution
+    layer{s}.{b}.conv{k}       encoder.stages.{s-1}.layers.{b}.conv{k}
+    layer{s}.{b}.bn{k}         encoder.stages.{s-1}.layers.{b}.norm{k}
+    layer{s}.{b}.downsample.0  encoder.stages.{s-1}.layers.{b}.downsample.conv
+    bn                         norm
+    fc                         classifier.1
+"""
+
 HUGGINGFACE = Layout(
     "huggingface",
     tables=(
-        Table(
-            _STAGES
-            + """
-            conv1                      embedder.embedder.convolution
-            bn1                        embedder.embedder.normalization
-            layer{s}.{b}.downsample.0  encoder.stages.{s-1}.layers.{b}.shortcut.convolution
-            layer{s}.{b}.downsample.1  encoder.stages.{s-1}.layers.{b}.shortcut.normalization
-            """
-        ),
+        Table(_STAGES + _PLAIN),
         Table(
             _STAGES
             + """
@@ -41,5 +56,7 @@ HUGGINGFACE = Layout(
             layer{s}.{b}.downsample.2  encoder.stages.{s-1}.layers.{b}.shortcut.1.normalization
             """
         ),
+        Table(_REGNET_Y + _STAGES + _PLAIN),
+        Table(_BIT),
     ),
 )

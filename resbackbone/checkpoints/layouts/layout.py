@@ -45,7 +45,7 @@ class Layout:
         name: The library, as in ``convert_state_dict(source=...)``.
         tables: What is named otherwise than here; more than one where the same name means two things, as timm's
             ``bn1`` in plain and deep stems. The one that fits best is taken, of equals the first.
-        old: Tables of names that are read but no longer written.
+        old: Tables of names that are read and not written: older ones, and rarer ones that other tables can say.
         tidy: What is done to the foreign tensors before they are renamed, such as spelling aliases out.
         finish: What is done to the tensors once they have native names.
         prepare: Its inverse, before they get foreign ones.

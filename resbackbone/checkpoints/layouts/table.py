@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 PARAMETERS = "weight|bias|running_mean|running_var|num_batches_tracked"
 
+_TEXTS = {"p": PARAMETERS, "rest": ".+"}  # fields that are no numbers
 _FIELD = re.compile(r"\{(\w+?)([+-]\d+|:\w+)?\}")
 
 
@@ -29,12 +30,15 @@ _BLOCK = _Spelling(
 )
 
 
+_UNIT = _Spelling(r"\d\d+", lambda text: int(text) - 1, lambda number, _: f"{number + 1:02d}")
+
+
 def _shifted(by: int) -> _Spelling:
     return _Spelling(r"\d+", lambda text: int(text) - by, lambda number, _: str(number + by))
 
 
 def _spelling(kind: str) -> _Spelling:
-    return {":letter": _LETTER, ":block": _BLOCK}.get(kind) or _shifted(int(kind or 0))
+    return {":letter": _LETTER, ":block": _BLOCK, ":unit": _UNIT}.get(kind) or _shifted(int(kind or 0))
 
 
 class Template:
@@ -42,7 +46,8 @@ class Template:
 
     A field is a number: ``{b}`` as it is; ``{s+1}`` and ``{k-1}`` one more or less than on the table's other side;
     ``{k:letter}`` "a" for 1, "b" for 2; ``{b:block}`` "a" for 0, "b" for 1, but "b1", "b2" behind "a" in a stage of
-    more than ten blocks. Where it comes twice, it is the same twice. ``{p}`` is the name of a parameter or buffer.
+    more than ten blocks; ``{b:unit}`` "01" for 0. Where it comes twice, it is the same twice. ``{p}`` is the name of a
+    parameter or buffer, ``{rest}`` whatever else a name has.
     """
 
     def __init__(self, text: str) -> None:
@@ -50,10 +55,10 @@ class Template:
         pattern, end = "", 0
         for found in _FIELD.finditer(text):
             before, name = text[end : found.start()], found[1]
-            spelling = None if name == "p" else _spelling(found[2] or "")
+            spelling = None if name in _TEXTS else _spelling(found[2] or "")
             self._parts.append((before, name, spelling))
             again = f"(?P<{name}>" in pattern
-            shape = PARAMETERS if spelling is None else spelling.pattern
+            shape = _TEXTS[name] if spelling is None else spelling.pattern
             pattern += re.escape(before) + (f"(?P={name})" if again else f"(?P<{name}>{shape})")
             end = found.end()
         self._end = text[end:]

@@ -46,12 +46,27 @@ TIMM = Layout(
     old=(Table(_OLD),),
 )
 
-_STAGES = """
-    layer{s}.{b}.conv{k}  stages.{s-1}.blocks.{b}.conv{k}
-    layer{s}.{b}.bn{k}    stages.{s-1}.blocks.{b}.norm{k}
-    bn                    norm
-    fc                    head.fc
-"""
+
+def _resnetv2(*rows: str, joint: str = ".") -> Table:
+    """The rows of all nets and those of one stem; with ``features_only`` the first ``joint`` of a name is "_"."""
+    rows = (
+        "layer{s}.{b}.conv{k}  stages.{s-1}.blocks.{b}.conv{k}",
+        "layer{s}.{b}.bn{k}    stages.{s-1}.blocks.{b}.norm{k}",
+        *rows,
+    )
+    text = "\n".join(rows).replace("stages.", f"stages{joint}").replace(" stem.", f" stem{joint}")
+    return Table(f"{text}\n bn norm\n fc head.fc")
+
+
+_PLAIN = ("conv1  stem.conv", "layer{s}.{b}.downsample.0  stages.{s-1}.blocks.{b}.downsample.conv")
+_DEEP = (
+    "stem.0                     stem.conv1",
+    "stem.1                     stem.norm1",
+    "stem.3                     stem.conv2",
+    "stem.4                     stem.norm2",
+    "stem.6                     stem.conv3",
+    "layer{s}.{b}.downsample.1  stages.{s-1}.blocks.{b}.downsample.conv",
+)
 
 
 def _flatten_classifier(tensors: Tensors) -> Tensors:
@@ -72,20 +87,8 @@ def _reshape_classifier(tensors: Tensors, dims: int) -> Tensors:
 
 TIMM_RESNETV2 = Layout(
     "timm-resnetv2",
-    tables=(
-        Table(_STAGES + "conv1 stem.conv\n layer{s}.{b}.downsample.0 stages.{s-1}.blocks.{b}.downsample.conv"),
-        Table(
-            _STAGES
-            + """
-            stem.0                     stem.conv1
-            stem.1                     stem.norm1
-            stem.3                     stem.conv2
-            stem.4                     stem.norm2
-            stem.6                     stem.conv3
-            layer{s}.{b}.downsample.1  stages.{s-1}.blocks.{b}.downsample.conv
-            """
-        ),
-    ),
+    tables=(_resnetv2(*_PLAIN), _resnetv2(*_DEEP)),
+    old=(_resnetv2(*_PLAIN, joint="_"), _resnetv2(*_DEEP, joint="_")),
     finish=_flatten_classifier,
     prepare=_unflatten_classifier,
 )

@@ -124,11 +124,13 @@ class ImageClassifier(BaseModel):
             FileNotFoundError, KeyError, OSError: If there is no such file or name, or a download fails.
             ValueError: If it is damaged or does not fit.
         """
-        tensors = read_tensors(source).tensors
-        own = {name.removeprefix(_WRAPPING): tensor for name, tensor in tensors.items() if name.startswith(_WRAPPING)}
+        content = read_tensors(source)
+        own = {
+            name.removeprefix(_WRAPPING): value for name, value in content.tensors.items() if name.startswith(_WRAPPING)
+        }
         of_a_run = "data_preprocessor.channels" in own
         if not of_a_run:
-            native = find_backbone(tensors).native
+            native = find_backbone(content.tensors, swapped=content.swapped).native
             own = {name: native[name] for name in ("fc.weight", "fc.bias") if name in native}
         self._check_fit(own, source, whole=of_a_run)
         if not of_a_run:

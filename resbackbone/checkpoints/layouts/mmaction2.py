@@ -1,0 +1,26 @@
+"""mmaction2, and whoever else makes every convolution a ``ConvModule``, which holds its norm.
+
+Source: open-mmlab/mmaction2, ``mmaction/models/backbones/resnet.py``.
+"""
+
+from __future__ import annotations
+
+from resbackbone.checkpoints.layouts.layout import Layout
+from resbackbone.checkpoints.layouts.table import Table
+
+
+def _table(norm: str) -> Table:
+    """The names where norms are called so."""
+    return Table(
+        f"""
+        conv1                         conv1.conv
+        {norm}1                       conv1.{norm}
+        layer{{s}}.{{b}}.conv{{k}}      layer{{s}}.{{b}}.conv{{k}}.conv
+        layer{{s}}.{{b}}.{norm}{{k}}    layer{{s}}.{{b}}.conv{{k}}.{norm}
+        layer{{s}}.{{b}}.downsample.0  layer{{s}}.{{b}}.downsample.conv
+        layer{{s}}.{{b}}.downsample.1  layer{{s}}.{{b}}.downsample.{norm}
+        """
+    )
+
+
+MMACTION2 = Layout("mmaction2", tables=(_table("bn"), _table("gn"), _table("in")))

@@ -1,0 +1,291 @@
+"""Which backbone of a file is taken, where it has several, and what is said where there is none."""
+
+import itertools
+import random
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from resbackbone import ResNet
+from resbackbone.checkpoints import convert_state_dict, load_checkpoint
+from resbackbone.checkpoints.conversion import find_backbone
+from resbackbone.checkpoints.selection import unwrap
+
+# What is taken, what is not: as each project itself evaluates, or loads by default.
+PAIRS = [
+    ("ema.module.backbone.", "model.backbone."),  # RT-DETR and what is built on it
+    ("state_dict_ema.", "state_dict."),  # timm
+    ("model_ema.", "model."),  # timm, torchvision's references
+    ("ema.", "model."),
+    ("ema_model.", "model."),
+    ("ema_model.module.", "online_model."),
+    ("ema_model.", ""),
+    ("shadow.", "model."),
+    ("ema_net.", "net."),  # super-gradients
+    ("ema_state_dict.", "state_dict."),
+    ("modelEMA.", "model."),
+    ("swa_model.module.", "model."),
+    ("state_dict.teacher.backbone.", "state_dict.student.backbone."),  # mmdet's semi-supervised detectors
+    ("teacher.backbone.", "student.module.backbone."),  # DINO
+    ("modelTeacher.backbone.bottom_up.", "modelStudent.backbone.bottom_up."),  # Unbiased Teacher
+    ("teacher_backbone.", "student_backbone."),  # lightly
+    ("module.encoder_q.", "module.encoder_k."),  # MoCo
+    ("encoder_q.0.", "encoder_k.0."),  # mmselfsup
+    ("backbone.", "encoder_k.module.0."),  # mmpretrain
+    ("module.base_encoder.", "module.momentum_encoder."),  # MoCo v3
+    ("state_dict.backbone.", "state_dict.momentum_backbone."),  # solo-learn
+    ("state_dict.backbone.", "state_dict.backbone_momentum."),  # lightly
+    ("online_network.encoder.", "target_network.encoder."),  # BYOL
+    ("online_encoder.net.", "target_encoder.net."),
+    ("query_encoder.", "key_encoder."),
+    ("backbone.", "target_net.module.0."),
+    ("state_dict.", "current_model_state."),  # Lightning's averaging
+    ("state_dict.backbone.", "ema_state_dict.module.backbone."),  # mmengine's hook swaps the two when it saves
+    ("state_dict_ema.encoder_q.", "state_dict.encoder_q."),
+    ("state_dict.encoder_q.", "state_dict_ema.encoder_k."),
+]
+COUNTERS, HEADS = "num_batches_tracked", {"fc.weight": torch.zeros(3, 4), "fc.bias": torch.zeros(3)}
+
+
+SIZE = {"base_channels": 2, "num_stages": 2, "strides": (1, 2), "dilations": (1, 1), "out_indices": (1,)}
+
+
+def tiny(value, depth=18):
+    return {key: torch.full_like(tensor, value) for key, tensor in ResNet(depth, **SIZE).state_dict().items()}
+
+
+def below(prefix, weights, *, counters=True, heads=False):
+    kept = {key: value for key, value in weights.items() if counters or not key.endswith(COUNTERS)}
+    return {f"{prefix}{key}": value for key, value in (kept | (HEADS if heads else {})).items()}
+
+
+@pytest.mark.parametrize(("right", "wrong"), PAIRS)
+def test_w2_the_role_decides(right, wrong):
+    """Whatever stands first, and whichever has counters or heads besides."""
+    for first, *flags in itertools.product((0, 1), (False, True), (False, True), (False, True), (False, True)):
+        one = below(right, tiny(1), counters=flags[0], heads=flags[1])
+        two = below(wrong, tiny(2), counters=flags[2], heads=flags[3])
+        found = find_backbone(two | one if first else one | two)
+        assert (found.prefix, found.prefixes) == (right, (wrong,))
+        assert all((value == 1).all() for key, value in found.native.items() if not key.startswith("fc."))
+
+
+@pytest.mark.parametrize(("right", "wrong"), PAIRS)
+def test_w2_a_warning_names_both_and_how_to_choose(tmp_path, right, wrong):
+    torch.save(below(wrong, tiny(2)) | below(right, tiny(1)), tmp_path / "m.pth")
+    net = ResNet(18, **SIZE)
+    with pytest.warns(UserWarning, match="copies of a backbone") as caught:
+        report = load_checkpoint(net, tmp_path / "m.pth")
+    assert repr(right) in str(caught[0].message)
+    assert f"prefix={wrong!r}" in str(caught[0].message)
+    assert f"not the one below {wrong!r}" in report.adapted
+    assert (net.conv1.weight == 1).all()
+    for prefix, value in ((wrong, 2), (right, 1)):
+        load_checkpoint(net, tmp_path / "m.pth", prefix=prefix)  # and no warning
+        assert (net.conv1.weight == value).all()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            converted = convert_state_dict(torch.load(tmp_path / "m.pth"), prefix=prefix)
+        assert (converted["conv1.weight"] == value).all()
+    with pytest.warns(UserWarning, match="copies of a backbone"):
+        convert_state_dict(torch.load(tmp_path / "m.pth"))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_w2_no_order_of_the_tensors_matters(data):
+    prefixes = data.draw(
+        st.lists(st.sampled_from(sorted({one for pair in PAIRS for one in pair})), min_size=2, max_size=4, unique=True)
+    )
+    chosen = set()
+    for seed in range(3):
+        tensors = {}
+        for value, prefix in enumerate(prefixes):
+            flags = {"counters": data.draw(st.booleans()), "heads": data.draw(st.booleans())}
+            tensors |= below(prefix, tiny(value), **flags)
+        names = list(tensors)
+        random.Random(seed).shuffle(names)
+        chosen.add(find_backbone({name: tensors[name] for name in names}).prefix)
+    assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("marks", [{"meta": {"epoch": 1}}, {"message_hub": {}}])
+def test_w2_the_plain_files_of_mmengine_keep_their_state_dict(tmp_path, marks):
+    weights = {"state_dict": below("backbone.", tiny(1)), "ema_state_dict": below("backbone.", tiny(2)), **marks}
+    torch.save(weights, tmp_path / "m.pth")
+    net = ResNet(18, **SIZE)
+    with pytest.warns(UserWarning, match="copies"):
+        load_checkpoint(net, tmp_path / "m.pth")
+    assert (net.conv1.weight == 1).all()
+
+
+def test_w2_mmengines_own_hook_swaps(tmp_path):
+    """What it saves in ``state_dict`` is the average."""
+    hooks, model = pytest.importorskip("mmengine.hooks"), pytest.importorskip("mmengine.model")
+
+    class Runner:
+        model = torch.nn.ModuleDict({"backbone": ResNet(18, **SIZE)})
+
+    class Hook(hooks.EMAHook):
+        ema_model = model.ExponentialMovingAverage(Runner.model, momentum=0.5)
+
+        def __init__(self):
+            self.src_model = Runner.model
+
+    raw, averaged = (value.conv1.weight for value in (Runner.model.backbone, Hook.ema_model.module.backbone))
+    torch.nn.init.constant_(raw, 2.0)
+    torch.nn.init.constant_(averaged, 1.0)
+    content = {"state_dict": Runner.model.state_dict()}
+    Hook().before_save_checkpoint(Runner, content)
+    torch.save(content, tmp_path / "m.pth")
+    net = ResNet(18, **SIZE)
+    with pytest.warns(UserWarning, match=r"prefix='ema_state_dict\.module\.backbone\.'"):
+        load_checkpoint(net, tmp_path / "m.pth")
+    assert (net.conv1.weight == 1).all()
+
+
+@pytest.mark.parametrize("lacking", ["running_", "bn1", "conv1.weight"])
+def test_w2_an_average_without_statistics_or_stem_is_passed_over(lacking):
+    part = {key: value for key, value in tiny(2).items() if lacking not in key or key.startswith("layer1.0.conv1")}
+    for tensors in (
+        below("model.", tiny(1)) | below("shadow.", part),
+        below("shadow.", part) | below("model.", tiny(1)),
+    ):
+        found = find_backbone(tensors)
+        assert (found.prefix, found.prefixes) == ("model.", ("shadow.",))
+
+
+def test_w2_a_small_student_does_not_lack_what_its_teacher_has_more():
+    teacher = tiny(0, depth=34)
+    assert find_backbone(below("teacher.", teacher) | below("student.", tiny(1))).prefix == "teacher."
+    assert find_backbone(below("ema_model.", tiny(1)) | below("model.", teacher)).prefix == "ema_model."
+
+
+def test_w2_the_classifier_is_that_of_the_backbone_taken():
+    raw, averaged = below("", tiny(2) | {"fc.weight": torch.ones(3, 4) * 2}), below("ema_model.", tiny(1))
+    assert "fc.weight" not in find_backbone(raw | averaged).native
+    averaged["ema_model.fc.weight"] = torch.ones(3, 4)
+    for tensors in (raw | averaged, averaged | raw):
+        assert (find_backbone(tensors).native["fc.weight"] == 1).all()
+
+
+def test_w2_equal_copies_are_no_choice(tmp_path):
+    torch.save(below("backbone.", tiny(1)) | below("encoder_k.0.", tiny(1)), tmp_path / "m.pth")
+    assert load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth").adapted == ("the backbone below 'backbone.'",)
+
+
+def test_w2_of_two_parts_of_one_model_the_report_tells():
+    """Without roles the larger is taken, then the shorter prefix; order plays no part."""
+    two = below("img_backbone.", tiny(2)), below("backbone.", tiny(1))
+    assert find_backbone(two[0] | two[1]).prefix == find_backbone(two[1] | two[0]).prefix == "backbone."
+    deeper = below("img_backbone.", tiny(3, depth=34))
+    assert find_backbone(two[1] | deeper).prefix == find_backbone(deeper | two[1]).prefix == "img_backbone."
+
+
+# Wrappers inside of names
+
+WRAPPERS = ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "module"]
+
+
+def wrap(name, places, rng):
+    parts = name.split(".")
+    for place in sorted(places, reverse=True):
+        if place < len(parts):
+            parts[place:place] = rng.sample(WRAPPERS, rng.randint(1, 2))
+    return ".".join(parts)
+
+
+@pytest.mark.parametrize(
+    "layout", ["native", "detectron2", "huggingface", "paddle", "rtdetr", "mmaction2", "cifar", "sequential"]
+)
+@pytest.mark.parametrize("places", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)])
+def test_r7_wrappers_inside_of_names_are_dropped(layout, places):
+    weights = {key: value for key, value in tiny(1).items() if not key.endswith(COUNTERS)}
+    theirs = convert_state_dict(weights, "native", layout)
+    rng = random.Random(0)
+    head = rng.sample(WRAPPERS, 2)  # what wraps the whole is the same in every name
+    inner = [place for place in places if place]
+    wrapped = {
+        ".".join([*(head if 0 in places else []), "backbone", wrap(key, inner, rng)]): value
+        for key, value in theirs.items()
+    }
+    native = convert_state_dict(wrapped)
+    assert native.keys() == weights.keys()
+
+
+def test_r7_pytorchs_own_wrappers(tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    net = ResNet(18, **SIZE)
+    expected = {key: value.clone() for key, value in net.state_dict().items()}
+    net.layer1 = torch.compile(net.layer1)
+    net.layer2[0] = torch.nn.DataParallel(net.layer2[0])
+    net.layer2[1] = checkpoint_wrapper(torch.compile(net.layer2[1]))
+    whole = torch.compile(torch.nn.DataParallel(net))
+    assert any("_orig_mod.module.layer1._orig_mod." in key for key in whole.state_dict())
+    torch.save(whole.state_dict(), tmp_path / "m.pth")
+    fresh = ResNet(18, **SIZE)
+    load_checkpoint(fresh, tmp_path / "m.pth", strict="all")
+    assert all(torch.equal(value, expected[key]) for key, value in fresh.state_dict().items())
+
+
+def test_r7_two_names_of_one_tensor_are_no_silent_choice(tmp_path):
+    torch.save(tiny(1) | {"layer1.0._orig_mod.conv1.weight": torch.zeros(2, 2, 3, 3)}, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match=r"1 unexpected.*layer1\.0\._orig_mod\.conv1\.weight"):
+        load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth")
+
+
+def test_r7_nothing_else_is_dropped():
+    assert unwrap("se_module.module_list.0.weight") == "se_module.module_list.0.weight"
+
+
+# What is not there
+
+
+def test_u1_a_prefix_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    torch.save({"state_dict": below("backbone.", tiny(1)) | below("img_backbone.", tiny(2))}, tmp_path / "m.pth")
+    with pytest.raises(
+        ValueError, match=r"below prefix 'encoder\.'.*'state_dict\.backbone\.' .*'state_dict\.img_backbone\.'"
+    ):
+        load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", prefix="encoder.")
+    with pytest.raises(ValueError, match=r"below prefix ''.*'state_dict\.backbone\.'"):
+        load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", prefix="")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["img_backbone", "img_backbone.", "state_dict.img_backbone.", "state_dict.img_backbone"]
+)
+def test_u1_a_prefix_may_be_a_part_and_end_without_its_dot(tmp_path, prefix):
+    torch.save({"state_dict": below("backbone.", tiny(1)) | below("img_backbone.", tiny(2))}, tmp_path / "m.pth")
+    net = ResNet(18, **SIZE)
+    load_checkpoint(net, tmp_path / "m.pth", prefix=prefix)
+    assert (net.conv1.weight == 2).all()
+
+
+def test_u1_without_any_backbone_the_prefixes_are_named(tmp_path):
+    torch.save({"decoder.x.weight": torch.zeros(1), "head.y": torch.zeros(1)}, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match=r"below prefix 'encoder\.'.* prefixes are: decoder\., head\."):
+        load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", prefix="encoder.")
+    torch.save({}, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match="no known backbone is among the keys, the first of which are: none"):
+        load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth")
+
+
+def test_u1_another_layout_names_the_one_that_is_there(tmp_path):
+    torch.save(below("backbone.", tiny(1)), tmp_path / "m.pth")
+    with pytest.raises(
+        ValueError, match=r"no paddle backbone is among the keys; there is one below 'backbone\.' \(native"
+    ):
+        load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", layout="paddle")
+    with pytest.raises(KeyError, match="unknown layout 'padle'; did you mean 'paddle'"):
+        load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", layout="padle")
+
+
+@pytest.mark.parametrize("prefix", [1, b"backbone.", ["backbone."]])
+def test_u1_a_prefix_is_text(tmp_path, prefix):
+    torch.save(tiny(1), tmp_path / "m.pth")
+    with pytest.raises(TypeError, match="`prefix` must be"):
+        load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", prefix=prefix)
