@@ -12,8 +12,10 @@ from resbackbone.checkpoints.selection import (
     Candidate,
     below,
     choose,
+    copies_of,
     differ,
     find_candidates,
+    is_swapped,
     unwrap,
     warn_of_copies,
 )
@@ -30,6 +32,7 @@ class FoundBackbone:
         native: Its tensors, and its classifier's, by their native names.
         others: The names of all other tensors, which are those of heads, necks and the like.
         prefixes: Where further backbones were found, of other values.
+        copies: Which of these have another role, so that one of them may be meant.
     """
 
     layout: Layout
@@ -37,6 +40,7 @@ class FoundBackbone:
     native: Tensors
     others: tuple[str, ...]
     prefixes: tuple[str, ...]
+    copies: tuple[str, ...]
 
 
 def detect_layout(state_dict: Mapping[str, Tensor]) -> str:
@@ -84,7 +88,7 @@ def convert_state_dict(
     """
     layout = get_layout(target)
     found = find_backbone(state_dict, source, prefix)
-    warn_of_copies("the state dict", found.prefix, found.prefixes)
+    warn_of_copies("the state dict", found.prefix, found.copies)
     return layout.to_foreign(found.native)
 
 
@@ -124,6 +128,7 @@ def find_backbone(
     asked = candidates if prefix is None else below(prefix, candidates)
     if not asked:
         raise ValueError(_none_found(tensors, layout, prefix))
+    swapped = swapped or is_swapped(tensors)
     best, *rest = choose(asked, swapped=swapped)
     native = best.layout.to_native({bare: tensors[name] for bare, name in best.names.items()})
     outside = _beside(best, candidates, tensors)
@@ -131,8 +136,9 @@ def find_backbone(
         native |= {ours: tensors[name] for name, ours in outside.items() if ours.startswith("fc.")}
     mine = set(best.names.values())
     others = tuple(name for name in tensors if name not in mine and not outside.get(name, "").startswith("fc."))
-    rivals = (one.prefix for one in rest if differ(best, one, tensors))
-    return FoundBackbone(best.layout, best.prefix, native, others, tuple(sorted(rivals)))
+    rivals = [one for one in rest if differ(best, one, tensors)]
+    prefixes = tuple(sorted(one.prefix for one in rivals))
+    return FoundBackbone(best.layout, best.prefix, native, others, prefixes, copies_of(best, rivals, swapped=swapped))
 
 
 def _beside(best: Candidate, candidates: Iterable[Candidate], names: Iterable[str]) -> dict[str, str]:

@@ -97,7 +97,7 @@ def load_checkpoint(
     expected = _trained_with(content.tensors) if content.known is None else content.known.preprocessing
     expected = expected or _usual_preprocessing(found, getattr(net, "style", "pytorch"))
     adapted = adapt(found.native, net, expected, absorb=expects == "torchvision")
-    warn_of_copies(repr(str(source)), found.prefix, found.prefixes)
+    warn_of_copies(repr(str(source)), found.prefix, found.copies)
     notes = [f"the backbone below {found.prefix!r}"] if found.prefix else []
     notes += [f"not the one below {prefix!r}" for prefix in found.prefixes]
     report = _compare(

@@ -147,9 +147,6 @@ def choose(candidates: Sequence[Candidate], *, swapped: bool = False) -> list[Ca
         candidates: The backbones.
         swapped: Whether the file is mmengine's, where ``ema_state_dict`` holds the raw weights.
     """
-    swapped = swapped or any(
-        name.startswith(_MMENGINE_MARKS) for candidate in candidates for name in candidate.names.values()
-    )
 
     def rank(candidate: Candidate) -> tuple[object, ...]:
         lacking = any(_lacks(candidate.native, other.native) for other in candidates)
@@ -157,6 +154,22 @@ def choose(candidates: Sequence[Candidate], *, swapped: bool = False) -> list[Ca
         return lacking, role(candidate.prefix, swapped=swapped), -size, len(candidate.prefix), candidate.prefix
 
     return sorted(candidates, key=rank)
+
+
+def is_swapped(names: Iterable[str]) -> bool:
+    """Whether the names alone tell that a checkpoint is mmengine's, which swaps raw and averaged weights."""
+    return any(name.startswith(_MMENGINE_MARKS) for name in names)
+
+
+def copies_of(best: Candidate, others: Iterable[Candidate], *, swapped: bool) -> tuple[str, ...]:
+    """Return the prefixes of those in another role, which one may have meant instead.
+
+    What has the same role, such as an ``img_backbone`` beside a ``backbone``, is another part of one model; and in
+    mmengine's files there is no doubt.
+    """
+    mine = role(best.prefix)
+    found = (other.prefix for other in others if role(other.prefix) != mine)
+    return tuple(sorted(prefix for prefix in found if not (swapped and _MMENGINE_RAW in prefix.split("."))))
 
 
 def role(prefix: str, *, swapped: bool = False) -> tuple[int, int, int]:
@@ -210,13 +223,8 @@ def below(prefix: str, candidates: Sequence[Candidate]) -> list[Candidate]:
     return [one for one in candidates if any(f".{whole}" in f".{text}" for text in (one.prefix, unwrap(one.prefix)))]
 
 
-def warn_of_copies(what: str, prefix: str, others: Sequence[str]) -> None:
-    """Warn that a checkpoint holds copies of a backbone in other roles, and how to get them.
-
-    What has the same role, such as an ``img_backbone`` beside a ``backbone``, is another part of one model; the report
-    names that.
-    """
-    copies = [other for other in others if role(other, swapped=True) != role(prefix, swapped=True)]
+def warn_of_copies(what: str, prefix: str, copies: Sequence[str]) -> None:
+    """Warn that a checkpoint holds copies of a backbone in other roles, and how to get them."""
     if copies:
         choices = " or ".join(f"prefix={other!r}" for other in copies)
         warnings.warn(
