@@ -38,12 +38,12 @@ from resbackbone.backbones import (
     TridentResNet,
     WideResNet,
 )
-from resbackbone.backbones.initialisation import PretrainedModule
 from resbackbone.config import build_backbone, list_backbones, load_pretrained
 from resbackbone.features import FeatureInfo
+from resbackbone.layers.initialization import set_loader
 from resbackbone.registry import MODELS
 
-PretrainedModule.load_pretrained = load_pretrained  # backbones lie below checkpoints, and do not import them
+set_loader(load_pretrained)  # layers lie below checkpoints, and do not import them
 
 __version__ = "0.1.0"
 

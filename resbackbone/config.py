@@ -14,6 +14,7 @@ import yaml
 from torch import nn
 
 from resbackbone.backbones import Backbone
+from resbackbone.backbones.initialisation import PretrainedModule
 from resbackbone.checks import UnknownKeyError, check_flag, check_sequence, check_type, message_of, nearest, plain
 from resbackbone.lookup import allow_imported, import_modules
 from resbackbone.registry import construct, find_type, scoped, split_type
@@ -78,10 +79,19 @@ def build_backbone(
 
 
 def load_pretrained(net: nn.Module, source: str | Path, *, prefix: str | None = None) -> None:
-    """Load weights as :func:`resbackbone.checkpoints.load_checkpoint` does, which is imported here and not before."""
-    from resbackbone.checkpoints import load_checkpoint
+    """Load weights as :func:`resbackbone.checkpoints.load_checkpoint` does, which is imported here and not before.
 
-    load_checkpoint(net, source, prefix=prefix)
+    A module that is no backbone loads those of its own names, or by its ``load_weights``.
+    """
+    from resbackbone.checkpoints import load_checkpoint
+    from resbackbone.checkpoints.loading import load_module
+
+    if isinstance(net, PretrainedModule):
+        load_checkpoint(net, source, prefix=prefix)
+    elif prefix is None and hasattr(net, "load_weights"):
+        net.load_weights(source)  # type: ignore[operator]
+    else:
+        load_module(net, source, prefix=prefix)
 
 
 def construct_backbone(config: BackboneSource, **overrides: Any) -> Backbone:

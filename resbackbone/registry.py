@@ -153,6 +153,33 @@ def find_type(
     return found
 
 
+def find_initializer(type_or_name: Any, scope: Any = None) -> Any:
+    """Find the class behind an initializer's ``type``, in ``init_cfg`` and ``override``.
+
+    Args:
+        type_or_name: A class; or a name that mmengine or a user registered, or the dotted path of such a class.
+        scope: Its ``_scope_``.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError: If it is neither a class nor a string, or no initializer.
+        KeyError: If nothing of that name is registered.
+    """
+    from mmengine.model import BaseInit, PretrainedInit
+
+    registry = roots.WEIGHT_INITIALIZERS
+    if type_or_name in ("PretrainedInit", "mmengine.PretrainedInit"):
+        type_or_name = PretrainedInit
+    found = find_type(scoped(type_or_name, scope), "initializer", registry=registry, base=object)
+    known = issubclass(found, (BaseInit, PretrainedInit)) or is_registered(found, registry)
+    called = any("__call__" in vars(base) for base in found.__mro__)
+    if not known and (isinstance(type_or_name, str) or not called):
+        raise TypeError(f"`type` of an initializer must name one, got {type_or_name!r}, which is none")
+    return found
+
+
 def scoped(type_or_name: Any, scope: Any) -> Any:
     """Return a name with its config's ``_scope_`` in front, where that has one and the name has none.
 

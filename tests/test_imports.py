@@ -12,7 +12,7 @@ import resbackbone
 PACKAGE = Path(resbackbone.__file__).parent
 # From the bottom up; a module may import from its own part and from the rows below its own, never from its own row.
 ROWS = [
-    {"allocation", "atomic_write", "benchmarking", "checks", "features", "processor"},
+    {"allocation", "atomic_write", "benchmarking", "checks", "features", "logs", "processor"},
     {"images", "lookup", "preprocessing"},
     {"registry"},
     {"layers"},

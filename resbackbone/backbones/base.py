@@ -14,6 +14,7 @@ from resbackbone.checks import check_int
 from resbackbone.features import FeatureInfo, OutIndex
 from resbackbone.layers.module import InitConfig
 from resbackbone.layers.tracing import is_tracing
+from resbackbone.logs import write_waiting
 from resbackbone.registry import of_kind
 
 
@@ -38,6 +39,7 @@ class Backbone(NormEvalModule):
         self._stem_info: FeatureInfo | None = None
         self._stages: list[FeatureInfo] = []
         self._held_still: set[str] = set()  # parameters that would train, were it not for `frozen_stages`
+        write_waiting()
 
     @property
     def in_channels(self) -> int:

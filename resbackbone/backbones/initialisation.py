@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 from resbackbone.checks import check_type
 from resbackbone.layers import Module
@@ -14,37 +14,15 @@ from resbackbone.registry import split_type
 
 
 class PretrainedModule(Module):
-    """A module whose ``init_cfg`` may be ``dict(type="Pretrained", checkpoint=..., prefix=...)``, and is loaded whole.
+    """A part of a ResNet that loads third-party checkpoints, by ``init_cfg`` or whenever somebody asks for it.
 
-    mmengine would load what fits, and go on with whatever that is. Here :func:`resbackbone.checkpoints.load_checkpoint`
-    loads everything or raises.
+    ``dict(type="Pretrained", checkpoint=...)`` goes through :func:`resbackbone.checkpoints.load_checkpoint`.
 
     Args:
         init_cfg: As for :class:`~resbackbone.layers.Module`.
     """
 
-    load_pretrained: ClassVar[Callable[..., object]]  # set in resbackbone/__init__.py, as checkpoints lie above this
     preprocessing: Preprocessing | None = None  # what the loaded weights expect of an image
-
-    def init_weights(self) -> None:
-        """Initialise by ``init_cfg``, once; a checkpoint comes last.
-
-        Raises:
-            ValueError: If a tensor of the module is not in the checkpoint, or the file is no checkpoint.
-            FileNotFoundError, KeyError, OSError: If the checkpoint is not to be had.
-        """
-        cfgs = [self.init_cfg] if isinstance(self.init_cfg, Mapping) else self.init_cfg or []
-        pretrained = [cfg for cfg in cfgs if cfg["type"] in ("Pretrained", "PretrainedInit")]
-        if not pretrained or self.is_init:
-            super().init_weights()
-            return
-        given, self.init_cfg = self.init_cfg, [cfg for cfg in cfgs if cfg not in pretrained]
-        try:
-            super().init_weights()
-        finally:
-            self.init_cfg = given
-        for cfg in pretrained:
-            self.load_pretrained(cfg["checkpoint"], prefix=cfg.get("prefix"))
 
 
 def check_initialisation(pretrained: Any, init_cfg: Any) -> None:

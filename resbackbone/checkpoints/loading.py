@@ -21,6 +21,7 @@ from resbackbone.checkpoints.selection import warn_of_copies
 from resbackbone.checkpoints.sources import locate
 from resbackbone.checks import check_choice
 from resbackbone.layers.plugins import plugin_name
+from resbackbone.logs import log_info
 from resbackbone.preprocessing import CAFFE, DETECTRON, INCEPTION, TORCHVISION, Preprocessing
 
 # What a trainer saves beside weights, which is not read; mmengine's names, Lightning's and those of training scripts.
@@ -33,6 +34,7 @@ _NO_WEIGHTS = {
     "lr_scheduler",
     "scaler",
 }
+_WRAPPING = "state_dict."  # of mmengine's checkpoints
 _COUNTER = "num_batches_tracked"  # old files lack it, frozen norms do not have it, and it influences nothing
 
 
@@ -113,7 +115,71 @@ def load_checkpoint(
     check_weights(weights)
     _fill(net, weights)
     net.preprocessing = adapted.expected  # type: ignore[assignment]
+    log_info(f"{type(net).__name__}: {report.source}: {report.summary()}")
     return report
+
+
+def load_module(net: nn.Module, source: str | Path, *, prefix: str | None = None) -> LoadReport:
+    """Load the weights of a module that is no backbone, such as a neck, under its own names: all of them or none.
+
+    Args:
+        net: The module.
+        source: As for :func:`load_checkpoint`.
+        prefix: What stands before the module's names in the file; None to find out.
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        FileNotFoundError, KeyError, OSError: As for :func:`load_checkpoint`.
+        ValueError: If the file is damaged or holds anything but weights, several prefixes fit, or a tensor is missing,
+            of another shape, or one that the module does not have.
+    """
+    content = read_tensors(source)
+    tensors, own = content.tensors, net.state_dict()
+    below = _own_prefix(tensors, own, str(source)) if prefix is None else prefix
+    parts = {key: f".{key}".partition(f".{below}") for key in tensors}
+    found = {rest.lstrip("."): tensors[key] for key, (_, matched, rest) in parts.items() if matched}
+    missing = [key for key in own if key not in found and not key.endswith(_COUNTER)]
+    alike = [key for key in own if key in found and _alike(found[key], own[key])]
+    report = LoadReport(
+        source=str(source),
+        layout="own",
+        loaded=tuple(alike),
+        missing=tuple(missing),
+        unexpected=tuple(key for key in found if key not in own),
+        mismatched=tuple(
+            f"{key} {_describe(found[key])} for {_describe(own[key])}"
+            for key in own
+            if key in found and key not in alike
+        ),
+        adapted=(f"below {below!r}",) if below else (),
+        not_loaded=content.not_loaded,
+    )
+    if wrong := problems(report) or ([] if alike else ["nothing fits"]):
+        raise ValueError(
+            f"{str(source)!r} does not fit {type(net).__name__}, nothing was changed: {report.summary()}: "
+            + ", ".join(wrong[:5])
+        )
+    weights = {key: found[key] for key in alike}
+    check_weights(weights)
+    _fill(net, weights)
+    log_info(f"{type(net).__name__}: {report.source}: {report.summary()}")
+    return report
+
+
+def _own_prefix(tensors: Tensors, own: Mapping[str, Tensor], source: str) -> str:
+    """Return what stands before a module's own names; where no prefix has all of them, the one that has the most."""
+    first = next((key for key in own if not key.endswith(_COUNTER)), "")
+    prefixes = [key[: len(key) - len(first)] for key in tensors if f".{key}".endswith(f".{first}")]
+    needed = [key for key in own if not key.endswith(_COUNTER)]
+    whole = [prefix for prefix in prefixes if all(f"{prefix}{key}" in tensors for key in needed)]
+    if len(whole) > 1 and (plain := [prefix for prefix in whole if prefix in ("", _WRAPPING)]):
+        return plain[0]
+    if len(whole) > 1:
+        raise ValueError(f"{source!r} has these weights below {' and '.join(map(repr, whole))}; choose by `prefix`")
+    counts = {prefix: sum(f"{prefix}{key}" in tensors for key in needed) for prefix in prefixes}
+    return whole[0] if whole else max(counts, key=lambda prefix: counts[prefix], default="")
 
 
 def _trained_with(tensors: Tensors) -> Preprocessing | None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.metadata import version
 
 from torch import nn
+
+from resbackbone.logs import log_info_later
 
 
 def replace_in_registry(host: str, classes: Mapping[str, type[nn.Module]], *, install: str) -> None:
@@ -29,5 +32,8 @@ def replace_in_registry(host: str, classes: Mapping[str, type[nn.Module]], *, in
         raise ImportError(
             f"resbackbone.integrations.{host} needs {host}, but: {error}; install it by {install}"
         ) from error
+    if all(registry.module_dict.get(name) is module for name, module in classes.items()):
+        return
     for name, module in classes.items():
         registry.register_module(name=name, module=module, force=True)
+    log_info_later(f"the types {', '.join(classes)} of {host} are those of resbackbone {version('resbackbone')}")

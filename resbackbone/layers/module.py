@@ -7,8 +7,10 @@ work the first time weights are initialised.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
+from resbackbone.layers.initialization import initialize
 from resbackbone.layers.memory_format import FormatKeeper
 
 Config = dict[str, Any]
@@ -30,10 +32,15 @@ class Module(FormatKeeper):
         self.is_init = False
 
     def init_weights(self) -> None:
-        """Initialise this module by its ``init_cfg``, then its children by theirs; once, however often it is called."""
+        """Initialize this module by its ``init_cfg``, then its children by theirs; once, however often it is called.
+
+        Raises:
+            FileNotFoundError, KeyError, OSError, TypeError, ValueError: As
+                :func:`~resbackbone.layers.initialization.initialize` says.
+        """
         from mmengine.model import BaseModule
 
-        BaseModule.init_weights(self)
+        initialize(self, partial(BaseModule.init_weights, self))
 
     @property
     def _is_init(self) -> bool:

@@ -17,6 +17,7 @@ from resbackbone.checkpoints.files import check_weights
 from resbackbone.checkpoints.loading import read_tensors
 from resbackbone.checks import check_choice, check_int, check_mapping, plain_arguments
 from resbackbone.config import construct_backbone, load_config
+from resbackbone.layers.initialization import initialize
 from resbackbone.preprocessing import Preprocessing, preprocessing_of
 from resbackbone.registry import MODELS, find_type, of_kind, split_type
 from resbackbone.training.classification.losses import CrossEntropy
@@ -111,7 +112,7 @@ class ImageClassifier(BaseModel):
 
     def init_weights(self) -> None:
         """Initialise the weights, and take over what pretrained ones expect of a picture."""
-        super().init_weights()
+        initialize(self, super().init_weights)
         self._follow_weights()
 
     def load_weights(self, source: str | Path) -> None:

@@ -1,0 +1,126 @@
+"""How weights start: initializers of ``init_cfg`` are looked up as every type is, and checkpoints are read safely."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from resbackbone.checks import check_mapping, check_type
+from resbackbone.registry import find_initializer, split_type
+
+Step = Callable[[], object]
+Loader = Callable[..., object]
+_loader: Loader | None = None
+
+
+def set_loader(loader: Loader) -> None:
+    """Say what loads a checkpoint: a function of a module, a source and ``prefix``, which lies above the layers."""
+    global _loader
+    _loader = loader
+
+
+def initialize(module: nn.Module, init_weights: Callable[[], None]) -> None:
+    """Run mmengine's ``init_weights`` of a module, with every ``init_cfg`` in it, of foreign layers too, made safe.
+
+    mmengine imports whatever ``type`` names, and its loader may run what a file holds and load a part of it in silence.
+    Here initializers are those that :func:`~resbackbone.registry.find_initializer` finds, and checkpoints, whatever
+    they are called by, are loaded at the end, inner modules first, all of each or none.
+
+    Args:
+        module: It has an ``init_cfg``; done once, it is not initialized again.
+        init_weights: mmengine's method, bound to it.
+
+    Raises:
+        FileNotFoundError, OSError: If a checkpoint is not to be had.
+        KeyError: If an initializer is unknown.
+        TypeError, ValueError: If an ``init_cfg`` is not as it must be, or a checkpoint does not fit.
+    """
+    if getattr(module, "is_init", False):
+        init_weights()
+        return
+    given: list[tuple[Any, Any]] = []
+    loading: list[tuple[nn.Module, Step]] = []
+    try:
+        for part in reversed(list(module.modules())):
+            init_cfg = vars(part).get("init_cfg")
+            if init_cfg and not getattr(part, "is_init", False):
+                others, steps = _plan(part, init_cfg)
+                given.append((part, init_cfg))
+                part.init_cfg = others  # type: ignore[assignment]
+                loading += [(part, step) for step in steps]
+        init_weights()
+    finally:
+        for part, init_cfg in given:
+            part.init_cfg = init_cfg
+    for part, step in loading:
+        if getattr(part, "is_init", True):  # mmengine passes over what lies in modules that are not its own
+            step()
+
+
+def _plan(module: nn.Module, init_cfg: Any) -> tuple[list[dict[str, Any]], list[Step]]:
+    """Return the initializers for mmengine, with classes for names, and what is to be done after them."""
+    check_type("init_cfg", init_cfg, (Mapping, list, tuple), "a dict, a list of dicts or None")
+    others: list[dict[str, Any]] = []
+    steps: list[Step] = []
+    for cfg in [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg:
+        resolved = _resolve(cfg, "init_cfg")
+        overrides = resolved.pop("override", None)
+        loads = _loads(resolved["type"])
+        if loads:
+            steps.append(partial(_load, module, resolved))
+        kept = []
+        for override, target in _overrides(module, overrides, resolved):
+            if loads or _loads(override["type"]):
+                steps.append(partial(_run, target, override))
+            else:
+                kept.append({**override, "name": override["name"]})
+        if not loads:
+            others.append({**resolved, **({"override": kept} if kept else {})})
+    return others, steps
+
+
+def _overrides(module: nn.Module, overrides: Any, cfg: dict[str, Any]) -> Iterator[tuple[dict[str, Any], nn.Module]]:
+    for override in [overrides] if isinstance(overrides, Mapping) else overrides or ():
+        check_mapping("override", override, optional=False)
+        name = override.get("name")
+        target = getattr(module, name, None) if isinstance(name, str) else None
+        if not isinstance(target, nn.Module):
+            raise ValueError(f"`override` needs the `name` of a layer of {type(module).__name__}, got {name!r}")
+        yield ({**cfg, "name": name} if len(override) == 1 else _resolve(override, "override")), target
+
+
+def _resolve(cfg: Any, argument: str) -> dict[str, Any]:
+    type_, rest = split_type(cfg, argument)
+    return {"type": find_initializer(type_, rest.pop("_scope_", None)), **copy.deepcopy(rest)}
+
+
+def _loads(initializer: Any) -> bool:
+    from mmengine.model import PretrainedInit
+
+    return issubclass(initializer, PretrainedInit) and initializer.__call__ is PretrainedInit.__call__
+
+
+def _run(module: nn.Module, cfg: dict[str, Any]) -> None:
+    """Initialize a whole module, whose ``name`` stands in the config."""
+    arguments = {key: value for key, value in cfg.items() if key != "name"}
+    if _loads(arguments["type"]):
+        _load(module, arguments)
+        return
+    initializer = arguments.pop("type")(**arguments)
+    initializer.wholemodule = True
+    initializer(module)
+
+
+def _load(module: nn.Module, cfg: dict[str, Any]) -> None:
+    unknown = cfg.keys() - {"type", "checkpoint", "prefix", "map_location"}
+    if unknown or "checkpoint" not in cfg:
+        raise TypeError(
+            "init_cfg=dict(type='Pretrained', ...) takes `checkpoint`, `prefix` and `map_location`, which has no "
+            f"effect; got {', '.join(key for key in cfg if key != 'type') or 'none of them'}"
+        )
+    assert _loader is not None  # set when the package is imported
+    _loader(module, cfg["checkpoint"], prefix=cfg.get("prefix"))

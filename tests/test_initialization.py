@@ -1,0 +1,296 @@
+"""``init_cfg`` of every module: which initializers it may name, and that checkpoints go through the safe reader."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hostile_configs import EVIL, SPELLINGS, TINY, evil_module
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModule, PretrainedInit
+from mmengine.registry import WEIGHT_INITIALIZERS
+from torch import nn
+
+from resbackbone import MODELS, ResNet, SharedHead, build_backbone, logs
+from resbackbone.backbones.res_layer import ResLayer
+from resbackbone.blocks import BasicBlock, Bottleneck
+from resbackbone.layers import Module
+from resbackbone.layers.conv_norm import Sequential
+from resbackbone.necks import FPN
+from resbackbone.training.classification import ImageClassifier
+
+
+@MODELS.register_module(name="tests.ForeignPlugin")
+class ForeignPlugin(BaseModule):
+    """A plugin of somebody who has mmengine's base class; so mmengine itself would load what it is told to."""
+
+    def __init__(self, in_channels, init_cfg=None):
+        super().__init__(init_cfg)
+        self.conv = nn.Conv2d(in_channels, in_channels, 1)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        return x + self.conv(x)
+
+
+def plugged(init_cfg):
+    cfg = {"type": ForeignPlugin, "init_cfg": init_cfg}
+    return ResNet(50, base_channels=4, plugins=[{"cfg": cfg, "position": "after_conv2"}])
+
+
+def fpn(init_cfg):
+    return FPN([4, 8], 4, 2, init_cfg=init_cfg)
+
+
+# Modules with an `init_cfg`, not yet initialized.
+MODULES = {
+    "ResNet": lambda init_cfg: ResNet(18, base_channels=4, init_cfg=init_cfg),
+    "DetectoRS": lambda init_cfg: MODELS.build({**TINY, "type": "DetectoRS_ResNet", "init_cfg": init_cfg}),
+    "SharedHead": lambda init_cfg: SharedHead(18, stage=1, init_cfg=init_cfg),
+    "FPN": fpn,
+    "ImageClassifier": lambda init_cfg: ImageClassifier(
+        {"type": "ResNet", "depth": 18, "base_channels": 4}, num_classes=2, init_cfg=init_cfg
+    ),
+    "its backbone": lambda init_cfg: ImageClassifier(
+        {"type": "ResNet", "depth": 18, "base_channels": 4, "init_cfg": init_cfg}, num_classes=2
+    ),
+    "ResLayer": lambda init_cfg: ResLayer(BasicBlock, 4, 4, 1, init_cfg=init_cfg),
+    "Bottleneck": lambda init_cfg: Bottleneck(4, 1, init_cfg=init_cfg),
+    "Sequential": lambda init_cfg: Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), init_cfg=init_cfg),
+    "a plugin of mmengine's kind": plugged,
+    "Module": Module,
+}
+PATH = "mmengine.model.weight_init.PretrainedInit"
+SAYINGS = {
+    "Pretrained": lambda file: {"type": "Pretrained", "checkpoint": file},
+    "PretrainedInit": lambda file: {"type": "PretrainedInit", "checkpoint": file},
+    "mmengine.Pretrained": lambda file: {"type": "mmengine.Pretrained", "checkpoint": file},
+    "by _scope_": lambda file: {"type": "Pretrained", "_scope_": "mmengine", "checkpoint": file},
+    "class": lambda file: {"type": PretrainedInit, "checkpoint": file},
+    "path": lambda file: {"type": PATH, "checkpoint": file},
+    "short path": lambda file: {"type": "mmengine.model.PretrainedInit", "checkpoint": file},
+    "list": lambda file: [{"type": "Constant", "val": 0.5, "layer": "Conv2d"}, {"type": PATH, "checkpoint": file}],
+    "tuple": lambda file: ({"type": "mmengine.Pretrained", "checkpoint": file},),
+    "with a prefix": lambda file: {"type": PretrainedInit, "checkpoint": file, "prefix": "x.", "map_location": "cpu"},
+}
+every_module = pytest.mark.parametrize("module", MODULES)
+every_saying = pytest.mark.parametrize("saying", SAYINGS)
+
+
+class Payload:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.mark),)
+
+
+@pytest.fixture(params=["pickle", "torch", "old torch"])
+def payload(request, tmp_path):
+    """A file that leaves a mark if its pickle is run; the test fails if it is there in the end."""
+    file, mark = tmp_path / "payload.pth", tmp_path / "mark"
+    content = {"state_dict": {"conv1.weight": torch.zeros(1)}, "meta": Payload(mark)}
+    if request.param == "pickle":
+        file.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=request.param == "torch")
+    yield str(file)
+    assert not mark.exists()
+
+
+@every_module
+@every_saying
+def test_s2_no_spelling_of_pretrained_runs_what_a_file_holds(payload, module, saying):
+    net = MODULES[module](SAYINGS[saying](payload))
+    with pytest.raises(ValueError):  # noqa: PT011  # in various words
+        net.init_weights()
+
+
+def test_s2_pretrained_in_an_override_and_by_its_old_spelling(payload):
+    override = {"type": "Constant", "val": 1, "layer": "Conv2d", "override": {"name": "conv1"}}
+    doors = [
+        {**override, "override": {"name": "layer1", "type": "Pretrained", "checkpoint": payload}},
+        {**override, "override": [{"name": "conv1", "type": PretrainedInit, "checkpoint": payload}]},
+        {"type": PATH, "checkpoint": payload, "override": {"name": "layer1"}},
+    ]
+    for init_cfg in doors:
+        with pytest.raises(ValueError):  # noqa: PT011  # in various words
+            ResNet(18, base_channels=4, init_cfg=init_cfg).init_weights()
+    for old in (ResNet, SharedHead):
+        with pytest.warns(FutureWarning, match="old spelling"):
+            net = old(18, pretrained=payload)
+        with pytest.raises(ValueError):  # noqa: PT011  # in various words
+            net.init_weights()
+
+
+@every_module
+@every_saying
+def test_s2_an_empty_file_is_an_error(tmp_path, module, saying):
+    torch.save({}, tmp_path / "empty.pth")
+    net = MODULES[module](SAYINGS[saying](str(tmp_path / "empty.pth")))
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(ValueError):  # noqa: PT011  # in various words
+        net.init_weights()
+    assert net.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("prefix", ["", "neck.", "state_dict.", "state_dict.neck."])
+@pytest.mark.parametrize("named", [False, True])
+@every_saying
+def test_s2_a_neck_loads_its_own_weights(tmp_path, prefix, named, saying):
+    torch.manual_seed(1)
+    weights = {key: torch.randn_like(value) for key, value in fpn(None).state_dict().items()}
+    inner = prefix.removeprefix("state_dict.")
+    content = {f"{inner}{key}": value for key, value in weights.items()}
+    if inner:
+        content["head.weight"] = torch.ones(1)
+    torch.save({"state_dict": content} if prefix.startswith("state") else content, tmp_path / "neck.pth")
+    init_cfg = SAYINGS[saying](str(tmp_path / "neck.pth"))
+    last = init_cfg[-1] if isinstance(init_cfg, (list, tuple)) else init_cfg
+    last.pop("prefix", None)
+    if named and inner:
+        last["prefix"] = inner
+    net = fpn(init_cfg)
+    given = repr(init_cfg)
+    net.init_weights()
+    assert all(torch.equal(value, weights[key]) for key, value in net.state_dict().items())
+    assert repr(net.init_cfg) == given
+
+
+def test_s2_a_neck_refuses_what_does_not_fit(tmp_path):
+    weights = fpn(None).state_dict()
+    file = tmp_path / "neck.pth"
+    for change in (
+        lambda w: w.pop("fpn_convs.0.conv.bias"),
+        lambda w: w.update({"fpn_convs.0.conv.bias": torch.zeros(9)}),
+        lambda w: w.update({"fpn_convs.7.conv.bias": torch.zeros(9)}),
+        lambda w: w.update({"fpn_convs.0.conv.bias": torch.full((4,), torch.nan)}),
+    ):
+        changed = dict(weights)
+        change(changed)
+        torch.save(changed, file)
+        net = fpn({"type": "Pretrained", "checkpoint": str(file)})
+        with pytest.raises(ValueError, match=r"fpn_convs\.[07]\.conv\.bias"):
+            net.init_weights()
+    torch.save({"a": weights, "b": weights}, file)
+    with pytest.raises(ValueError, match=r"below 'a\.' and 'b\.'; choose by `prefix`"):
+        fpn({"type": "Pretrained", "checkpoint": str(file)}).init_weights()
+    fpn({"type": "Pretrained", "checkpoint": str(file), "prefix": "b."}).init_weights()
+
+
+def test_s2_a_plugin_of_mmengines_kind_loads_its_own_weights(tmp_path):
+    weights = {"conv.weight": torch.full((4, 4, 1, 1), 2.0), "conv.bias": torch.full((4,), 3.0)}
+    torch.save(weights, tmp_path / "plugin.pth")
+    init_cfg = {"type": "mmengine.Pretrained", "checkpoint": str(tmp_path / "plugin.pth")}
+    cfg = {"type": ForeignPlugin, "init_cfg": init_cfg}
+    plugin = {"cfg": cfg, "position": "after_conv2", "stages": (True, False, False, False)}
+    net = build_backbone({**TINY, "plugins": [plugin]})
+    for block in net.layer1:
+        assert (block.foreign_plugin.conv.weight == 2).all()
+        assert block.foreign_plugin.init_cfg == init_cfg
+
+
+@pytest.fixture
+def mark(tmp_path):
+    with evil_module(tmp_path) as mark:
+        yield mark
+        assert not mark.exists()
+
+
+NO_INITIALIZERS = (*SPELLINGS, "torch.nn.Conv2d", "mmengine.runner.Runner", "ReLU", "pretrained")
+
+
+@pytest.mark.parametrize("place", ["type", "scope", "override", "list"])
+@every_module
+def test_s1_initializers_are_found_and_never_imported(mark, module, place):
+    for spelling in NO_INITIALIZERS:
+        net = MODULES[module](
+            {
+                "type": {"type": spelling, "layer": "Conv2d"},
+                "scope": {"type": "Constant", "val": 0, "_scope_": spelling or EVIL},
+                "override": {"type": "Constant", "val": 0, "override": {"name": "relu", "type": spelling}},
+                "list": [{"type": "Constant", "val": 0}, {"type": spelling}],
+            }[place]
+        )
+        (net.backbone if module == "its backbone" else net).relu = nn.ReLU()
+        with pytest.raises((KeyError, TypeError)):
+            net.init_weights()
+
+
+@pytest.mark.parametrize("wrong", [5, None, Path, len, dict, nn.ReLU.forward, b"Constant", ["Constant"]])
+def test_s1_what_is_no_initializer_is_refused(wrong):
+    with pytest.raises((KeyError, TypeError)):
+        fpn({"type": wrong, "layer": "Conv2d"}).init_weights()
+
+
+def test_s1_initializers_of_mmengine_and_of_users_work(monkeypatch):
+    class Sevens:
+        def __call__(self, module):
+            for parameter in module.parameters():
+                nn.init.constant_(parameter, 7)
+
+    monkeypatch.setattr(WEIGHT_INITIALIZERS, "_module_dict", {**WEIGHT_INITIALIZERS.module_dict, "Sevens": Sevens})
+    for type_ in ("Sevens", "mmengine.Sevens", Sevens):
+        net = fpn({"type": type_})
+        net.init_weights()
+        assert all((parameter == 7).all() for parameter in net.parameters())
+    for type_ in ("Caffe2Xavier", "mmengine.Caffe2Xavier", "mmengine.model.Caffe2XavierInit", "TruncNormal"):
+        fpn({"type": type_, "layer": "Conv2d"}).init_weights()
+    net = ResNet(
+        18,
+        base_channels=4,
+        init_cfg={"type": "Constant", "val": 2, "layer": "Conv2d", "override": {"name": "conv1", "type": "Sevens"}},
+    )
+    net.init_weights()
+    assert (net.conv1.weight == 7).all()
+    assert (net.layer1[0].conv1.weight == 2).all()
+
+
+def test_s2_what_pretrained_takes(tmp_path):
+    for wrong in ({}, {"checkpoint": "x.pth", "strict": False}):
+        with pytest.raises(TypeError, match="takes `checkpoint`, `prefix`"):
+            fpn({"type": "Pretrained", **wrong}).init_weights()
+    with pytest.raises(FileNotFoundError):
+        fpn({"type": "Pretrained", "checkpoint": str(tmp_path / "none.pth")}).init_weights()
+
+
+@pytest.fixture
+def without_runner(monkeypatch):
+    """No log of a run, which another test may have begun."""
+    monkeypatch.setattr(MMLogger, "_instance_dict", {})
+
+
+@pytest.mark.usefixtures("without_runner")
+def test_u8_one_line_says_which_weights_were_loaded(tmp_path, caplog):
+    net = ResNet(18, base_channels=4)
+    torch.save({"backbone": net.state_dict(), "head": {"weight": torch.ones(1)}}, tmp_path / "r18.pth")
+    init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "r18.pth")}
+    with caplog.at_level("INFO", logger="resbackbone"):
+        build_backbone({"type": "ResNet", "depth": 18, "base_channels": 4, "init_cfg": init_cfg})
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "r18.pth" in line
+    assert f"{len(net.state_dict())} tensors loaded (native keys)" in line
+    assert "1 of heads ignored" in line
+
+
+@pytest.mark.usefixtures("without_runner")
+def test_u8_the_line_is_in_the_log_of_the_run(tmp_path):
+    log = MMLogger.get_instance("run", logger_name="run", log_file=str(tmp_path / "run.log"), log_level="INFO")
+    torch.save(ResNet(18, base_channels=4).state_dict(), tmp_path / "r18.pth")
+    logs.log_info_later("said before")
+    build_backbone("resnet18", base_channels=4, checkpoint=tmp_path / "r18.pth")
+    text = (tmp_path / "run.log").read_text()
+    assert text.count("said before") == 1
+    assert text.count("r18.pth: ") == 1
+    for handler in log.handlers:
+        handler.close()
+
+
+@pytest.mark.usefixtures("without_runner")
+def test_u8_no_line_from_other_processes(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    torch.save(fpn(None).state_dict(), tmp_path / "fpn.pth")
+    with caplog.at_level("INFO", logger="resbackbone"):
+        fpn({"type": "Pretrained", "checkpoint": str(tmp_path / "fpn.pth")}).init_weights()
+    assert not caplog.records
