@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resbackbone.layers.folded_convolution import output_shape
+from resbackbone.layers.tracing import is_tracing
 
 Convolution = Callable[..., Tensor]  # of one tensor, or of one and what is added
 
@@ -46,7 +47,8 @@ class FoldedConv2d(nn.Module):
         padding, stride, dilation, groups = self.geometry
         out = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
         if other is not None:
-            out = out.add_(other) if out.shape == other.shape else out + other
+            in_place = not is_tracing() and out.shape == other.shape
+            out = out.add_(other) if in_place else out + other
         return out.relu_() if self.relu else out
 
     def extra_repr(self) -> str:

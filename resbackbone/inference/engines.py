@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,6 +16,7 @@ from resbackbone.inference.cuda_graph import Recorder
 from resbackbone.inference.packs import Packable, Packs
 from resbackbone.inference.sizes import ReturningSizes
 from resbackbone.layers.memory_format import is_channels_last, to_contiguous
+from resbackbone.layers.tracing import is_tracing, refuse_scripting
 
 CUDA_GRAPHS = 16  # sizes that are captured at once; each keeps its images and feature maps
 
@@ -42,7 +43,9 @@ class Optimized(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
         """Compute the feature maps of images ``(N, in_channels, H, W)``, in the memory format of the images."""
-        if self._required_channels is not None:
+        if is_tracing():
+            pass  # whose sizes must not become part of what is recorded
+        elif self._required_channels is not None:
             check_images(x, self.name, self._required_channels)
         elif not isinstance(x, Tensor):
             raise TypeError(
@@ -60,6 +63,10 @@ class Optimized(nn.Module):
         if self.out_dtype is not self.dtype:
             outs = tree_map_only(Tensor, lambda out: out.to(self.out_dtype) if out.is_floating_point() else out, outs)
         return to_contiguous(outs) if contiguous else outs
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse ``torch.jit.script``, which asks here first."""
+        refuse_scripting(self)
 
     def train(self, mode: bool = True) -> Any:
         """Stay in evaluation, whatever what it is part of does: what is folded cannot train."""
@@ -202,6 +209,8 @@ class Fused(Folded):
         return tuple(dict.fromkeys(shape for shape, _ in self._packs))
 
     def _run(self, x: Tensor) -> Any:
+        if is_tracing():  # what holds for this image alone, or no TorchScript has, must not be in what is recorded
+            return self._run_traced(x)
         return self._run_fast(x) if _is_tame(x) else self._run_safely(x)
 
     def _run_fast(self, x: Tensor) -> Any:
@@ -213,6 +222,9 @@ class Fused(Folded):
     def _run_safely(self, x: Tensor) -> Any:
         """Compute images that are not tame."""
         return self.graph(x, [conv.plainly for conv in self.convolutions])
+
+    def _run_traced(self, x: Tensor) -> Any:
+        return self._run_safely(x)
 
     def _forget(self) -> None:
         self._packs: ReturningSizes[Packs] = ReturningSizes(self._capacity)
@@ -234,6 +246,12 @@ class Quantized(Fused):
     """
 
     ranges: dict[str, tuple[float, float]]
+
+    def _run_traced(self, x: Tensor) -> Any:
+        raise TypeError(
+            "torch.jit.trace cannot record a quantized net, whose operators TorchScript lacks; trace the original, or "
+            "save the quantized one as docs/inference.md says"
+        )
 
     def _run_safely(self, x: Tensor) -> Any:
         spoilt = ~x.isfinite().flatten(1).all(1)

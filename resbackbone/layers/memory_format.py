@@ -35,7 +35,7 @@ def to_contiguous(outs: Any) -> Any:
 
 def map_to_contiguous(x: Tensor) -> Tensor:
     """Return a feature map in the contiguous format; if it is large, faster than :meth:`torch.Tensor.contiguous`."""
-    if x.is_contiguous() or torch.compiler.is_compiling() or not _is_faster_transposed(x):
+    if x.is_contiguous() or torch.compiler.is_compiling() or is_recording() or not _is_faster_transposed(x):
         return x.contiguous()
     out: Tensor = _Transposed.apply(x)  # type: ignore[no-untyped-call]
     return out

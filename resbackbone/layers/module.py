@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from resbackbone.layers.initialization import initialize
 from resbackbone.layers.memory_format import FormatKeeper
+from resbackbone.layers.tracing import refuse_scripting
 
 Config = dict[str, Any]
 InitConfig = Config | list[Config]
@@ -30,6 +31,10 @@ class Module(FormatKeeper):
         super().__init__()
         self.init_cfg = copy.deepcopy(init_cfg)
         self.is_init = False
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse ``torch.jit.script``, which asks here first, and would fail with the name of some annotation."""
+        refuse_scripting(self)
 
     def init_weights(self) -> None:
         """Initialize this module by its ``init_cfg``, then its children by theirs; once, however often it is called.
