@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 from pathlib import Path
 
 import command_line
@@ -630,6 +631,111 @@ def test_test_measures_what_training_measured(trained):
     )
 
 
+@pytest.fixture(scope="module")
+def tested(trained):
+    """What `resbackbone test` says of a run, with other pictures and options."""
+    folder, _ = trained
+    for name, links in {
+        "others": {"fish": "dark", "bird": "bright"},
+        "subset": {"dark": "dark"},
+        "more": {"dark": "dark", "bright": "bright", "bird": "bright"},
+    }.items():
+        (folder / name).mkdir()
+        for link, target in links.items():
+            (folder / name / link).symlink_to(folder / "pictures" / target)
+    checkpoint = folder / "run" / "iter_18.pth"
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    torch.save({key: weights[key] for key in weights if key.startswith(("backbone", "fc"))}, folder / "weights.pth")
+
+    def test(root, *options, weights=checkpoint, status=0):
+        options = (f"test_dataloader.dataset.root={root}", *options)
+        return run(folder, "test", "config.py", weights, *options, status=status).splitlines()[-1]
+
+    return test
+
+
+NO_HOOK = "custom_hooks=None"
+
+
+@pytest.mark.parametrize("options", [(), (NO_HOOK,)], ids=["hook", "no hook"])
+@pytest.mark.parametrize("root", ["others", "more"])
+def test_w3_classes_that_the_weights_do_not_know_are_an_error(tested, root, options):
+    said = tested(root, *options, status=2)
+    assert said.startswith("error: test_dataloader has ")
+    assert f"of which the weights do not know: {'bird, fish' if root == 'others' else 'bird'}; " in said
+    assert "those that they were trained on are bright, dark; name the folders as these" in said
+
+
+@pytest.mark.parametrize("options", [(), (NO_HOOK,)], ids=["hook", "no hook"])
+def test_w3_labels_go_by_the_names_of_the_classes(tested, options):
+    wanted = tested("pictures", *options)
+    assert tested("pictures", "test_dataloader.dataset.classes=[dark,bright]", *options) == wanted
+
+
+def test_w3_a_subset_of_the_classes_can_be_tested(tested):
+    both, dark = (float(tested(root).split()[1].rstrip(",")) for root in ("pictures", "subset"))
+    bright = float(tested("pictures", "test_dataloader.dataset.classes=[bright]").split()[1].rstrip(","))
+    assert both == pytest.approx((dark + bright) / 2, abs=0.02)
+    empty = "test_dataloader.dataset.allow_empty=True", "test_dataloader.dataset.classes=[bright,dark,none]"
+    assert "weights do not know: none;" in tested("subset", *empty, status=2)
+    empty = empty[0], "test_dataloader.dataset.classes=[bright,dark]"
+    assert float(tested("subset", *empty).split()[1].rstrip(",")) == dark
+
+
+def test_w3_weights_without_names_go_by_the_order_of_as_many_folders(tested):
+    wanted = tested("pictures")
+    assert tested("pictures", weights="weights.pth") == wanted
+    assert "accuracy/top1" in tested("others", weights="weights.pth")
+    for root, count in (("subset", 1), ("more", 3)):
+        said = tested(root, weights="weights.pth", status=2)
+        assert f"test_dataloader has {count} classes" in said
+        assert "`model.num_classes` is 2" in said
+
+
+def test_w3_a_run_is_not_resumed_with_other_classes(trained, tested, tmp_path):
+    folder, _ = trained
+    shutil.copytree(folder / "run", tmp_path / "run")
+    other = [f"{part}_dataloader.dataset.classes=[dark,bright]" for part in ("train", "val")]
+    said = train(folder, tmp_path / "run", "--resume", "train_cfg.max_epochs=4", *other, status=2).splitlines()[-1]
+    assert "error: the run began with the classes bright, dark, and train_dataloader has dark, bright now" in said
+
+
+def test_w3_classes_without_pictures_keep_their_labels(folder):
+    (folder / "mouse").mkdir()
+    data = ImageFolder(folder, classes=["mouse", "cat", "elk", "dog"], allow_empty=True)
+    assert data.metainfo == {"classes": ("mouse", "cat", "elk", "dog")}
+    assert [label for _, label in data.items] == [1, 1, 1, 3, 3, 3]
+    with pytest.raises(KeyError, match="or allow_empty=True"):
+        ImageFolder(folder, classes=["elk"])
+    with pytest.raises(ValueError, match=r"no pictures in .*, in folders called elk, mouse"):
+        ImageFolder(folder, classes=["elk", "mouse"], allow_empty=True)
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_w4_a_data_loader_without_a_batch_is_refused(trained, tmp_path, part):
+    folder, _ = trained
+    options = f"{part}_dataloader.batch_size=64", f"{part}_dataloader.drop_last=True", "--work-dir", tmp_path
+    command = ("test", "config.py", folder / "run" / "iter_18.pth") if part == "test" else ("train", "config.py")
+    said = run(folder, *command, *options, status=2).splitlines()[-1]
+    assert said.startswith("error: the data loader of 'pictures' has 22 pictures and no batch: batch_size is 64, and ")
+    assert "lower batch_size to at most 22, or say drop_last=False" in said
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+@pytest.mark.parametrize(("batch_size", "batch"), [(3, "8 of 8"), (1, "1 of 22")])
+def test_u4_a_batch_of_one_at_maps_of_one_pixel_is_one_line(trained, tmp_path, batch_size, batch):
+    folder, _ = trained
+    options = (f"train_dataloader.batch_size={batch_size}", "train_dataloader.dataset.transforms.0.size=2")
+    options += ("model.mixing=None", "train_cfg.max_epochs=1")
+    said = train(folder, tmp_path / "run", *options, status=2)
+    assert "Traceback" not in said
+    last = said.splitlines()[-1]
+    assert last.startswith(f"error: batch {batch} in epoch 1 has one picture (batch_size is {batch_size}, of 22)")
+    assert ("train_dataloader.drop_last=True leaves such a last batch out" in last) == (batch_size > 1)
+    if batch_size > 1:
+        train(folder, tmp_path / "run", *options, "train_dataloader.drop_last=True")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -641,7 +747,7 @@ def test_test_measures_what_training_measured(trained):
         ),
         (
             ("config.py", "model.num_classes=3"),
-            "train_dataloader has 2 classes (bright, dark, ...), `model.num_classes` is 3",
+            "train_dataloader has 2 classes (bright, dark), `model.num_classes` is 3",
         ),
         (
             ("config.py", "val_dataloader.dataset.classes=[dark,bright]"),

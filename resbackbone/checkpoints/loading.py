@@ -46,12 +46,14 @@ class CheckpointTensors(NamedTuple):
         known: What the catalog says of it; None if it does not have it.
         not_loaded: What else is in it that is not loaded: the class, and where it is.
         swapped: Whether it is mmengine's, whose ``ema_state_dict`` holds the raw weights.
+        classes: The names of the classes that mmengine's trainings note; None without such a note.
     """
 
     tensors: Tensors
     known: Weights | None
     not_loaded: tuple[str, ...]
     swapped: bool
+    classes: tuple[str, ...] | None
 
 
 def load_checkpoint(
@@ -216,7 +218,16 @@ def read_tensors(source: str | Path) -> CheckpointTensors:
     if left and not tensors:
         raise ValueError(f"{str(path)!r} has no tensors by name, and of what it has was not loaded {left[0]}; {ADVICE}")
     swapped = "ema_state_dict" in content and "meta" in content
-    return CheckpointTensors(tensors, known, left, swapped)
+    return CheckpointTensors(tensors, known, left, swapped, class_names(content))
+
+
+def class_names(checkpoint: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the names of the classes that a checkpoint of mmengine's kind notes; None if it notes none."""
+    names: Any = checkpoint
+    for key in ("meta", "dataset_meta", "classes"):
+        names = names.get(key) if isinstance(names, Mapping) else None
+    well_formed = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    return tuple(names) if well_formed else None
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

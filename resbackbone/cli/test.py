@@ -25,6 +25,7 @@ def measure(
     """Measure a classifier's accuracy: one of `resbackbone train`, or anybody's with its fc."""
     from mmengine.dist import is_main_process
 
+    from resbackbone.training.classification import ClassesHook, ImageClassifier
     from resbackbone.training.running import build_runner, leave_processes
 
     with user_errors():
@@ -40,6 +41,8 @@ def measure(
         )
         load = getattr(runner.bare_model, "load_weights", runner.load_checkpoint)
         load(checkpoint)
+        if isinstance(runner.bare_model, ImageClassifier) and not any(isinstance(h, ClassesHook) for h in runner.hooks):
+            runner.register_hook(ClassesHook())  # whatever the config says: accuracy means nothing without
         metrics = runner.test()
     if is_main_process():
         say(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()), style="green")

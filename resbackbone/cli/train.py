@@ -59,7 +59,7 @@ def train(
     from mmengine.dist import is_main_process
 
     from resbackbone.training.classification import ClassesDoNotFit, UnreadablePicture
-    from resbackbone.training.running import CheckpointDoesNotFit, build_runner, leave_processes
+    from resbackbone.training.running import BatchTooSmall, CheckpointDoesNotFit, build_runner, leave_processes
 
     with user_errors():
         import_named(imports)
@@ -75,7 +75,7 @@ def train(
             deterministic=deterministic,
         )
         runner.prepare()
-    with user_errors(OSError, ArithmeticError, CheckpointDoesNotFit, ClassesDoNotFit, UnreadablePicture):
+    with user_errors(OSError, ArithmeticError, BatchTooSmall, CheckpointDoesNotFit, ClassesDoNotFit, UnreadablePicture):
         runner.train()
     if is_main_process():
         say(f"trained: {runner.message_hub.get_info('last_ckpt')}", style="green")

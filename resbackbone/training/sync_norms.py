@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 Net = TypeVar("Net", bound=nn.Module)
+_logger = logging.getLogger(__name__)
 
 
 def sync_batch_norms(net: Net) -> Net:
-    """Synchronise a net's batch norms where there are several processes, and make them plain, with a notice, where not.
+    """Synchronise a net's batch norms where there are several processes, and make them plain where not.
 
     Call it once the process group is there and the net on its device. The layers stay where and what they are, with
     their parameters, statistics and keys; only their class changes: on accelerators to :class:`torch.nn.SyncBatchNorm`,
     elsewhere to :class:`SyncedBatchNorm`, and in one process to :class:`BatchNorm`. Classes derived from torch's batch
-    norms are left alone. What is in eval mode, as norms of frozen stages are, synchronises nothing.
+    norms are left alone. What is in eval mode, as norms of frozen stages are, synchronises nothing. What was changed is
+    logged, in one line of level INFO.
 
     Args:
         net: A backbone or a whole model; it is changed.
@@ -26,9 +28,7 @@ def sync_batch_norms(net: Net) -> Net:
         The same net.
 
     >>> from resbackbone import build_backbone
-    >>> with warnings.catch_warnings():
-    ...     warnings.simplefilter("ignore")
-    ...     net = sync_batch_norms(build_backbone("resnet18", norm_cfg=dict(type="SyncBN")))
+    >>> net = sync_batch_norms(build_backbone("resnet18", norm_cfg=dict(type="SyncBN")))
     >>> type(net.bn1)
     <class 'resbackbone.training.sync_norms.BatchNorm'>
     """
@@ -36,12 +36,11 @@ def sync_batch_norms(net: Net) -> Net:
     if num_processes() > 1:
         on_accelerator = any(parameter.device.type in ("cuda", "xpu") for parameter in net.parameters())
         _make(norms, nn.SyncBatchNorm if on_accelerator else SyncedBatchNorm)
-    elif norms:
-        warnings.warn(
-            f"in one process the {len(norms)} batch norms of this {type(net).__name__} are plain, not synchronised",
-            stacklevel=2,
-        )
-        _make([norm for norm in norms if type(norm) in _SYNCHRONISED], BatchNorm)
+        if norms:
+            _logger.info("%d batch norms see the batches of %d processes", len(norms), num_processes())
+    elif synchronised := [norm for norm in norms if type(norm) in _SYNCHRONISED]:
+        _make(synchronised, BatchNorm)
+        _logger.info("in one process %d synchronised batch norms are plain", len(synchronised))
     return net
 
 
@@ -94,7 +93,7 @@ class SyncedBatchNorm(BatchNorm):
         if count < 2:
             raise ValueError(
                 "expected more than 1 value per channel when training, of all processes together; got input of shape "
-                f"{tuple(input.shape)} in this one"
+                f"{tuple(input.shape)} in this one; drop_last=True of the data loader leaves out a last batch of one"
             )
         mean = sums[:-1] / count
         centred = x - mean.view(per_channel)

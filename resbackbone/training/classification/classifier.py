@@ -80,6 +80,10 @@ class ImageClassifier(BaseModel):
         preprocessing: Arguments of :class:`~resbackbone.preprocessing.Preprocessing`; None for what the backbone's
             pretrained weights expect, or without such the usual.
         init_cfg: As for mmengine's ``BaseModule``. Pretrained weights of the backbone are better named in its own.
+
+    Attributes:
+        classes: Names of the classes in the order of the outputs, from the checkpoint that :meth:`load_weights` has
+            read; None where it does not say.
     """
 
     @plain_arguments
@@ -106,6 +110,7 @@ class ImageClassifier(BaseModel):
         self.backbone = net
         self.fc = nn.Linear(net.out_channels[-1], num_classes)
         self.num_classes = num_classes
+        self.classes: tuple[str, ...] | None = None
         self.loss = CrossEntropy() if loss is None else MODELS.build(dict(loss))
         self.mixing = None if mixing is None else Mixing(**mixing)
         self._follows_weights = given is None
@@ -138,6 +143,9 @@ class ImageClassifier(BaseModel):
             load_checkpoint(self.backbone, source)
             self._follow_weights()
         self.load_state_dict(own, strict=of_a_run)
+        # Only of a run of this library: others name their classes otherwise than the folders of their pictures.
+        named = of_a_run and len(content.classes or ()) == self.num_classes
+        self.classes = content.classes if named else None
 
     def _check_fit(self, tensors: Mapping[str, Tensor], source: str | Path, *, whole: bool) -> None:
         """Raise unless these are all tensors of the model, or else of the classifier, in the right shapes."""

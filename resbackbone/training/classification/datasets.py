@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from resbackbone.checks import UnknownKeyError, check_choice, nearest
+from resbackbone.checks import UnknownKeyError, check_choice, check_flag, nearest
 from resbackbone.images import describe_left_out, find_images, read_image, readable_suffixes
 from resbackbone.registry import DATASETS
 from resbackbone.training.classification.transforms import Transform, build_transforms
@@ -36,6 +36,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
             pictures of one size.
         classes: The subfolders that count, in the order of their labels; None for all, sorted by name.
         channels: 3 for colour, 1 for grayscale.
+        allow_empty: Whether those of ``classes`` without a folder or pictures keep their labels, and have no pictures.
         unreadable: What becomes of a picture that cannot be read: "raise" ends the run with its name; "replace" warns
             with its name and shows the next one that can be read.
 
@@ -55,24 +56,39 @@ class ImageFolder(Dataset[dict[str, Any]]):
         transforms: Iterable[Mapping[str, Any] | Transform] = (),
         classes: Sequence[str] | None = None,
         channels: Literal[1, 3] = 3,
+        allow_empty: bool = False,
         unreadable: Literal["raise", "replace"] = "raise",
     ) -> None:
         check_choice("channels", channels, (1, 3))
+        check_flag("allow_empty", allow_empty)
         check_choice("unreadable", unreadable, ("raise", "replace"))
         self.root = Path(root)
         self.transforms = build_transforms(transforms)
         self.channels = channels
         self.unreadable = unreadable
         left_out: dict[Path, str] = {}
-        names = _find_classes(self.root, classes, left_out)
+        names = _find_classes(self.root, classes, left_out, allow_empty)
         self.metainfo = {"classes": names}
         self.items: list[tuple[str, int]] = []
         for label, name in enumerate(names):
             # As strings: a million paths would take a gigabyte.
-            found = find_images([self.root / name], on_left_out=left_out.__setitem__)
-            self.items += [(str(path), label) for path in found]
+            try:
+                found = find_images([self.root / name], on_left_out=left_out.__setitem__)
+            except (FileNotFoundError, ValueError):
+                if not allow_empty:
+                    raise
+            else:
+                self.items += [(str(path), label) for path in found]
+        if not self.items:
+            raise ValueError(f"no pictures in {str(self.root)!r}, in folders called {', '.join(names[:5])}, ...")
         for line in describe_left_out(left_out):
             print_log(line, logger="current", level=logging.WARNING)
+
+    def relabel(self, classes: Sequence[str]) -> None:
+        """Number the labels in the order of other classes, such as a model's, among which all of its own must be."""
+        numbers = [classes.index(name) for name in self.metainfo["classes"]]
+        self.items = [(path, numbers[label]) for path, label in self.items]
+        self.metainfo = {"classes": tuple(classes)}
 
     def __len__(self) -> int:
         """How many pictures there are."""
@@ -109,7 +125,9 @@ class ImageFolder(Dataset[dict[str, Any]]):
         raise UnreadablePicture(f"no picture in {str(self.root)!r} can be read")
 
 
-def _find_classes(root: Path, wanted: Sequence[str] | None, left_out: dict[Path, str]) -> tuple[str, ...]:
+def _find_classes(
+    root: Path, wanted: Sequence[str] | None, left_out: dict[Path, str], allow_empty: bool
+) -> tuple[str, ...]:
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {str(root)!r}; it should have one subfolder of pictures for each class")
     entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
@@ -123,9 +141,9 @@ def _find_classes(root: Path, wanted: Sequence[str] | None, left_out: dict[Path,
             left_out[path] = "as it stands beside the folders of the classes"
     if not there:
         raise ValueError(f"{str(root)!r} has no subfolders; it should have one for each class")
-    for name in wanted or ():
+    for name in () if allow_empty else wanted or ():
         if str(name) not in there:
-            raise UnknownKeyError(f"{str(root)!r} has no class {name!r}{nearest(name, there)}")
+            raise UnknownKeyError(f"{str(root)!r} has no class {name!r}{nearest(name, there)}; or allow_empty=True")
     return tuple(there if wanted is None else map(str, wanted))
 
 

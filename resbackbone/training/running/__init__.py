@@ -13,7 +13,7 @@ from resbackbone.training.running.fsdp import FSDP2
 from resbackbone.training.running.lamb import LAMB
 from resbackbone.training.running.launching import build_runner, leave_processes, load_recipe
 from resbackbone.training.running.layer_decay import LayerDecayConstructor
-from resbackbone.training.running.loop import ResumableTrainLoop
+from resbackbone.training.running.loop import BatchTooSmall, ResumableTrainLoop
 from resbackbone.training.running.runner import ResumableRunner
 from resbackbone.training.running.sampling import Draw, EpochSampler
 from resbackbone.training.running.sync_norms import SyncBatchNormHook
@@ -22,6 +22,7 @@ from resbackbone.training.running.unfreezing import UnfreezeHook
 __all__ = [
     "FSDP2",
     "LAMB",
+    "BatchTooSmall",
     "CheckpointDoesNotFit",
     "CheckpointNotSaved",
     "CurvesHook",

@@ -15,6 +15,10 @@ from resbackbone.training.running.checkpointing import CheckpointDoesNotFit
 from resbackbone.training.running.sampling import EpochSampler, derive_seed
 
 
+class BatchTooSmall(ValueError):
+    """A batch has a single value per channel, of which batch norm cannot tell the variance."""
+
+
 @LOOPS.register_module()
 class ResumableTrainLoop(EpochBasedTrainLoop):
     """Trains by epochs; resumed from any checkpoint it takes the same steps as a run that was not broken off.
@@ -79,9 +83,25 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self._epoch += 1
 
     def run_iter(self, idx: int, data_batch: Any) -> None:
-        """Take one step."""
+        """Take one step.
+
+        Raises:
+            BatchTooSmall: If batch norm has a single value per channel.
+        """
         set_random_seed(derive_seed(self.runner.seed, self._iter, get_rank()))
-        super().run_iter(idx, data_batch)
+        try:
+            super().run_iter(idx, data_batch)
+        except ValueError as error:
+            if "xpected more than 1 value per channel" not in str(error):
+                raise
+            size = self.dataloader.batch_size
+            advice = "choose another batch_size, or larger pictures"
+            if size > 1:
+                advice = f"train_dataloader.drop_last=True leaves such a last batch out; or {advice}"
+            raise BatchTooSmall(
+                f"batch {idx + 1} of {len(self.dataloader)} in epoch {self._epoch + 1} has one picture (batch_size is "
+                f"{size}, of {len(self.dataloader.sampler)}), and at maps of one pixel batch norm needs two: {advice}"
+            ) from error
 
     def _done_in_epoch(self) -> int:
         """Batches of the epoch that an earlier run has seen."""

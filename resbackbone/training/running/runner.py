@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,11 @@ class ResumableRunner(Runner):
 
     _load_from: str | None
     _resume: bool
+
+    @property
+    def resuming(self) -> bool:
+        """Whether an earlier run goes on."""
+        return self._resume
 
     @property
     def bare_model(self) -> nn.Module:
@@ -162,6 +167,25 @@ class ResumableRunner(Runner):
         decision = [None if last is None else str(last)]
         broadcast_object_list(decision)
         return decision[0]
+
+    @staticmethod
+    def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> Any:
+        """Build a data loader, as mmengine does.
+
+        Raises:
+            ValueError: If it has no batch.
+        """
+        loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        if isinstance(loader.dataset, Sized) and isinstance(loader.sampler, Sized) and len(loader) == 0:
+            pictures, share = len(loader.dataset), len(loader.sampler)
+            of_each = "" if share == pictures else f", {share} for each process,"
+            where = getattr(loader.dataset, "root", type(loader.dataset).__name__)
+            raise ValueError(
+                f"the data loader of {str(where)!r} has {pictures} pictures{of_each} and no batch: batch_size is "
+                f"{loader.batch_size}, and drop_last=True leaves out a last batch with fewer; lower batch_size to at "
+                f"most {share}, or say drop_last=False"
+            )
+        return loader
 
     def prepare(self) -> None:
         """Find the data and initialise the weights: where most mistakes of a config show, before training begins."""
