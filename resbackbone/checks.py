@@ -6,6 +6,7 @@ import copy
 import difflib
 import functools
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
 from typing import Any, TypeVar, cast
 
@@ -67,13 +68,15 @@ def plain_arguments(constructor: Constructor) -> Constructor:
     return cast(Constructor, construct)
 
 
-def nearest(name: object, known: Iterable[str], *, list_all: str = "") -> str:
+def nearest(name: object, known: Iterable[str], *, list_all: str = "", same_numbers: bool = False) -> str:
     """Return the tail of an error message about an unknown name.
 
     Args:
         name: What the user wrote.
         known: The names that would have been right.
         list_all: How to see them all, such as a call or a command; without it the names are written out.
+
+        same_numbers: Whether what has other numbers in its name is no guess, being a net of another size.
 
     Returns:
         ``"; did you mean 'X'? Known: ..."``, the question only where something is near.
@@ -83,7 +86,9 @@ def nearest(name: object, known: Iterable[str], *, list_all: str = "") -> str:
     """
     names = sorted(known)
     by_folded = {known_name.lower(): known_name for known_name in reversed(names)}
-    close = difflib.get_close_matches(str(name).lower(), by_folded, n=1, cutoff=0.5)
+    numbers = re.findall(r"\d+", str(name)) if same_numbers else []
+    fitting = [folded for folded in by_folded if re.findall(r"\d+", folded)[: len(numbers)] == numbers]
+    close = difflib.get_close_matches(str(name).lower(), fitting, n=1, cutoff=0.6)
     question = f"did you mean {by_folded[close[0]]!r}? " if close else ""
     return f"; {question}" + (list_all or f"Known: {', '.join(names)}")
 

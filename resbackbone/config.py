@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from resbackbone.backbones import Backbone
 from resbackbone.backbones.initialisation import PretrainedModule
 from resbackbone.checks import UnknownKeyError, check_flag, check_sequence, check_type, message_of, nearest, plain
+from resbackbone.foreign_names import argument_hint, find_architecture, names_weights, nearest_architecture
 from resbackbone.lookup import allow_imported, import_modules
 from resbackbone.registry import construct, find_type, scoped, split_type
 
@@ -46,8 +48,9 @@ def build_backbone(
     """Build a backbone and initialise its weights.
 
     Args:
-        config: A name that :func:`list_backbones` lists; a path to a .yaml or .py file; or a dict with ``type`` and the
-            constructor's arguments. It is not changed.
+        config: A name that :func:`list_backbones` lists, or the one of timm, torchvision, the catalog or the Hugging
+            Face hub ("resnet50d", "regnet_y_3_2gf", "microsoft/resnet-50"); a path to a .yaml or .py file; or a dict
+            with ``type`` and the constructor's arguments. It is not changed.
         checkpoint: Weights to load after the initialisation: a file, a URL or a name, as for
             :func:`resbackbone.checkpoints.load_checkpoint`.
         imports: Modules of your own that register the types that the config names, such as ``["my_variant"]``. A
@@ -71,6 +74,13 @@ def build_backbone(
     """
     import_modules(imports)
     backbone = construct_backbone(config, **overrides)
+    if checkpoint is None and isinstance(config, str) and config not in config_files() and names_weights(config):
+        warnings.warn(
+            f"{config!r} names weights, but this builds the architecture alone, with new ones; weights are loaded by "
+            f"checkpoint={config!r}, or another name of `resbackbone list --weights`, a file or a URL",
+            UserWarning,
+            stacklevel=2,
+        )
     if hasattr(backbone, "init_weights") and not any(p.is_meta for p in backbone.parameters()):
         backbone.init_weights()
     if checkpoint is not None:
@@ -97,6 +107,11 @@ def load_pretrained(net: nn.Module, source: str | Path, *, prefix: str | None = 
 def construct_backbone(config: BackboneSource, **overrides: Any) -> Backbone:
     """Build a backbone as :func:`build_backbone` does, but leave its weights as the layers' constructors drew them."""
     type_, arguments = split_type({**load_config(config).backbone, **_plain(overrides)}, "backbone config")
+    if isinstance(arguments.get("pretrained"), bool):
+        raise TypeError(
+            f"`pretrained` is a path, a URL or None here, got {arguments['pretrained']}; published weights are loaded "
+            "by build_backbone(..., checkpoint='timm/resnet50.a1_in1k') or another name of `resbackbone list --weights`"
+        )
     backbone_class = find_type(scoped(type_, arguments.pop("_scope_", None)), "backbone")
     check_arguments(backbone_class, arguments)
     backbone: Backbone = construct(backbone_class, **arguments)
@@ -142,9 +157,12 @@ def load_config(config: BackboneSource) -> BackboneConfig:
             )
     elif str(config) in config_files():
         path = config_files()[str(config)]
+    elif (found := find_architecture(str(config), config_files())) is not None:
+        loaded = load_config(found[0])
+        return replace(loaded, backbone={**loaded.backbone, **_plain(found[1])})
     else:
-        hint = nearest(
-            config, config_files(), list_all="`resbackbone list` shows all names; a file ends in .yaml or .py"
+        hint = nearest_architecture(
+            str(config), config_files(), list_all="`resbackbone list` shows all names; a file ends in .yaml or .py"
         )
         raise UnknownKeyError(f"unknown backbone {str(config)!r}{hint}")
     return _pick_backbone(_load_py(path) if path.suffix == ".py" else _load_yaml(path), path)
@@ -170,7 +188,8 @@ def check_arguments(target: type, arguments: Mapping[str, Any]) -> None:
     known, open_ended = _parameters(target)
     unknown = [] if open_ended else [name for name in arguments if name not in known]
     if unknown:
-        raise TypeError(f"{target.__name__} has no argument {unknown[0]!r}" + nearest(unknown[0], known))
+        hint = argument_hint(unknown[0]) or nearest(unknown[0], known)
+        raise TypeError(f"{target.__name__} has no argument {unknown[0]!r}{hint}")
     missing = [
         name for name, parameter in known.items() if parameter.default is parameter.empty and name not in arguments
     ]

@@ -218,7 +218,7 @@ def test_the_same_config_without_what_is_wrong_builds(built_convs):
         ([{"type": "ResNet"}], TypeError, "of type list"),
         ({}, KeyError, "`backbone config` needs a `type`, got {}"),
         ({"depth": 50}, KeyError, "`backbone config` needs a `type`, got {'depth': 50}"),
-        ("resnet51", KeyError, "unknown backbone 'resnet51'; did you mean 'resnet"),
+        ("resent50", KeyError, "unknown backbone 'resent50'; did you mean 'resnet"),
         ("", KeyError, "unknown backbone ''"),
         ("nowhere/net.yaml", FileNotFoundError, "no config file at 'nowhere/net.yaml'"),
         ("nowhere/net.py", FileNotFoundError, "no config file at 'nowhere/net.py'"),

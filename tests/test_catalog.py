@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from resbackbone import build_backbone, list_backbones
 from resbackbone.checkpoints import convert_state_dict, load_checkpoint, sources
-from resbackbone.checkpoints.catalog import Weights, _names, default_weights, find_weights, list_weights
+from resbackbone.checkpoints.catalog import Weights, all_names, default_weights, find_weights, list_weights
 from resbackbone.checkpoints.download import DownloadError, cache_path
 from resbackbone.checkpoints.layouts import LAYOUTS
 from resbackbone.checkpoints.sources import PREFIXES, locate
@@ -43,7 +43,7 @@ def test_no_entry_hides_another():
     assert len(re.findall(r"^  \S.*:$", text, re.MULTILINE)) == len(ALL)
     assert len({weights.url for weights in ALL}) == len(ALL)
     assert len({cache_path(weights.url) for weights in ALL}) == len(ALL)
-    assert len(_names()) == sum(2 + len(weights.aliases) for weights in ALL)
+    assert len(all_names()) == sum(2 + len(weights.aliases) for weights in ALL)
 
 
 @pytest.mark.parametrize("weights", ALL, ids=lambda weights: weights.name)
@@ -128,10 +128,10 @@ def test_names(name, found):
 
 
 def test_unknown_names_are_answered_with_the_nearest():
-    with pytest.raises(KeyError, match=r"known as 'torchvision://resnet51'; did you mean 'torchvision://resnet\d+'"):
-        find_weights("torchvision://resnet51")
-    with pytest.raises(KeyError, match=r"published weights are known for 'resnet5'; did you mean 'resnet\d+'"):
-        default_weights("resnet5")
+    with pytest.raises(KeyError, match=r"known as 'torchvision://resnett50'; did you mean 'torchvision://resnet\d+'"):
+        find_weights("torchvision://resnett50")
+    with pytest.raises(KeyError, match=r"published weights are known for 'resnett50'; did you mean 'resnet\d+'"):
+        default_weights("resnett50")
     assert default_weights("resnet50").name == "torchvision/resnet50.imagenet1k_v2"
 
 
@@ -220,7 +220,7 @@ def test_files_go_before_names(brought, tmp_path, monkeypatch, kind):
         (Path("torchvision/resnet18.imagenet1k_v1"), FileNotFoundError, "no checkpoint at 'torchvision/resnet18"),
         ("torchvision/resnet18", FileNotFoundError, "did you mean 'torchvision/resnet18.imagenet1k_v1'"),
         ("catalog:torchvision/resnet18", KeyError, "did you mean 'torchvision[:/]+resnet18"),
-        ("mmcls://resnet5", KeyError, r"known as 'mmcls://resnet5'; did you mean 'mmcls://resnet\d+'"),
+        ("mmcls://resnett50", KeyError, r"known as 'mmcls://resnett50'; did you mean 'mmcls://resnet\d+'"),
         ("s3://bucket/a.pth", ValueError, "got 's3://bucket/a.pth'; bring it here and give its path"),
         ("https://download.pytorch.org/models/", ValueError, "must end in the name of a file"),
         (18, TypeError, "`source` must be a path, a URL or the name of published weights, got 18"),
@@ -356,9 +356,9 @@ def test_the_command_lists_names_alone():
 
 
 def test_the_command_answers_a_slip():
-    result = run("torchvision/resnet51.imagenet1k_v1")
+    result = run("torchvision/resnett50.imagenet1k_v1")
     assert result.exit_code == 2
-    assert "no weights' name matches 'torchvision/resnet51.imagenet1k_v1'; did you mean" in result.stderr
+    assert "no weights' name matches 'torchvision/resnett50.imagenet1k_v1'; did you mean" in result.stderr
 
 
 def test_architectures_that_have_weights_are_ours():

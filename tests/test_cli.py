@@ -71,8 +71,8 @@ class TestList:
         ]
 
     def test_no_match(self):
-        assert fails("list", "wide_resnet50_3") == (
-            "no backbone's name matches 'wide_resnet50_3'; did you mean 'wide_resnet50_2'? `resbackbone list` shows all"
+        assert fails("list", "wide_resnett50_2") == (
+            "no backbone's name matches 'wide_resnett50_2'; did you mean 'wide_resnet50_2'? `resbackbone list` shows all"
         )
 
 

@@ -1,6 +1,8 @@
 """From names, files and dicts to backbones, through our registry and mmengine's."""
 
 import copy
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from resbackbone import MODELS, ResNet, ResNetV1d, ResNeXt, build_backbone, list
 from resbackbone.checkpoints import convert_state_dict
 from resbackbone.checkpoints.catalog import find_weights
 from resbackbone.config import load_config
+from resbackbone.foreign_names import ARGUMENTS
 from resbackbone.layers import Module
 from resbackbone.necks import FPN
 
@@ -295,7 +298,6 @@ def test_a_yaml_tag_is_refused_and_not_executed(write, tmp_path):
 @pytest.mark.parametrize(
     ("name", "guess"),
     [
-        ("resnet5", "resnet50"),
         ("ResNet50", "resnet50"),
         ("resnext50_32x4", "resnext50_32x4d"),
         ("wideresnet50", "wide_resnet50_2"),
@@ -304,6 +306,170 @@ def test_a_yaml_tag_is_refused_and_not_executed(write, tmp_path):
 def test_an_unknown_name_is_answered_with_the_nearest(name, guess):
     with pytest.raises(KeyError, match=f"unknown backbone .*did you mean .*{guess}.*resbackbone list"):
         build_backbone(name)
+
+
+# What timm, torchvision, the catalog and the Hugging Face hub call them.
+FOREIGN = {
+    "resnet50d": "resnet50_v1d",
+    "resnet101c": "resnet101_v1c",
+    "resnest50d": "resnest50",
+    "resnest101e": "resnest101",
+    "res2net50d": "res2net50_v1b_26w_4s",
+    "regnety_032": "regnety_3.2gf",
+    "regnetx_002": "regnetx_200mf",
+    "regnety_008_tv": "regnety_800mf_tv",
+    "regnet_y_3_2gf": "regnety_3.2gf",
+    "regnet_y_800mf": "regnety_800mf_tv",
+    "gluon_resnet50_v1b": "resnet50_v1b",
+    "gluon_resnet50_v1s": "resnet50s",
+    "gluon_seresnext50_32x4d": "seresnext50_32x4d",
+    "tv_resnext50_32x4d": "resnext50_32x4d",
+    "swsl_resnext101_32x8d": "resnext101_32x8d",
+    "seresnext26tn_32x4d": "seresnext26t_32x4d",
+    "resnetv2_50x1_bitm_in21k": "resnetv2_50x1_bit",
+    "tu-resnet34d": "resnet34_v1d",
+    "timm-regnetx_002": "regnetx_200mf",
+    "timm/resnet50": "resnet50",
+    "timm/skresnet50": "skresnet50",
+    "torchvision/resnet50": "resnet50",
+    "torchvision/regnet_x_1_6gf": "regnetx_1.6gf",
+    "microsoft/resnet-18": "resnet18",
+    "microsoft/resnet-50": "resnet50",
+    "facebook/regnet-y-040": "regnety_4.0gf",
+    "facebook/regnet-y-320-seer-in1k": "regnety_32gf",
+}
+WEIGHTS = {
+    "timm/resnet50.a1_in1k": "resnet50",
+    "timm/resnet50d.ra2_in1k": "resnet50_v1d",
+    "hf-hub:timm/resnet50d.ra2_in1k": "resnet50_v1d",
+    "resnet50.tv_in1k": "resnet50",  # a tag that the catalog does not have
+    "torchvision/resnet50.imagenet1k_v2": "resnet50",
+    "torchvision://resnet50": "resnet50",
+    "open-mmlab://resnet50_v1c": "resnet50_v1c",
+}
+
+
+@pytest.mark.parametrize("name", [*FOREIGN, *WEIGHTS])
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.filterwarnings("ignore:.*names weights")
+def test_u2_names_of_other_libraries_are_what_their_owners_mean(name):
+    config = (FOREIGN | WEIGHTS)[name]
+    assert load_config(name).backbone == load_config(config).backbone
+    assert load_config(name).about == load_config(config).about
+    assert str(build_backbone(name, out_indices=(1,))) == str(build_backbone(config, out_indices=(1,)))
+
+
+def test_u2_a_name_in_the_catalog_brings_its_arguments():
+    config = load_config("open-mmlab://jhu/resnet50_gn_ws").backbone
+    assert config == {
+        **load_config("resnet50").backbone,
+        "conv_cfg": {"type": "ConvWS"},
+        "norm_cfg": {"type": "GN", "num_groups": 32},
+    }
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.usefixtures("on_meta")
+def test_u2_a_name_of_weights_alone_says_how_they_are_loaded(name):
+    with pytest.warns(UserWarning, match=f"names weights, but this builds the architecture alone.*checkpoint='{name}'"):
+        build_backbone(name)
+
+
+@pytest.mark.parametrize("name", [name for name in FOREIGN if "/" not in name])
+@pytest.mark.parametrize("change", [str.upper, lambda name: name.replace("_", "-", 1) if "_" in name else name.title()])
+def test_u2_another_spelling_is_answered_with_the_right_one(name, change):
+    if change(name).startswith(("tu-", "timm-", "TU-", "TIMM-")):
+        pytest.skip("not a name but a prefix")
+    with pytest.raises(KeyError) as caught:
+        load_config(change(name))
+    guess = re.search(r"did you mean '(.*?)'", str(caught.value))
+    assert guess is None or load_config(guess[1]).backbone == load_config(FOREIGN[name]).backbone
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet5",
+        "resnet60",
+        "resnet51q",
+        "resnet33ts",
+        "gcresnet50t",
+        "gcresnext26ts",
+        "legacy_seresnet50",
+        "seresnet33ts",
+        "resnet50_clip",
+        "resnet50x4_clip",
+        "regnetz_b16",
+        "regnetv_040",
+        "regnety_040_sgn",
+        "regnety_999mf",
+        "resnetv2_50d_evos",
+        "ecaresnet50d_pruned",
+        "xresnet50",
+        "iresnet50",
+        "preresnet50",
+        "skresnet26",
+        "resnetrs60",
+        "microsoft/resnet-51",
+        "microsoft/swin-tiny-patch4-window7-224",
+        "facebook/regnet-y-10b-seer",
+        "densenet121",
+        "vgg16",
+        "efficientnet_b0",
+        "mobilenetv3_large_100",
+        "vit_base_patch16_224",
+        "resnet",
+        "os.system",
+        "timm/vgg16.tv_in1k",
+        "timm/resnet51q.ra2_in1k",
+    ],
+)
+def test_u2_no_guess_is_of_another_family_or_size(name):
+    with pytest.raises(KeyError, match="unknown backbone") as caught:
+        build_backbone(name)
+    assert "did you mean" not in str(caught.value)
+    assert "resbackbone list" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "guesses"),
+    [
+        ("resent50", ["resnet50"]),
+        ("rsenet101", ["resnet101"]),
+        ("resnet-50", ["resnet50"]),
+        ("ResNet50d", ["resnet50d"]),
+        ("se_resnet50", ["seresnet50"]),
+        ("resnet50_v1", ["resnet50_v1b", "resnet50_v1c", "resnet50_v1d"]),
+        ("resnext101_64", ["resnext101_64x4d"]),
+    ],
+)
+def test_u2_guesses_share_family_and_numbers(name, guesses):
+    with pytest.raises(KeyError, match="did you mean") as caught:
+        build_backbone(name)
+    assert re.findall(r"'(\S+?)'", str(caught.value).split("did you mean")[1].split("?")[0]) == guesses
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "regnety_400mf"])
+def test_u2_an_argument_of_another_library_is_answered_with_ours(built_convs, argument, name):
+    ours = re.findall(r"`(\w+)`", ARGUMENTS[argument])
+    with pytest.raises(TypeError, match=f"has no argument '{argument}'; ") as caught:
+        build_backbone(name, **{argument: 1})
+    assert ARGUMENTS[argument] in str(caught.value)
+    parameters = {
+        parameter
+        for base in (resbackbone.ResNeXt, ResNet, resbackbone.SEResNet, resbackbone.RegNet)
+        for parameter in inspect.signature(base).parameters
+    }
+    assert set(ours) <= parameters
+    assert not built_convs
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_u2_pretrained_true_names_the_way(built_convs, given):
+    with pytest.raises(TypeError, match=rf"`pretrained` is a path.*got {given};.*checkpoint='timm/resnet"):
+        build_backbone("resnet50", pretrained=given)
+    assert not built_convs
 
 
 @pytest.mark.parametrize(

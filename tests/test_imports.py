@@ -20,6 +20,7 @@ ROWS = [
     {"backbones"},
     {"necks"},
     {"checkpoints", "inference"},
+    {"foreign_names"},
     {"config"},
     {"complexity"},
     {"training"},

@@ -88,10 +88,10 @@ def find_weights(name: str) -> Weights:
     >>> find_weights("torchvision://resnet50").name
     'torchvision/resnet50.imagenet1k_v1'
     """
-    known = _names()
+    known = all_names()
     asked = _modern(name)
     if asked not in known:
-        hint = nearest(asked, known, list_all="`resbackbone list --weights` shows what there is")
+        hint = nearest(asked, known, list_all="`resbackbone list --weights` shows what there is", same_numbers=True)
         raise UnknownKeyError(f"no weights are known as {name!r}{hint}")
     return known[asked]
 
@@ -113,7 +113,9 @@ def default_weights(config_name: str) -> Weights:
     """
     defaults = {weights.config: weights for weights in _catalog().values() if weights.default}
     if config_name not in defaults:
-        hint = nearest(config_name, defaults, list_all="`resbackbone list --weights` shows what there is")
+        hint = nearest(
+            config_name, defaults, list_all="`resbackbone list --weights` shows what there is", same_numbers=True
+        )
         raise UnknownKeyError(f"no published weights are known for {config_name!r}{hint}")
     return defaults[config_name]
 
@@ -139,7 +141,7 @@ def _weights(name: str, entry: dict[str, Any]) -> Weights:
 
 
 @lru_cache(maxsize=1)
-def _names() -> dict[str, Weights]:
+def all_names() -> dict[str, Weights]:
     """Map every name, ``origin/name`` and ``origin://name``, to its weights."""
     names: dict[str, Weights] = {}
     for weights in _catalog().values():

@@ -72,5 +72,5 @@ def _named(source: str) -> Weights:
         return names[source]
     if source.endswith(_FILES):
         raise FileNotFoundError(f"no checkpoint at {source!r}")
-    hint = nearest(source, names, list_all="`resbackbone list --weights` shows all names")
+    hint = nearest(source, names, list_all="`resbackbone list --weights` shows all names", same_numbers=True)
     raise FileNotFoundError(f"there is neither a file nor are there published weights called {source!r}{hint}")

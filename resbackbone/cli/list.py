@@ -49,7 +49,7 @@ def _matching(pattern: str, names: Collection[str], whose: str, command: str) ->
     wildcard = any(sign in pattern for sign in "*?[")
     found = sorted(fnmatch.filter(names, pattern if wildcard else f"*{pattern}*"))
     if not found:
-        hint = nearest(pattern, names, list_all=f"`{command}` shows all")
+        hint = nearest(pattern, names, list_all=f"`{command}` shows all", same_numbers=True)
         raise ValueError(f"{whose} name matches {pattern!r}{hint}")
     return found
 
