@@ -86,8 +86,20 @@ def test_no_parameter_is_unused_whatever_is_frozen(case):
 
 @pytest.mark.usefixtures("group_of_one")
 def test_an_unused_parameter_would_show():
+    net = make("ResNet")
+    net.unused = nn.Linear(1, 1)
     with pytest.raises(RuntimeError, match="Expected to have finished reduction in the prior iteration"):
-        train(DistributedDataParallel(make("ResNet", out_indices=(2,))), torch.randn(2, 3, 64, 64))
+        train(DistributedDataParallel(net), torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.usefixtures("group_of_one")
+@every_class_in_time
+@pytest.mark.parametrize("out_indices", [(1,), ("stem", 0), ("stem",)], ids=str)
+def test_w10_no_parameter_is_unused_whatever_the_outputs_are(case, out_indices):
+    net = make(case, out_indices=out_indices)
+    train(DistributedDataParallel(net), torch.randn(2, 3, 64, 64))
+    net.freeze(-1)
+    train(DistributedDataParallel(net), torch.randn(2, 3, 64, 64))
 
 
 @pytest.mark.usefixtures("group_of_one")

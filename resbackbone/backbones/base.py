@@ -14,7 +14,7 @@ from resbackbone.checks import check_int
 from resbackbone.features import FeatureInfo, OutIndex
 from resbackbone.layers.module import InitConfig
 from resbackbone.layers.tracing import is_tracing
-from resbackbone.logs import write_waiting
+from resbackbone.logs import log_info, write_waiting
 from resbackbone.registry import of_kind
 
 
@@ -39,6 +39,7 @@ class Backbone(NormEvalModule):
         self._stem_info: FeatureInfo | None = None
         self._stages: list[FeatureInfo] = []
         self._held_still: set[str] = set()  # parameters that would train, were it not for `frozen_stages`
+        self._idle: set[str] = set()  # and those that would, were it not for `out_indices`
         write_waiting()
 
     @property
@@ -134,6 +135,46 @@ class Backbone(NormEvalModule):
         """Yield the modules that ``frozen_stages`` holds still."""
         raise NotImplementedError(f"{type(self).__name__} must say what it freezes in `frozen_modules`")
 
+    def idle_modules(self) -> list[nn.Module]:
+        """Return the modules that ``forward`` does not run, because no output needs them."""
+        return []
+
+    def complete(self) -> None:
+        """End construction: keep norms in eval, and exempt from training what no output needs."""
+        super().complete()
+        if self._rest_idle_modules():
+            needed = max((index for index in self.out_indices if index != "stem"), default=0) + 1
+            log_info(
+                f"{type(self).__name__} ends at the last of `out_indices` {self.out_indices}: what comes after it is "
+                f"neither run nor trained; `num_stages={needed}` leaves it out"
+            )
+
+    def _idle_parameters(self) -> set[int]:
+        """The parameters of modules that no output needs; none where a subclass's ``forward`` may use them."""
+        modules = self.idle_modules() if self.has_stock_forward else []
+        return {id(parameter) for module in modules for parameter in module.parameters()}
+
+    def _rest_idle_modules(self) -> bool:
+        """Exempt idle modules from training, as ``DistributedDataParallel`` would wait for their gradients for ever.
+
+        Returns:
+            Whether there are any.
+        """
+        idle = self._idle_parameters()
+        for name, parameter in self.named_parameters() if idle else ():
+            if id(parameter) in idle and parameter.requires_grad:
+                parameter.requires_grad = False
+                self._idle.add(name)
+        return bool(idle)
+
+    def _wake_modules(self) -> None:
+        """Let train again what was idle and is needed now, by other ``out_indices``."""
+        idle = self._idle_parameters()
+        for name, parameter in self.named_parameters():
+            if name in self._idle and id(parameter) not in idle:
+                parameter.requires_grad = True
+                self._idle.discard(name)
+
     def freeze(self, frozen_stages: int) -> None:
         """Change what ``frozen_stages`` holds still; whatever that lets go trains again, as it did without it.
 
@@ -151,6 +192,7 @@ class Backbone(NormEvalModule):
                 parameter.requires_grad = True
         self._held_still.clear()
         self.frozen_stages = frozen_stages
+        self._rest_idle_modules()
         self.train(self.training)
 
     def _freeze_stages(self) -> None:
@@ -170,6 +212,8 @@ class Backbone(NormEvalModule):
             The backbone itself.
         """
         super().train(mode)
+        if self._idle:
+            self._wake_modules()
         self._freeze_stages()
         return self
 

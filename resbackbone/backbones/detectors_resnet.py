@@ -118,7 +118,7 @@ class DetectoRS_ResNet(ResNet):
 
     def _run_again(self, x: Tensor, rfp_feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
         x, outs = self._enter(x)
-        for index, (name, rfp_feat) in enumerate(zip(self.res_layers, rfp_feats, strict=False)):
+        for index, (name, rfp_feat) in enumerate(zip(self._needed_stages(), rfp_feats, strict=False)):
             stage = getattr(self, name)
             x = self.run_part(partial(_run_stage, stage, rfp_feat), x, [stage])
             if index in self.out_indices:

@@ -43,7 +43,8 @@ class ResNet(Backbone):
         dilations: Dilation of each stage, in pixels.
         out_indices: Stages whose feature maps are returned, counted from 0, negative ones from the end; and "stem" for
             the stem's map after its last activation, before the pooling. The outputs come in ascending order, the
-            stem's first, whatever the order here.
+            stem's first, whatever the order here. Stages after the last are in the state dict, and neither run nor
+            trained.
         style: Where a bottleneck strides: "pytorch" in the 3x3, "caffe" in the first 1x1.
         deep_stem: Three 3x3 convolutions in place of the stem's 7x7.
         avg_down: Average pooling in the shortcuts in place of a strided convolution.
@@ -341,12 +342,23 @@ class ResNet(Backbone):
             One ``(N, C, H/s, W/s)`` per entry of ``feature_info``, in its order.
         """
         x, outs = self._enter(x)
-        for index, name in enumerate(self.res_layers):
+        for index, name in enumerate(self._needed_stages()):
             stage = getattr(self, name)
             x = self.run_part(stage, x, [stage])
             if index in self.out_indices:
                 outs.append(x)
         return tuple(outs)
+
+    def _needed_stages(self) -> list[str]:
+        """The names of the stages up to the last output; what comes after it need not run."""
+        last = max((index for index in self.out_indices if index != "stem"), default=-1)
+        return self.res_layers[: last + 1]
+
+    def idle_modules(self) -> list[nn.Module]:
+        """Return the stages after the last output; after the stem's map alone its pooling, too."""
+        needed = self._needed_stages()
+        names = self.res_layers[len(needed) :] if needed else ["maxpool", *self.res_layers]
+        return [getattr(self, name) for name in names if hasattr(self, name)]
 
     def first_layer(self) -> nn.Module | None:
         """Return the stem, or its first convolution."""
@@ -358,6 +370,8 @@ class ResNet(Backbone):
         if "stem" not in self.out_indices:  # in one part, so that with_cp="norms" need not keep the map
             return self.run_part(self._run_stem, x, self._stem()), []
         x = self.run_part(self._run_before_pool, x, self._before_pool())
+        if not self._needed_stages():
+            return x, [x]
         return self.run_part(self.maxpool, x, [self.maxpool]), [x]
 
     def _run_stem(self, x: Tensor) -> Tensor:
