@@ -122,9 +122,8 @@ def _search(root: Path, leave_out: str | Path | None, left_out: dict[Path, str])
             missed[file] = problem
         elif suffix in readable:
             found.append(file)
-        elif suffix in _PICTURES or str(mimetypes.guess_type(f"a{suffix}")[0]).startswith("image/"):
-            hint = " (pip install pillow-heif)" if suffix in (".heic", ".heif", ".hif") else ""
-            missed[file] = f"as Pillow cannot read {suffix} here{hint}"
+        elif problem := _why_unreadable(suffix):
+            missed[file] = f"as {problem}"
         else:
             others.add(suffix or "none")
     if not found:
@@ -134,6 +133,15 @@ def _search(root: Path, leave_out: str | Path | None, left_out: dict[Path, str])
         raise ValueError(f"no pictures in {str(root)!r}; looked for {', '.join(suffixes)}{there}")
     left_out.update(missed)
     return sorted(found)
+
+
+def _why_unreadable(suffix: str) -> str:
+    """Say why a picture of such a suffix, in lower case, cannot be read; nothing where it is none, or can be."""
+    is_picture = suffix in _PICTURES or str(mimetypes.guess_type(f"a{suffix}")[0]).startswith("image/")
+    if not is_picture or suffix in readable_suffixes():
+        return ""
+    hint = " (pip install pillow-heif)" if suffix in (".heic", ".heif", ".hif") else ""
+    return f"Pillow cannot read {suffix} here{hint}"
 
 
 def _walk(root: Path, leave_out: str | Path | None) -> Iterator[tuple[Path, str]]:
@@ -256,7 +264,9 @@ def _eight_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:
 
 def _reason(path: str | Path, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "the file is empty" if Path(path).stat().st_size == 0 else f"it is no {', '.join(FORMATS)} file"
+        if Path(path).stat().st_size == 0:
+            return "the file is empty"
+        return _why_unreadable(Path(path).suffix.lower()) or f"it is no {', '.join(FORMATS)} file"
     strerror = getattr(error, "strerror", None)  # of an OSError from the system
     return str(strerror or error or type(error).__name__)
 

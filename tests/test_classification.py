@@ -38,7 +38,7 @@ from resbackbone.training.classification import (
 from resbackbone.training.classification.metrics import places
 from resbackbone.training.classification.rand_augment import OPERATIONS
 from resbackbone.training.classification.transforms import build_transforms
-from resbackbone.training.running import LAMB, Draw, EpochSampler, load_recipe
+from resbackbone.training.running import LAMB, BatchTooSmall, Draw, EpochSampler, load_recipe
 
 SMALL = {"type": "ResNet", "depth": 18, "base_channels": 8, "stem_channels": 8}
 
@@ -91,6 +91,15 @@ def test_what_the_modes_return(images):
         model(images, mode="loss")
     with pytest.raises(ValueError, match=r"`mode` must be one of 'tensor', 'loss', 'predict'; got 'train'"):
         model(images, mode="train")
+
+
+def test_u4_a_batch_of_one_at_maps_of_one_pixel_names_drop_last():
+    model = ImageClassifier(SMALL, num_classes=3).train()
+    words = r"images \(1, 3, 32, 32\) come to maps of one pixel, .* drop_last=True of the data loader leaves out a last"
+    with pytest.raises(BatchTooSmall, match=words):
+        model(torch.randn(1, 3, 32, 32), torch.tensor([0]), mode="loss")
+    model(torch.randn(1, 3, 64, 64), torch.tensor([0]), mode="loss")
+    model.eval()(torch.randn(1, 3, 32, 32))
 
 
 def test_batch_norms_learn_unless_they_are_told_not_to():
@@ -726,7 +735,7 @@ def test_w4_a_data_loader_without_a_batch_is_refused(trained, tmp_path, part):
 def test_u4_a_batch_of_one_at_maps_of_one_pixel_is_one_line(trained, tmp_path, batch_size, batch):
     folder, _ = trained
     options = (f"train_dataloader.batch_size={batch_size}", "train_dataloader.dataset.transforms.0.size=2")
-    options += ("model.mixing=None", "train_cfg.max_epochs=1")
+    options += ("train_cfg.max_epochs=1",)
     said = train(folder, tmp_path / "run", *options, status=2)
     assert "Traceback" not in said
     last = said.splitlines()[-1]

@@ -112,7 +112,7 @@ def miss_the_checkpoint():
     """Let the second process not find it, as on a machine without a common disk."""
 
     def look(path):
-        return read_checkpoint(f"{path}/")
+        return read_checkpoint(f"{path}.elsewhere")
 
     if os.environ["RANK"] == "1":
         mock.patch("resbackbone.training.running.runner.read_checkpoint", look).start()

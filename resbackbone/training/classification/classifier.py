@@ -22,6 +22,7 @@ from resbackbone.preprocessing import Preprocessing, preprocessing_of
 from resbackbone.registry import MODELS, find_type, of_kind, split_type
 from resbackbone.training.classification.losses import CrossEntropy
 from resbackbone.training.classification.mixing import Mixing
+from resbackbone.training.running.loop import BatchTooSmall, is_too_small
 
 _WRAPPING = "state_dict."  # of a run's checkpoint
 
@@ -199,6 +200,15 @@ class ImageClassifier(BaseModel):
         return logits if mode == "tensor" else [{"scores": scores} for scores in logits]
 
     def _logits(self, inputs: Tensor) -> Tensor:
-        features = self.backbone(inputs)[-1]
+        try:
+            features = self.backbone(inputs)[-1]
+        except ValueError as error:
+            if not is_too_small(error):
+                raise
+            raise BatchTooSmall(
+                f"images {tuple(inputs.shape)} come to maps of one pixel, a single value per channel where batch norm "
+                "needs two: drop_last=True of the data loader leaves out a last batch of one; or choose another "
+                "batch_size, or larger pictures"
+            ) from error
         logits: Tensor = self.fc(features.mean((2, 3)))
         return logits

@@ -19,6 +19,11 @@ class BatchTooSmall(ValueError):
     """A batch has a single value per channel, of which batch norm cannot tell the variance."""
 
 
+def is_too_small(error: ValueError) -> bool:
+    """Whether an error is batch norm's, of PyTorch or this library, about a single value per channel."""
+    return "xpected more than 1 value per channel" in str(error)
+
+
 @LOOPS.register_module()
 class ResumableTrainLoop(EpochBasedTrainLoop):
     """Trains by epochs; resumed from any checkpoint it takes the same steps as a run that was not broken off.
@@ -92,7 +97,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         try:
             super().run_iter(idx, data_batch)
         except ValueError as error:
-            if "xpected more than 1 value per channel" not in str(error):
+            if not isinstance(error, BatchTooSmall) and not is_too_small(error):
                 raise
             size = self.dataloader.batch_size
             advice = "choose another batch_size, or larger pictures"
