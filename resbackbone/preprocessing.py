@@ -68,6 +68,8 @@ DETECTRON = Preprocessing(mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.
 
 INCEPTION = Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3)  # from -1 to 1, which BiT expects
 
+UNIT_RANGE = Preprocessing(mean=(0.0,) * 3, std=(255.0,) * 3)  # from 0 to 1, as whole RT-DETRs take it
+
 
 def preprocessing_for(*, in_channels: int, style: str) -> Preprocessing:
     """Return the usual preprocessing: for one channel the colours' numbers, averaged.

@@ -264,7 +264,16 @@ def test_r6_a_net_taken_apart(how, prefix):
     assert [key for key in found.native if key not in expected] == []
 
 
-@pytest.mark.parametrize("config", ["resnet18d", "seresnet50", "ecaresnet50t", "resnet50"])
+@pytest.mark.parametrize("config", ["resnetrs50", "seresnet50", "resnetv2_50d", "skresnet50", "resnet18_ibn_a"])
+def test_r6_nets_of_ours_taken_apart(config):
+    net = build_on_meta(config)
+    back = convert_state_dict(named(*net.children()))
+    assert {key: tensor.shape for key, tensor in back.items()} == {
+        key: tensor.shape for key, tensor in net.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("config", ["resnet18d", "seresnet50", "ecaresnet50t", "resnet50", "resnetrs50"])
 def test_r6_a_net_of_timm_taken_apart(timm, config):
     with torch.device("meta"):
         model = timm.create_model(config)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from resbackbone import ResNet, build_backbone
 from resbackbone.checkpoints import convert_state_dict, load_checkpoint
 from resbackbone.cli import app
+from resbackbone.preprocessing import TORCHVISION, Preprocessing
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 NORM = {"norm_eval": False, "zero_init_residual": False}
@@ -107,6 +108,27 @@ def test_r5_the_command_converts(published, tmp_path):
     back = load_file(tmp_path / "back.safetensors")
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("layout", ["rtdetr", "huggingface"])
+def test_r5_a_whole_detector_takes_images_from_0_to_1_and_its_first_weights_torchvisions(published, tmp_path, layout):
+    weights = convert_state_dict(published(18, base_channels=8).state_dict(), "huggingface", layout)
+    net = build_backbone("rtdetr_r18", base_channels=8)
+    for others, expected in (
+        ({}, TORCHVISION),
+        ({"model.decoder.x": torch.zeros(1)}, Preprocessing((0.0,) * 3, (255.0,) * 3)),
+    ):
+        torch.save(
+            {f"model.backbone.model.{key}": value for key, value in weights.items()} | others, tmp_path / "m.pth"
+        )
+        load_checkpoint(net, tmp_path / "m.pth")
+        assert net.preprocessing == expected
+
+
+def test_r4_a_net_that_does_not_project_is_told_how_to(published, tmp_path):
+    torch.save(published(18, base_channels=8).state_dict(), tmp_path / "m.pth")
+    with pytest.raises(ValueError, match="build the net with `project_first_block=True`"):
+        build_backbone("resnet18_v1d", base_channels=8, checkpoint=tmp_path / "m.pth")
 
 
 @every_class

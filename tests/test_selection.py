@@ -2,17 +2,20 @@
 
 import itertools
 import random
+import re
 import warnings
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from resbackbone import ResNet
 from resbackbone.checkpoints import convert_state_dict, load_checkpoint
 from resbackbone.checkpoints.conversion import find_backbone
 from resbackbone.checkpoints.selection import unwrap
+from resbackbone.cli import app
 
 # What is taken, what is not: as each project itself evaluates, or loads by default.
 PAIRS = [
@@ -42,6 +45,7 @@ PAIRS = [
     ("online_encoder.net.", "target_encoder.net."),
     ("query_encoder.", "key_encoder."),
     ("backbone.", "target_net.module.0."),
+    ("visual_encoder.", "visual_encoder_m."),  # ALBEF
     ("state_dict.", "current_model_state."),  # Lightning's averaging
     ("state_dict_ema.encoder_q.", "state_dict.encoder_q."),
     ("state_dict.encoder_q.", "state_dict_ema.encoder_k."),
@@ -283,6 +287,29 @@ def test_u1_another_layout_names_the_one_that_is_there(tmp_path):
         load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", layout="paddle")
     with pytest.raises(KeyError, match="unknown layout 'padle'; did you mean 'paddle'"):
         load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", layout="padle")
+
+
+def test_u1_the_commands_choose_by_prefix(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": tiny(2), "ema": {"module": tiny(1)}}, "m.pth")
+    runner = CliRunner()
+    for options, value in (([], 1), (["--prefix", "model."], 2)):
+        result = runner.invoke(app, ["convert", "m.pth", "out.pth", "--to", "native", *options])
+        assert result.exit_code == 0, result.output
+        assert ("choose with --prefix" in result.output) is (not options)
+        assert (torch.load("out.pth")["conv1.weight"] == value).all()
+    for command in (["convert", "m.pth", "out.pth", "--to", "native"], ["load-report", "resnet18", "m.pth"]):
+        result = runner.invoke(app, [*command, "--prefix", "encoder."])
+        assert result.exit_code == 2
+        assert re.search(r"below prefix 'encoder\.'.*'ema\.module\.' .*'model\.'", result.output)
+
+
+def test_u1_parametrized_weights_are_named_as_that(tmp_path):
+    net = ResNet(18, **SIZE)
+    torch.nn.utils.parametrizations.weight_norm(net.layer1[1].conv1)
+    torch.save(net.state_dict(), tmp_path / "m.pth")
+    with pytest.raises(ValueError, match="remove_parametrizations"):
+        load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth")
 
 
 @pytest.mark.parametrize("prefix", [1, b"backbone.", ["backbone."]])

@@ -1,4 +1,4 @@
-"""Weights made fit for a net whose images, norms or layers are named or shaped otherwise."""
+"""Adapt weights to a model whose input channels, norms or layers have other names or shapes."""
 
 from __future__ import annotations
 

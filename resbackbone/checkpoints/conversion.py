@@ -1,4 +1,4 @@
-"""Whose tensors these are, and turning them into somebody else's."""
+"""Detection of the key layout of a state dict, and conversion between layouts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FoundBackbone:
 
 
 def detect_layout(state_dict: Mapping[str, Tensor]) -> str:
-    """Tell from the keys alone whose a state dict is.
+    """Detect the key layout of a state dict, from the keys alone.
 
     Args:
         state_dict: Tensors by key, whatever stands before the backbone's own keys (``module.``, ``backbone.``, ...).
@@ -63,14 +63,14 @@ def detect_layout(state_dict: Mapping[str, Tensor]) -> str:
 def convert_state_dict(
     state_dict: Mapping[str, Tensor], source: str | None = None, target: str = "native", *, prefix: str | None = None
 ) -> dict[str, Tensor]:
-    """Turn a backbone's state dict into another library's.
+    """Convert a backbone's state dict to the key layout of another library.
 
     Args:
         state_dict: Tensors by key, with whatever prefix; what is neither the backbone's nor its classifier's is left
             out. It is not changed.
-        source: Whose they are, as :func:`detect_layout` says it, which is asked where this is None; "torchvision",
-            "mmdet", "mmseg" and "mmcls" are known, too.
-        target: Whose they shall be.
+        source: Their key layout, as :func:`detect_layout` names it; None to detect it. "torchvision", "mmdet", "mmseg"
+            and "mmcls" are known, too.
+        target: The key layout to convert to.
         prefix: What stands before the backbone's keys, where there are several backbones; None for the one that
             docs/weights.md says, with a warning that names the others.
 
@@ -113,7 +113,7 @@ def find_backbone(
 
     Args:
         tensors: By whatever key.
-        layout: Whose they are; None to find out.
+        layout: Their key layout; None to detect it.
         prefix: What stands before the backbone's names, or some parts of that; None to find out.
         swapped: Whether they come from a file of mmengine's, whose ``ema_state_dict`` holds the raw weights.
 

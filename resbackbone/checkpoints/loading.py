@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ from resbackbone.checkpoints.sources import locate
 from resbackbone.checks import check_choice
 from resbackbone.layers.plugins import plugin_name
 from resbackbone.logs import log_info
-from resbackbone.preprocessing import CAFFE, DETECTRON, INCEPTION, TORCHVISION, Preprocessing
+from resbackbone.preprocessing import CAFFE, DETECTRON, INCEPTION, TORCHVISION, UNIT_RANGE, Preprocessing
 
 # What a trainer saves beside weights, which is not read; mmengine's names, Lightning's and those of training scripts.
 _NO_WEIGHTS = {
@@ -79,7 +79,7 @@ def load_checkpoint(
         strict: "backbone" (or True): every tensor of the backbone must be there, and none that another backbone would
             have besides; heads are ignored and counted. "all": there must be no heads either, a classifier apart.
             False: what fits is loaded, and the report tells the rest.
-        layout: Whose keys they are; None to find out.
+        layout: The key layout; None to detect it.
         prefix: What stands before the backbone's keys, where a file has several; "" for nothing. None for the one that
             docs/weights.md says, with a warning that names the others.
         expects: "checkpoint" leaves the first convolution as it was trained; "torchvision" makes it take RGB images
@@ -112,6 +112,7 @@ def load_checkpoint(
         raise ValueError(
             f"{str(source)!r} does not fit {type(net).__name__}, nothing was changed: {report.summary()}: "
             + ", ".join(wrong[:5])
+            + _advice(report)
         )
     weights = {key: adapted.tensors[key] for key in report.loaded}
     check_weights(weights)
@@ -119,6 +120,15 @@ def load_checkpoint(
     net.preprocessing = adapted.expected  # type: ignore[assignment]
     log_info(f"{type(net).__name__}: {report.source}: {report.summary()}")
     return report
+
+
+def _advice(report: LoadReport) -> str:
+    """What the user can do about the commonest reasons for which nothing fits."""
+    if any(".parametrizations." in name for name in report.unexpected):
+        return "; weights are parametrized: call torch.nn.utils.parametrize.remove_parametrizations before saving"
+    if {name.partition(".downsample.")[0] for name in report.unexpected} == {"layer1.0"}:
+        return "; build the net with `project_first_block=True`"
+    return ""
 
 
 def load_module(net: nn.Module, source: str | Path, *, prefix: str | None = None) -> LoadReport:
@@ -203,7 +213,14 @@ def _usual_preprocessing(found: FoundBackbone, style: str) -> Preprocessing:
         return DETECTRON
     if layout == "bit":
         return INCEPTION
+    if layout in ("rtdetr", "huggingface") and "stem.0.weight" in found.native and _has_decoder(found.others):
+        return UNIT_RANGE
     return CAFFE if layout == "detectron2" or style == "caffe" else TORCHVISION
+
+
+def _has_decoder(names: Iterable[str]) -> bool:
+    """Whether weights come out of a whole RT-DETR, which was trained on other images than its backbone before."""
+    return any("decoder" in name.split(".") for name in names)
 
 
 def read_tensors(source: str | Path) -> CheckpointTensors:

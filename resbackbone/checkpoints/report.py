@@ -1,4 +1,4 @@
-"""What became of a checkpoint."""
+"""The report of loading a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHOWN = 8  # keys of each kind in the table
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a checkpoint; as a string it is a table.
+    """What of a checkpoint was loaded, ignored and changed; as a string it is a table.
 
     Attributes:
         source: Where it came from.

@@ -18,9 +18,11 @@ def convert(
         Path, typer.Argument(metavar="DST", help="A .pth, .safetensors, .npz, or, of arrays, .pkl or .pdparams file.")
     ],
     *,
-    to: Annotated[str, typer.Option(metavar="LAYOUT", help="Whose names: native, timm, detectron2, huggingface, ...")],
+    to: Annotated[
+        str, typer.Option(metavar="LAYOUT", help="The key layout to write: native, timm, detectron2, huggingface, ...")
+    ],
     layout: Annotated[
-        str | None, typer.Option("--from", metavar="LAYOUT", help="Whose names SRC has.", show_default="found out")
+        str | None, typer.Option("--from", metavar="LAYOUT", help="The key layout of SRC.", show_default="found out")
     ] = None,
     prefix: Annotated[
         str | None,

@@ -11,9 +11,9 @@ from resbackbone.checkpoints.layouts.layout import Layout
 from resbackbone.checkpoints.layouts.table import Table
 
 _PLAIN_STEM = "conv1.{p} 0.{p}\n bn1.{p} 1.{p}"
-_TIMM_STEM = "stem.{i}.{p} 0.{i}.{p}\n stem.7.{p} 1.{p}"  # its last norm stands beside it
+_TIMM_STEM = "stem.{i}.{p} 0.{i}.{p}\n stem.7.{p} 1.{p}\n maxpool.{i}.{p} 3.{i}.{p}"  # the last norm stands beside it
 _NESTED_STEM = "conv1.{p} 0.0.{p}\n bn1.{p} 0.1.{p}"
-_DEEP_STEM = "stem.{i}.{p} 0.{i}.{p}"
+_DEEP_STEM = "stem.{i}.{p} 0.{i}.{p}\n maxpool.{i}.{p} 1.{i}.{p}"
 # What blocks have of their own in lightly's net and in timm's; otherwise their names are the native ones.
 _INSIDE = """
     layer{s}.{b}.downsample.{i}.{p}         {stage}.{b}.shortcut.{i}.{p}
