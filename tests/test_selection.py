@@ -16,6 +16,7 @@ from resbackbone.checkpoints import convert_state_dict, load_checkpoint
 from resbackbone.checkpoints.conversion import find_backbone
 from resbackbone.checkpoints.selection import unwrap
 from resbackbone.cli import app
+from resbackbone.necks import FPN
 
 # What is taken, what is not: as each project itself evaluates, or loads by default.
 PAIRS = [
@@ -80,7 +81,7 @@ def test_w2_the_role_decides(right, wrong):
 def test_w2_a_warning_names_both_and_how_to_choose(tmp_path, right, wrong):
     torch.save(below(wrong, tiny(2)) | below(right, tiny(1)), tmp_path / "m.pth")
     net = ResNet(18, **SIZE)
-    with pytest.warns(UserWarning, match="copies of a backbone") as caught:
+    with pytest.warns(UserWarning, match="copies of these weights") as caught:
         report = load_checkpoint(net, tmp_path / "m.pth")
     assert repr(right) in str(caught[0].message)
     assert f"prefix={wrong!r}" in str(caught[0].message)
@@ -93,7 +94,7 @@ def test_w2_a_warning_names_both_and_how_to_choose(tmp_path, right, wrong):
             warnings.simplefilter("error")
             converted = convert_state_dict(torch.load(tmp_path / "m.pth"), prefix=prefix)
         assert (converted["conv1.weight"] == value).all()
-    with pytest.warns(UserWarning, match="copies of a backbone"):
+    with pytest.warns(UserWarning, match="copies of these weights"):
         convert_state_dict(torch.load(tmp_path / "m.pth"))
 
 
@@ -188,6 +189,28 @@ def test_w2_of_two_parts_of_one_model_the_report_tells():
     assert find_backbone(two[0] | two[1]).prefix == find_backbone(two[1] | two[0]).prefix == "backbone."
     deeper = below("img_backbone.", tiny(3, depth=34))
     assert find_backbone(two[1] | deeper).prefix == find_backbone(deeper | two[1]).prefix == "img_backbone."
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"), [("ema.module.", "model."), ("teacher.", "student."), ("state_dict_ema.", "state_dict.")]
+)
+@pytest.mark.parametrize("flip", [False, True])
+def test_w2_a_neck_comes_from_the_same_copy_as_its_backbone(tmp_path, right, wrong, flip):
+    own = FPN(in_channels=[4], out_channels=4, num_outs=1).state_dict()
+    one, two = (
+        {f"{prefix}neck.{key}": torch.full_like(tensor, value) for key, tensor in own.items()}
+        for prefix, value in ((right, 1), (wrong, 2))
+    )
+    torch.save(two | one if flip else one | two, tmp_path / "m.pth")
+    neck = FPN(
+        in_channels=[4],
+        out_channels=4,
+        num_outs=1,
+        init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "m.pth")},
+    )
+    with pytest.warns(UserWarning, match="copies of these weights"):
+        neck.init_weights()
+    assert all((tensor == 1).all() for tensor in neck.state_dict().values())
 
 
 # Wrappers inside of names

@@ -17,7 +17,7 @@ from resbackbone.checkpoints.files import check_weights, not_loaded, read_file
 from resbackbone.checkpoints.layouts import Tensors
 from resbackbone.checkpoints.pickle_names import ADVICE
 from resbackbone.checkpoints.report import LoadReport
-from resbackbone.checkpoints.selection import warn_of_copies
+from resbackbone.checkpoints.selection import is_swapped, role, unwrap, warn_of_copies
 from resbackbone.checkpoints.sources import locate
 from resbackbone.checks import check_choice
 from resbackbone.layers.plugins import plugin_name
@@ -148,8 +148,10 @@ def load_module(net: nn.Module, source: str | Path, *, prefix: str | None = None
             of another shape, or one that the module does not have.
     """
     content = read_tensors(source)
-    tensors, own = content.tensors, net.state_dict()
-    below = _own_prefix(tensors, own, str(source)) if prefix is None else prefix
+    own = net.state_dict()
+    tensors = {unwrap(key): tensor for key, tensor in content.tensors.items()}
+    swapped = content.swapped or is_swapped(content.tensors)
+    below = _own_prefix(tensors, own, str(source), swapped=swapped) if prefix is None else unwrap(prefix)
     parts = {key: f".{key}".partition(f".{below}") for key in tensors}
     found = {rest.lstrip("."): tensors[key] for key, (_, matched, rest) in parts.items() if matched}
     missing = [key for key in own if key not in found and not key.endswith(_COUNTER)]
@@ -180,12 +182,20 @@ def load_module(net: nn.Module, source: str | Path, *, prefix: str | None = None
     return report
 
 
-def _own_prefix(tensors: Tensors, own: Mapping[str, Tensor], source: str) -> str:
-    """Return what stands before a module's own names; where no prefix has all of them, the one that has the most."""
+def _own_prefix(tensors: Tensors, own: Mapping[str, Tensor], source: str, *, swapped: bool) -> str:
+    """Return what stands before a module's own names; where no prefix has all of them, the one that has the most.
+
+    Of copies in different roles the one is taken whose backbone would be.
+    """
     first = next((key for key in own if not key.endswith(_COUNTER)), "")
     prefixes = [key[: len(key) - len(first)] for key in tensors if f".{key}".endswith(f".{first}")]
     needed = [key for key in own if not key.endswith(_COUNTER)]
     whole = [prefix for prefix in prefixes if all(f"{prefix}{key}" in tensors for key in needed)]
+    roles = {prefix: role(prefix, swapped=swapped) for prefix in whole}
+    if len(set(roles.values())) > 1:
+        whole = [prefix for prefix in whole if roles[prefix] == min(roles.values())]
+        others = sorted(roles.keys() - set(whole))
+        warn_of_copies(repr(source), whole[0], [] if swapped else others)
     if len(whole) > 1 and (plain := [prefix for prefix in whole if prefix in ("", _WRAPPING)]):
         return plain[0]
     if len(whole) > 1:

@@ -229,7 +229,7 @@ def warn_of_copies(what: str, prefix: str, copies: Sequence[str]) -> None:
     if copies:
         choices = " or ".join(f"prefix={other!r}" for other in copies)
         warnings.warn(
-            f"{what} has {len(copies) + 1} copies of a backbone: the one below {prefix!r} is taken; for another one "
+            f"{what} has {len(copies) + 1} copies of these weights: the one below {prefix!r} is taken; for another one "
             f"give {choices}",
             UserWarning,
             stacklevel=3,
