@@ -18,9 +18,10 @@ from resbackbone.backbones import Backbone
 from resbackbone.backbones.initialisation import PretrainedModule
 from resbackbone.checks import UnknownKeyError, check_flag, check_sequence, check_type, message_of, nearest, plain
 from resbackbone.foreign_names import argument_hint, find_architecture, names_weights, nearest_architecture
-from resbackbone.lookup import allow_imported, import_modules
+from resbackbone.lookup import allow_imported, import_modules, is_restricted
 from resbackbone.registry import construct, find_type, scoped, split_type
 
+_SUFFIXES = (".yaml", ".yml", ".py")  # of the files that hold configs
 _MAX_ENTRIES = 100_000  # of a YAML file, a few lines of which can otherwise stand for billions
 BackboneSource = str | Path | Mapping[str, Any]
 
@@ -74,7 +75,7 @@ def build_backbone(
     """
     import_modules(imports)
     backbone = construct_backbone(config, **overrides)
-    if checkpoint is None and isinstance(config, str) and config not in config_files() and names_weights(config):
+    if checkpoint is None and isinstance(config, str) and not _is_own(config) and names_weights(config):
         warnings.warn(
             f"{config!r} names weights, but this builds the architecture alone, with new ones; weights are loaded by "
             f"checkpoint={config!r}, or another name of `resbackbone list --weights`, a file or a URL",
@@ -86,6 +87,11 @@ def build_backbone(
     if checkpoint is not None:
         load_pretrained(backbone, checkpoint)
     return backbone
+
+
+def _is_own(name: str) -> bool:
+    """Whether a name is that of a file or of a config in ``configs/``."""
+    return Path(name).suffix in _SUFFIXES or name in config_files()
 
 
 def load_pretrained(net: nn.Module, source: str | Path, *, prefix: str | None = None) -> None:
@@ -150,7 +156,9 @@ def load_config(config: BackboneSource) -> BackboneConfig:
             f"got {config!r} of type {type(config).__name__}"
         )
     path = Path(config)
-    if path.suffix in (".yaml", ".yml", ".py"):
+    if path.suffix == ".py" and is_restricted():
+        raise ValueError(f"a config inside another one is data, and cannot name a program; got {str(path)!r}")
+    if path.suffix in _SUFFIXES:
         if not path.is_file():
             raise FileNotFoundError(
                 f"no config file at {str(path)!r}; a name without a suffix is looked up in `configs/`"

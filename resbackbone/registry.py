@@ -28,6 +28,7 @@ except ImportError as error:
     ) from error
 
 from resbackbone.lookup import (
+    HOSTS,
     default_registry,
     find_scope,
     import_plugins,
@@ -255,6 +256,8 @@ def _check_kind(found: Any, given: Any, what: str, base: type | tuple[type, ...]
     kind = next((kind for kind, classes in _KINDS.items() if issubclass(found, tuple(classes))), None)
     if what == "plugin":
         wrong = kind in _NEVER_PLUGINS
+    elif what == "backbone" and kind is None:
+        wrong = not _may_be_backbone(found.__module__)
     elif what in _KINDS:
         foreign = not found.__module__.startswith("torch.") or (found is nn.Identity and what in ("norm", "activation"))
         wrong = kind != what and not (kind is None and foreign)
@@ -276,6 +279,12 @@ def split_type(cfg: Any, argument: str) -> tuple[Any, dict[str, Any]]:
         raise UnknownKeyError(f"`{argument}` needs a `type`, got {dict(cfg)!r}")
     rest = dict(plain(cfg))
     return rest.pop("type"), rest
+
+
+def _may_be_backbone(module: str) -> bool:
+    """Whether a class of this module can be a backbone: one of a host's, or of somebody else's own."""
+    package = module.partition(".")[0]
+    return package not in ("torch", "mmengine", "mmcv") and (package not in HOSTS or ".backbones" in module)
 
 
 def _known_names(registry: Registry) -> set[str]:

@@ -98,6 +98,21 @@ DOORS: dict[str, Callable[[Any], Any]] = {
     "classifier's backbone": lambda type_: ImageClassifier({"type": type_}, num_classes=2),
     "classifier's norm_cfg": lambda type_: ImageClassifier({**TINY, "norm_cfg": {"type": type_}}, num_classes=2),
     "classifier's loss": lambda type_: ImageClassifier(TINY, num_classes=2, loss={"type": type_}),
+    "init_cfg": lambda type_: build_backbone({**TINY, "init_cfg": {"type": type_}}),
+    "init_cfg of a list": lambda type_: build_backbone({**TINY, "init_cfg": [{"type": type_, "layer": "Conv2d"}]}),
+    "override of an init_cfg": lambda type_: build_backbone(
+        {
+            **TINY,
+            "init_cfg": {"type": "Constant", "val": 1, "layer": "Conv2d", "override": {"name": "conv1", "type": type_}},
+        }
+    ),
+    "FPN's init_cfg": lambda type_: _fpn(init_cfg={"type": type_}).init_weights(),
+    "classifier's init_cfg": lambda type_: ImageClassifier(
+        TINY, num_classes=2, init_cfg={"type": type_}
+    ).init_weights(),
+    "shared head's init_cfg": lambda type_: MODELS.build(
+        {**SHARED, "type": "ResLayer", "init_cfg": {"type": type_}}
+    ).init_weights(),
     "MODELS.build": lambda type_: MODELS.build({"type": type_}),
     "MODELS.build of a list": lambda type_: MODELS.build([{"type": type_}]),
     "MODELS.build by default_args": lambda type_: MODELS.build({}, default_args={"type": type_}),

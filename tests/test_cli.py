@@ -72,7 +72,8 @@ class TestList:
 
     def test_no_match(self):
         assert fails("list", "wide_resnett50_2") == (
-            "no backbone's name matches 'wide_resnett50_2'; did you mean 'wide_resnet50_2'? `resbackbone list` shows all"
+            "no backbone's name matches 'wide_resnett50_2'; "
+            "did you mean 'wide_resnet50_2'? `resbackbone list` shows all"
         )
 
 

@@ -48,6 +48,12 @@ def test_s1_what_python_passes_must_be_a_class_of_layers(door, wrong):
         ("backbone", "BN"),
         ("backbone", "FPN"),
         ("backbone", "torch.nn.Identity"),
+        ("backbone", "torch.nn.Sequential"),
+        ("backbone", "mmengine.model.BaseDataPreprocessor"),
+        ("backbone", "mmcv.cnn.ContextBlock"),
+        ("backbone", "ResLayer"),
+        ("backbone", "SELayer"),
+        ("classifier's backbone", "FPN"),
         ("norm_cfg", "ReLU"),
         ("norm_cfg", "torch.nn.Conv2d"),
         ("norm_cfg", "torch.nn.MaxPool2d"),
@@ -279,3 +285,15 @@ def test_s1_a_small_yaml_stands_for_no_endless_config(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match="no valid YAML of plain values"):
         build_backbone(path)
+
+
+def test_s1_a_dict_that_is_built_names_no_program(folder):
+    Path("net.py").write_text(
+        "import pathlib\npathlib.Path('mark').touch()\nbackbone = dict(type='ResNet', depth=18)\n"
+    )
+    config = {"type": "ImageClassifier", "backbone": "net.py", "num_classes": 2}
+    for build in (MODELS.build, lambda config: MODELS.build([config])):
+        with pytest.raises(ValueError, match="a config inside another one is data, and cannot name a program"):
+            build(config)
+    assert not Path("mark").exists()
+    assert type(build_backbone("net.py")) is ResNet  # without a warning, and which is what a .py file is for
