@@ -1,10 +1,14 @@
 """An exported file computes what the net computes, whatever the batch and the size, or it is not there."""
 
 import copy
+import importlib.util
 import json
+import logging
 import math
 import shutil
 import sys
+import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from resbackbone import FeatureInfo, ResNet, ResNetV2
 from resbackbone.complexity import build_on_meta
 from resbackbone.inference import export, optimize, quantize
 from resbackbone.inference.export_formats import FORMATS
+from resbackbone.inference.steps import step
 from resbackbone.necks import FPN
 from resbackbone.preprocessing import CAFFE, TORCHVISION
 
@@ -302,6 +307,54 @@ class TestModels:
 
         with pytest.raises(ValueError, match=r"Texts does not run on images .* must return a tensor, or a tuple"):
             export(Texts(net), tmp_path / "n.pt2", "torch-export")
+
+
+class TestReport:
+    """What is said meanwhile."""
+
+    @pytest.mark.parametrize("to", ["onnx", "torch-export"])
+    def test_u8_nothing_is_said_of_other_libraries(self, net, tmp_path, monkeypatch, caplog, capfd, to):
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *a: None if name == "torchvision" else find_spec(name)
+        )
+        with warnings.catch_warnings(record=True) as caught, caplog.at_level(logging.WARNING):
+            export(net, tmp_path / f"net{FORMATS[to].suffix}", to)
+        assert caught == caplog.records == []
+        assert capfd.readouterr() == ("", "")
+
+    @pytest.mark.parametrize("to", ["onnx", "torch-export", "aoti"])
+    def test_u8_each_step_is_said(self, net, tmp_path, change, caplog, to):
+        change(to, write=lambda program, path, *rest: path.touch(), load=lambda path: net)
+        name = f"net{FORMATS[to].suffix}"
+        writing = f"compiling {name}, which takes minutes for a whole net" if to == "aoti" else f"writing {name}"
+        lines = []
+        with torch.no_grad(), caplog.at_level(logging.INFO, "resbackbone"):
+            export(net, tmp_path / name, to, report=lines.append)
+            assert caplog.messages == []
+            export(net, tmp_path / name, to)
+        assert lines == caplog.messages == ["recording ResNet", writing, f"checking {name}"]
+
+    def test_u8_a_long_step_says_how_long(self, monkeypatch):
+        monkeypatch.setattr("resbackbone.inference.steps.INTERVAL", 0.01)
+        lines, said = [], threading.Event()
+
+        def report(line):
+            lines.append(line)
+            if len(lines) == 3:
+                said.set()
+
+        with step("compiling", report):
+            assert said.wait(60)
+        count = len(lines)
+        assert lines[:3] == ["compiling", "compiling: 0 s so far", "compiling: 0 s so far"]
+        assert len(lines) == count
+
+    def test_u8_the_command_says_it_beside_its_results(self, folder, change, net):
+        write_config("tiny.yaml", **TINY)
+        shown = run("export", "tiny.yaml", "--to", "torch-export")
+        assert shown.stderr.splitlines() == ["recording ResNet", "writing tiny.pt2", "checking tiny.pt2"]
+        assert "recording" not in shown.stdout
 
 
 class TestCheck:

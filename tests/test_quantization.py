@@ -129,7 +129,8 @@ def test_w5_w9_what_is_left_out_of_a_folder_is_named(net, tmp_path):
 @pytest.mark.parametrize("own", [None, CAFFE.gray()])
 def test_pictures_are_normalised_as_the_backbone_inside_expects(own, tmp_path):
     net = ResNet(18, base_channels=8, style="caffe", in_channels=3 if own is None else 1).eval()
-    net.preprocessing = own
+    if own is not None:
+        net.preprocessing = own
     with Image.open(f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg") as picture:
         picture = picture.convert("RGB" if own is None else "L").resize((96, 112))
     picture.save(tmp_path / "grace.png")

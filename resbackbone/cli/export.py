@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from resbackbone.cli.console import Imports, check_file, import_named, say, user_errors
+from resbackbone.cli.console import Imports, check_file, import_named, messages, say, user_errors
 
 
 class Target(str, Enum):
@@ -76,6 +77,7 @@ def export(
             dtype=dtype.value,
             size=(pixels, pixels) if isinstance(pixels, int) else pixels,
             metadata={"config": name, "weights": weights, "resbackbone": __version__},
+            report=partial(say, console=messages),
         )
     say(f"weights: {weights}")
     for level in exported.levels:

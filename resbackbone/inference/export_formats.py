@@ -40,6 +40,7 @@ class ExportFormat:
         load: Opens a file, and returns what maps images ``(N, C, H, W)`` to the levels.
         max_bytes: What the weights must stay below.
         hint: What to add where writing fails.
+        writing: What is said while the file, ``{}``, is written.
     """
 
     suffix: str
@@ -51,6 +52,7 @@ class ExportFormat:
     load: Callable[[Path], Run]
     max_bytes: float = math.inf
     hint: str = ""
+    writing: str = "writing {}"
 
 
 def _as_it_is(net: nn.Module) -> nn.Module:
@@ -155,5 +157,6 @@ FORMATS = {
         _write_aoti,
         _load_aoti,
         hint="; it needs a C++ compiler: g++ or clang++, or what the variable CXX names",
+        writing="compiling {}, which takes minutes for a whole net",
     ),
 }

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from resbackbone.features import FeatureInfo
 from resbackbone.inference.copying import copy_for_inference
 from resbackbone.inference.export_formats import FORMATS, Axes, ExportFormat
 from resbackbone.inference.levels import FeatureMaps, backbone_of, read_levels
+from resbackbone.inference.steps import quiet_libraries, step
+from resbackbone.logs import log_info
 from resbackbone.preprocessing import preprocessing_of
 
 if TYPE_CHECKING:  # takes a second to import
@@ -63,6 +65,7 @@ def export(
     size: tuple[int, int] | None = None,
     levels: Sequence[FeatureInfo] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    report: Callable[[str], None] = log_info,
 ) -> Exported:
     """Write a net, as it computes in evaluation on a CPU, to a file that takes batches and images of any size.
 
@@ -81,6 +84,8 @@ def export(
         levels: Name, channels and stride of each output. Unless given, they are the backbone's ``feature_info``, or
             read off the outputs: called as the keys of a dict, or p2 for stride 4, p3 for stride 8 and so on.
         metadata: What the file shall say about itself beside dtype, levels and preprocessing, as JSON has it.
+        report: Called with a line as each step begins, and every 15 seconds of a longer one; writes to the log, with
+            level INFO, unless given.
 
     Returns:
         Where the file is, and how far it is from the net.
@@ -119,13 +124,16 @@ def export(
     recorded, *checked = _shapes(backbone.in_channels, size, max(level.stride for level in found))
     axes = AXES if size is None else {0: AXES[0]}
     with torch.no_grad(), atomic_write(path) as temporary:
-        examples = [_compute(exact, model, shape, levels) for shape in checked]
-        cannot = f"{type(net).__name__} cannot be exported to {to}"
-        with _in_words(cannot):
-            program = _record(form.prepare(model), examples[0].images.new_zeros(recorded), axes)
-        with _in_words(cannot, form.hint):
+        name = type(net).__name__
+        cannot = f"{name} cannot be exported to {to}"
+        with step(f"recording {name}", report):
+            examples = [_compute(exact, model, shape, levels) for shape in checked]
+            with _in_words(cannot):
+                program = _record(form.prepare(model), examples[0].images.new_zeros(recorded), axes)
+        with step(form.writing.format(path.name), report), _in_words(cannot, form.hint):
             form.write(program, temporary, [level.name for level in levels], axes, facts)
-        differences = _check(form, temporary, examples, levels)
+        with step(f"checking {path.name}", report):
+            differences = _check(form, temporary, examples, levels)
     return Exported(path, levels, differences)
 
 
@@ -279,8 +287,7 @@ def _in_words(what: str, hint: str = "") -> Iterator[None]:
         ValueError: In place of anything but an OSError.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_libraries():
             yield
     except OSError:
         raise
