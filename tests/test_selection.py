@@ -45,6 +45,7 @@ PAIRS = [
     ("online_network.encoder.", "target_network.encoder."),  # BYOL
     ("online_encoder.net.", "target_encoder.net."),
     ("query_encoder.", "key_encoder."),
+    ("q_encoder.", "k_encoder."),
     ("backbone.", "target_net.module.0."),
     ("visual_encoder.", "visual_encoder_m."),  # ALBEF
     ("state_dict.", "current_model_state."),  # Lightning's averaging

@@ -35,7 +35,7 @@ _WRAPPED = re.compile(rf"(?<![^.])({'|'.join(_WRAPPERS)})\.")
 _EVALUATED = {"ema", "shadow", "swa", "averaged", "average", "avg", "polyak", "teacher"}
 _TRAINED = {"student"}
 _MOMENTUM = {"momentum", "target", "key"}
-_MOMENTUM_ENDINGS = {"k", "m"}  # MoCo's `encoder_k`, ALBEF's `visual_encoder_m`
+_MOMENTUM_LETTERS = {"k", "m"}  # MoCo's `encoder_k`, ALBEF's `visual_encoder_m`
 _LIGHTNING_RAW = "current_model_state"  # beside `state_dict`, where its callback puts the averaged weights
 _MMENGINE_RAW = "ema_state_dict"  # mmengine's hook swaps when it saves, so this holds the raw weights
 _MMENGINE_MARKS = ("ema_state_dict.module.", "ema_state_dict.steps")
@@ -180,7 +180,7 @@ def role(prefix: str, *, swapped: bool = False) -> tuple[int, int, int]:
         words = [word.lower() for word in _WORD.findall(part)]
         if part == _LIGHTNING_RAW or (swapped and part == _MMENGINE_RAW):
             trained += 1
-        elif _MOMENTUM.intersection(words) or (len(words) > 1 and words[-1] in _MOMENTUM_ENDINGS):
+        elif _MOMENTUM.intersection(words) or (len(words) > 1 and _MOMENTUM_LETTERS & {words[0], words[-1]}):
             momentum += 1
         elif _TRAINED.intersection(words):
             trained += 1
