@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,11 +122,12 @@ def _load_torch(path: Path) -> Run:
 
 
 def _write_aoti(program: ExportedProgram, path: Path, names: Sequence[str], axes: Axes, facts: Facts) -> None:
-    archive = io.BytesIO()  # as above
-    torch._inductor.aoti_compile_and_package(
-        program, package_path=archive, inductor_configs={"aot_inductor.metadata": _texts(facts)}
-    )
-    path.write_bytes(archive.getbuffer())
+    with tempfile.TemporaryDirectory() as folder:  # beside what the compiler writes, for the same reason as above
+        package = Path(folder, "package.pt2")
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(package), inductor_configs={"aot_inductor.metadata": _texts(facts)}
+        )
+        path.write_bytes(package.read_bytes())
 
 
 def _load_aoti(path: Path) -> Run:
