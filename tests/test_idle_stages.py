@@ -108,6 +108,14 @@ def test_w10_a_stage_that_is_needed_again_trains_again(images, frozen_stages):
     assert "layer3" in trains(net)
 
 
+def test_w10_a_wrapper_around_forward_changes_nothing(images):
+    net = ResNet(**TINY, out_indices=(0,))
+    inherited = net.forward
+    net.forward = lambda *args, **kwargs: inherited(*args, **kwargs)  # as libraries for mixed precision do
+    assert without_gradient(net.train(), images) == []
+    assert trains(net) == ["conv1", "bn1", "layer1"]
+
+
 def test_w10_somebody_who_runs_a_stage_by_hand_can_train_it(images):
     net = ResNet(**TINY, out_indices=(2,))
     net.layer4.requires_grad_(True)

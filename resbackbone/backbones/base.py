@@ -65,9 +65,8 @@ class Backbone(NormEvalModule):
 
     @property
     def has_stock_forward(self) -> bool:
-        """Whether ``forward`` is this library's, and no subclass's or instance's own."""
-        package = __name__.partition(".")[0]
-        return "forward" not in vars(self) and type(self).forward.__module__.partition(".")[0] == package
+        """Whether ``forward`` is this library's, and no subclass's own; wrappers that are put around it do not count."""
+        return type(self).forward.__module__.partition(".")[0] == __name__.partition(".")[0]
 
     @property
     def required_channels(self) -> int | None:

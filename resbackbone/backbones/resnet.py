@@ -351,8 +351,8 @@ class ResNet(Backbone):
 
     def _needed_stages(self) -> list[str]:
         """The names of the stages up to the last output; what comes after it need not run."""
-        last = max((index for index in self.out_indices if index != "stem"), default=-1)
-        return self.res_layers[: last + 1]
+        stages = [index for index in self.out_indices if index != "stem"]
+        return self.res_layers[: max(stages) + 1] if stages else []
 
     def idle_modules(self) -> list[nn.Module]:
         """Return the stages after the last output; after the stem's map alone its pooling, too."""
