@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 import zipfile
@@ -282,6 +284,32 @@ def test_no_payload_runs_in_npz(canary, tmp_path):
     with np.load(tmp_path / "a.npz", allow_pickle=True) as content:
         assert content["x"] == [None]
     assert canary.is_dir()
+
+
+class Restricted(pickle.Unpickler):
+    """Python's unpickler in C, as restricted as it can be."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError("refused")
+
+
+def test_the_unpickler_in_c_takes_functions_from_the_registry():
+    """Why `SafeUnpickler` is no subclass of it; if this fails, it could be."""
+    for code, opcode, _ in EXTENSIONS:
+        copyreg._extension_cache[code] = os.mkdir  # as it is once one was used
+        try:
+            assert Restricted(io.BytesIO(pickled(opcode))).load() is os.mkdir
+        finally:
+            del copyreg._extension_cache[code]
+
+
+def test_the_unpickler_in_c_dies_of_a_deep_key():
+    """The other reason: it hashes what the file has for keys, and nothing of that can be replaced."""
+    code = """if True:
+        import io, pickle
+        pickle.Unpickler(io.BytesIO(b"\\x80\\x04})" + b"\\x85" * 2_000_000 + b"K\\x01s.")).load()
+    """
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode < 0
 
 
 def test_what_other_libraries_allow_does_not_count(tmp_path):
