@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from resbackbone import ResNet
 from resbackbone.checkpoints import load_checkpoint
 from resbackbone.checkpoints.files import not_loaded, read_file
-from resbackbone.checkpoints.pickle_names import Inert
+from resbackbone.checkpoints.stand_ins import Inert
 
 Point = namedtuple("Point", "x y")
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from resbackbone.checkpoints import torch_files
 from resbackbone.checkpoints.open_file import OpenFile
-from resbackbone.checkpoints.pickle_names import ADVICE, Inert, UnreadableError, View, printable
-from resbackbone.checkpoints.pickles import SafeUnpickler, plain
+from resbackbone.checkpoints.pickles import SafeUnpickler
+from resbackbone.checkpoints.plain_values import plain
 from resbackbone.checkpoints.safetensors_files import read_safetensors
 from resbackbone.checkpoints.shards import find_in_folder, read_shards
+from resbackbone.checkpoints.stand_ins import ADVICE, Inert, UnreadableError, View, printable
 
 _KINDS = "PyTorch's .pth, pickles of numpy arrays, .npz, .safetensors, the index of shards, a folder of these"
 _PICKLE = re.compile(rb"\x80|[(\]}]|c[\w.]+\n[\w.]+\n")  # of any protocol; the first ones are text

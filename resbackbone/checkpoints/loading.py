@@ -15,10 +15,10 @@ from resbackbone.checkpoints.catalog import Weights
 from resbackbone.checkpoints.conversion import FoundBackbone, find_backbone
 from resbackbone.checkpoints.files import check_weights, not_loaded, read_file
 from resbackbone.checkpoints.layouts import Tensors
-from resbackbone.checkpoints.pickle_names import ADVICE
 from resbackbone.checkpoints.report import LoadReport
 from resbackbone.checkpoints.selection import is_swapped, role, unwrap, warn_of_copies
 from resbackbone.checkpoints.sources import locate
+from resbackbone.checkpoints.stand_ins import ADVICE
 from resbackbone.checks import check_choice
 from resbackbone.layers.plugins import plugin_name
 from resbackbone.logs import log_info

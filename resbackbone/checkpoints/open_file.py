@@ -10,8 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from resbackbone.checkpoints.pickle_names import UnreadableError
-from resbackbone.checkpoints.pickles import CUT_OFF
+from resbackbone.checkpoints.stand_ins import CUT_OFF, UnreadableError
 
 _CLOCK = 20_000_000  # nanoseconds; file systems keep times no finer than a tick of the system's clock
 

@@ -20,33 +20,16 @@ from __future__ import annotations
 import pickle
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
-from resbackbone.checkpoints.pickle_names import (
-    ADVICE,
-    Array,
-    Function,
-    Inert,
-    NumpyType,
-    Storage,
-    UnreadableError,
-    View,
-    add,
-    find,
-    put,
-)
+from resbackbone.checkpoints.pickle_names import add, find, put
+from resbackbone.checkpoints.stand_ins import CUT_OFF, Array, Function, Inert, NumpyType, Storage, UnreadableError
 
 MAX_STEPS = 1_000_000
-"""Steps of a pickle, and objects in its content; a ResNet-152 with the state of AdamW takes 76 thousand steps."""
-
-MAX_DEPTH = 100
-"""Mappings and lists inside one another."""
-
-CUT_OFF = "is cut off in the middle; download or copy it again"
+"""Steps of a pickle; a ResNet-152 with the state of AdamW takes 76 thousand steps."""
 
 _LONG = 1 << 16  # bytes; longer ones are an array's
 _LONGEST_NUMBER = 100  # digits
@@ -171,38 +154,29 @@ class SafeUnpickler(pickle._Unpickler):
 
     # Containers
 
-    def _extend(self, items: Sequence[Any]) -> None:
+    def _fill(self, kind: type, items: Sequence[Any], fill: Callable[[Any, Sequence[Any]], object]) -> None:
         target = self.stack[-1]
-        if type(target) is list:
-            target.extend(items)
-        elif isinstance(target, Inert):
+        if isinstance(target, Inert):
             target.content.append(items)
+        elif isinstance(target, kind):
+            fill(target, items)
         else:
-            raise UnreadableError(f"appends to a {type(target).__name__}")
+            raise UnreadableError(f"puts what belongs into a {kind.__name__} into a {type(target).__name__}")
+
+    def _extend(self, items: Sequence[Any]) -> None:
+        self._fill(list, items, list.extend)
 
     def _update(self, items: Sequence[Any]) -> None:
-        target = self.stack[-1]
-        if isinstance(target, dict):
-            put(target, zip(items[::2], items[1::2], strict=True), self._hashes)
-        elif isinstance(target, Inert):
-            target.content.append(items)
-        else:
-            raise UnreadableError(f"sets items of a {type(target).__name__}")
+        pairs = zip(items[::2], items[1::2], strict=True)
+        self._fill(dict, items, lambda target, _: put(target, pairs, self._hashes))
+
+    def _add(self, items: Sequence[Any]) -> None:
+        self._fill(set, items, lambda target, _: add(target, items, self._hashes))
 
     def _new_dict(self) -> None:
         items = self.pop_mark()
         self.append({})
         self._update(items)
-
-    def _add(self) -> None:
-        items = self.pop_mark()
-        target = self.stack[-1]
-        if type(target) is set:
-            add(target, items, self._hashes)
-        elif isinstance(target, Inert):
-            target.content.append(items)
-        else:
-            raise UnreadableError(f"adds to a {type(target).__name__}")
 
     def _new_frozenset(self) -> None:
         items = self.pop_mark()
@@ -272,7 +246,7 @@ _STEPS: dict[bytes, Callable[[Any], None]] = {
     pickle.SETITEM: lambda self: self._update(self._pop(2)),
     pickle.SETITEMS: lambda self: self._update(self.pop_mark()),
     pickle.DICT: SafeUnpickler._new_dict,
-    pickle.ADDITEMS: SafeUnpickler._add,
+    pickle.ADDITEMS: lambda self: self._add(self.pop_mark()),
     pickle.FROZENSET: SafeUnpickler._new_frozenset,
     pickle.REDUCE: lambda self: self._call(*self._pop(2)),
     pickle.NEWOBJ: lambda self: self._call(*self._pop(2)),
@@ -288,108 +262,3 @@ def _refused_opcode(code: bytes) -> str:
         return CUT_OFF
     name = next((name for name in pickle.__all__ if getattr(pickle, name) == code), repr(code))
     return f"holds the pickle opcode {name}, which checkpoints do not need; nothing was run"
-
-
-class _Plain:
-    """Makes a tree of values of an unpickler's object.
-
-    Args:
-        tensor_of: Makes a tensor of a view.
-        skipped: Keys of mappings whose values are left out.
-    """
-
-    def __init__(self, tensor_of: Callable[[View], Tensor], skipped: Collection[str]) -> None:
-        self._tensor_of = tensor_of
-        self._skipped = skipped
-        self._left = MAX_STEPS
-        self._made: dict[int, Any] = {}
-        self.inert: dict[int, Inert] = {}
-        self.read: set[str] = set()  # keys of storages
-
-    def walk(self, value: Any, depth: int = 0) -> Any:
-        self._left -= 1
-        if depth > MAX_DEPTH:
-            raise UnreadableError(
-                f"is nested more than {MAX_DEPTH} deep; a checkpoint is a mapping of names to tensors"
-            )
-        if self._left < 0:
-            raise UnreadableError(f"holds more than {MAX_STEPS:,} objects; a checkpoint holds far fewer")
-        kind = type(value)
-        if kind in (dict, OrderedDict, Counter):
-            return self._mapping(value, depth + 1)
-        if kind in (list, tuple, set, frozenset):
-            return kind([self.walk(item, depth + 1) for item in value])
-        if id(value) not in self._made:
-            self._made[id(value)] = self._leaf(value)
-        return self._made[id(value)]
-
-    def _mapping(self, mapping: dict[Any, Any], depth: int) -> dict[Any, Any]:
-        result: dict[Any, Any] = type(mapping)()
-        for key, item in mapping.items():
-            if key in self._skipped and isinstance(item, (dict, list)):
-                continue
-            result[key if type(key) is str else self.walk(key, depth)] = self.walk(item, depth)
-        if isinstance(mapping, OrderedDict) and hasattr(mapping, "_metadata"):
-            result._metadata = self.walk(mapping._metadata, depth)  # type: ignore[attr-defined]
-        return result
-
-    def _leaf(self, value: object) -> Any:
-        match value:
-            case View():
-                self.read.add(value.storage.key)
-                return self._tensor_of(value)
-            case bytearray():
-                return bytes(value)
-            case None | bool() | int() | float() | complex() | str() | bytes():
-                return value
-            case torch.dtype() | torch.device() | torch.Size():
-                return value
-            case Array(tensor=Tensor() as tensor):
-                return tensor
-            case Inert():
-                return self.inert.setdefault(id(value), value)
-            case Function():
-                return Inert(value.name)
-            case NumpyType():
-                return Inert("numpy.dtype")
-            case _:
-                raise UnreadableError(f"holds {type(value).__name__} where a tensor or a plain value should be")
-
-
-def plain(content: object, tensor_of: Callable[[View], Tensor], skipped: Collection[str] = ()) -> Any:
-    """Return an unpickler's object with tensors in place of stand-ins, as a tree.
-
-    Args:
-        content: The object. What it refers to twice is there twice, but tensors are shared.
-        tensor_of: Makes a tensor of a view.
-        skipped: Keys of mappings; the mappings and lists under them are left out, and their tensors are not read.
-
-    Returns:
-        The tree; `Inert` where objects are that are not loaded.
-
-    Raises:
-        UnreadableError: If it is not a tree of reasonable depth and size, holds something that is no value, or has
-            tensors in objects that are not loaded and nowhere else.
-    """
-    reader = _Plain(tensor_of, skipped)
-    result = reader.walk(content)
-    seen: set[int] = set()
-    for inert in reader.inert.values():
-        _check_inert(inert, reader.read, seen)
-    for inert in reader.inert.values():
-        inert.content.clear()
-    return result
-
-
-def _check_inert(inert: Inert, known: Collection[str], seen: set[int]) -> None:
-    """Raise if an object has tensors that are nowhere else in the file: who wrote it means them as weights."""
-    pending: list[Any] = [inert]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, View) and value.storage.key not in known:
-            raise UnreadableError(f"holds tensors inside an object of {inert.name!r}, which is not loaded; {ADVICE}")
-        if isinstance(value, (Inert, dict, list, tuple, set, frozenset)) and id(value) not in seen:
-            seen.add(id(value))
-            if isinstance(value, dict):
-                pending.extend(value.values())
-            pending.extend(value.content if isinstance(value, Inert) else value)

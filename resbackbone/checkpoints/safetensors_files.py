@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from resbackbone.checkpoints.open_file import OpenFile
-from resbackbone.checkpoints.pickle_names import UnreadableError, printable
+from resbackbone.checkpoints.stand_ins import UnreadableError, printable
 
 _MAX_HEADER = 100_000_000  # bytes, as in the library
 _TYPES = {

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from resbackbone.checkpoints.open_file import OpenFile
-from resbackbone.checkpoints.pickle_names import UnreadableError, printable
+from resbackbone.checkpoints.stand_ins import UnreadableError, printable
 
 _MAX_INDEX = 1 << 26  # bytes
 _WEIGHTS = (  # in the order in which transformers looks for them

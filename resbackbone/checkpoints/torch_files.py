@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from resbackbone.checkpoints.open_file import OpenFile
-from resbackbone.checkpoints.pickle_names import Storage, UnreadableError, View, printable
-from resbackbone.checkpoints.pickles import SafeUnpickler, plain
+from resbackbone.checkpoints.pickles import SafeUnpickler
+from resbackbone.checkpoints.plain_values import plain
+from resbackbone.checkpoints.stand_ins import Storage, UnreadableError, View, printable
 
 LEGACY_MAGIC = re.compile(rb"\x80[\2-\5](\x95.{8})?\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\.", re.DOTALL)
 """How a file from before PyTorch 1.6 begins: with a number, pickled."""
@@ -66,7 +67,7 @@ def read_zip(opened: OpenFile, archive: zipfile.ZipFile, root: str, skipped: Col
         opened: The file.
         archive: The same.
         root: The folder in it.
-        skipped: See :func:`~resbackbone.checkpoints.pickles.plain`.
+        skipped: See :func:`~resbackbone.checkpoints.plain_values.plain`.
 
     Raises:
         UnreadableError: If it is not as PyTorch writes it, or has tensors that are not read.
@@ -102,7 +103,7 @@ def read_legacy(opened: OpenFile, skipped: Collection[str] = ()) -> Any:
 
     Args:
         opened: The file.
-        skipped: See :func:`~resbackbone.checkpoints.pickles.plain`.
+        skipped: See :func:`~resbackbone.checkpoints.plain_values.plain`.
 
     Raises:
         UnreadableError: If it is not as PyTorch wrote it, or has tensors that are not read.

@@ -1,0 +1,186 @@
+"""What stands for the objects of a pickle: descriptions of tensors and arrays, and inert objects for all else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MAX_DIMENSIONS = 32
+
+CUT_OFF = "is cut off in the middle; download or copy it again"
+ADVICE = (
+    "nothing was run. If you trust its author, load it in the program that wrote it, and save the weights alone: "
+    "torch.save(model.state_dict(), 'weights.pth')"
+)
+
+
+class UnreadableError(ValueError):
+    """What is wrong with a file, worded to follow its name: "is empty; download it again"."""
+
+
+class Inert:
+    """Stands for an object, class or function that is not loaded: nothing is imported, called or set.
+
+    Attributes:
+        name: The full name of its class, or its own; printable, and shortened.
+        content: What the pickle passed to it; empty once the file has been read.
+    """
+
+    __slots__ = ("content", "name")
+
+    def __init__(self, name: str, *content: object) -> None:
+        self.name = printable(name)
+        self.content = list(content)
+
+    def __repr__(self) -> str:
+        """Say what it was."""
+        return f"<{self.name}, not loaded>"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Function:
+    """Stands for a function or class that a pickle may call."""
+
+    name: str
+    call: Callable[..., object]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Storage:
+    """Numbers that lie elsewhere in the file.
+
+    Attributes:
+        key: What the file calls them.
+        dtype: Their type.
+        start: The first of them that belongs to this storage.
+        count: How many belong to it.
+    """
+
+    key: str
+    dtype: torch.dtype
+    start: int
+    count: int
+
+    @classmethod
+    def from_id(cls, identity: object) -> Storage:
+        """Read a persistent id: ``("storage", type, key, device, count)``, before PyTorch 0.4 with a view of it."""
+        match identity:
+            case ("storage", torch.dtype() as dtype, str(key), _, int(count)):
+                start = 0
+            case ("storage", torch.dtype() as dtype, str(key), _, int(count), None):
+                start = 0
+            case ("storage", torch.dtype() as dtype, str(key), _, int(), (_, int(start), int(count))):
+                pass
+            case ("storage", Inert(name=name), *_):
+                raise UnreadableError(f"holds tensors of the unknown type {name!r}; {ADVICE}")
+            case _:
+                raise UnreadableError("refers to something outside that is no storage of numbers")
+        check_sizes("a storage", (start, count))
+        return cls(key, dtype, start, count)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class View:
+    """A tensor over a storage: ``offset``, ``size`` and ``stride`` are counted in elements of ``dtype``."""
+
+    storage: Storage
+    dtype: torch.dtype
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        storage: object = self.storage
+        if isinstance(storage, Inert):
+            raise UnreadableError(f"holds a tensor whose numbers are made by {storage.name!r}; {ADVICE}")
+        if not isinstance(storage, Storage) or not isinstance(self.dtype, torch.dtype):
+            raise UnreadableError("holds a tensor without a storage of numbers")
+        check_sizes("a tensor", (self.offset, *self.size, *self.stride))
+        count = math.prod(self.size)
+        last = self.offset + sum((length - 1) * step for length, step in zip(self.size, self.stride, strict=True))
+        available = self.storage.count * self.storage.dtype.itemsize // self.dtype.itemsize
+        if count and max(count, last + 1) > available:
+            raise UnreadableError(
+                f"holds a tensor of shape {self.size} and stride {self.stride} over a storage of {available} elements"
+            )
+
+
+class NumpyType:
+    """Stands for a ``numpy.dtype`` of numbers."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+
+    def build(self, state: object) -> None:
+        """Take on the byte order from what numpy pickles: version, order, and five fields for types of other kinds."""
+        match state:
+            case (int(), "<" | ">" | "=" | "|" as order, None, None, None, *_):
+                self.dtype = self.dtype.newbyteorder(order)
+            case _:
+                raise UnreadableError("holds an array with fields; only arrays of numbers are read")
+
+
+class Array(Inert):
+    """Stands for a ``numpy.ndarray``: empty until its numbers come, and inert if they are none."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor | None = None) -> None:
+        super().__init__("numpy.ndarray")
+        self.tensor = tensor
+
+    def build(self, state: object) -> None:
+        """Take on the numbers from what numpy pickles: version, shape, type, whether Fortran's order, bytes."""
+        match state:
+            case (int(), tuple(shape), NumpyType() as kind, bool() | int() as fortran, data):
+                self.tensor = read_array(data, kind, shape, "F" if fortran else "C")
+            case (int(), tuple(), Inert(), bool() | int(), data):
+                self.content.append(data)
+            case _:
+                raise UnreadableError("holds a damaged array")
+
+
+def printable(text: str, length: int = 100) -> str:
+    """Return a text of the file's as it can be shown in a line: shortened, and without control characters."""
+    text = text if len(text) <= length else f"{text[: length - 3]}..."
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def check_sizes(owner: str, sizes: tuple[object, ...]) -> None:
+    """Raise unless these can be the sizes, strides and offsets of a tensor."""
+    for size in sizes:
+        if not isinstance(size, int) or not 0 <= size < 2**63:
+            raise UnreadableError(f"holds {owner} of an impossible size")
+    if len(sizes) > 2 * _MAX_DIMENSIONS + 1:
+        raise UnreadableError(f"holds {owner} of an impossible size")
+
+
+def _bytes(data: object) -> bytes | bytearray:
+    """Return the bytes of an array, which Python 2 wrote as a string."""
+    if isinstance(data, str):
+        return data.encode("latin1")
+    if isinstance(data, (bytes, bytearray)):
+        return data
+    raise UnreadableError(f"holds an array whose numbers are a {type(data).__name__}; only bytes are read")
+
+
+def read_array(data: object, kind: NumpyType, shape: object, order: object = "C") -> Tensor:
+    """Return the tensor of an array's bytes."""
+    content = _bytes(data)
+    if not isinstance(shape, tuple) or order not in ("C", "F"):
+        raise UnreadableError("holds a damaged array")
+    check_sizes("an array", shape)
+    if math.prod(shape) * kind.dtype.itemsize != len(content):
+        raise UnreadableError(f"holds an array of shape {shape} and type {kind.dtype} in {len(content)} bytes")
+    values = np.frombuffer(content, kind.dtype).reshape(shape, order=order)
+    # Long ones are in memory of their own, which the tensor takes over.
+    copied = np.array if isinstance(content, bytes) else np.asarray
+    return torch.from_numpy(copied(values, dtype=kind.dtype.newbyteorder("="), order="C"))
