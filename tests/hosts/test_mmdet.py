@@ -16,6 +16,7 @@ from torch import nn
 from twins import compare_starts
 
 import resbackbone
+from resbackbone.inference import export
 from resbackbone.necks import FPN
 
 HOST = "mmdet"
@@ -356,3 +357,16 @@ def test_our_config_is_the_hosts_recipe(native_class, data, train_step):
     losses = [train_step(detector, data) for detector in detectors]
     assert losses[0] == losses[1]
     assert detectors[0].test_cfg == detectors[1].test_cfg
+
+
+@torch.no_grad()
+def test_r12_a_detectors_backbone_and_neck_are_exported(tmp_path):
+    config = host_config()
+    config.model.backbone.update(depth=18, base_channels=8)
+    config.model.neck.in_channels = [8, 16, 32, 64]
+    detector = build_detector(config, resbackbone.ResNet).eval()
+    exported = export(detector, tmp_path / "net.pt2", "torch-export")
+    assert [level.name for level in exported.levels] == ["p2", "p3", "p4", "p5", "p6"]
+    images = torch.randn(1, 3, 160, 224)
+    outs = torch.export.load(exported.path).module()(images)
+    assert all(torch.equal(*pair) for pair in zip(outs, detector.extract_feat(images), strict=True))
