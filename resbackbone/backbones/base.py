@@ -65,7 +65,7 @@ class Backbone(NormEvalModule):
 
     @property
     def has_stock_forward(self) -> bool:
-        """Whether ``forward`` is this library's, and no subclass's own; wrappers that are put around it do not count."""
+        """Whether ``forward`` is this library's, and no subclass's own; a wrapper around it does not count."""
         return type(self).forward.__module__.partition(".")[0] == __name__.partition(".")[0]
 
     @property
