@@ -15,9 +15,6 @@ from torch import nn
 from resbackbone import MODELS, ResNet, build_backbone
 from resbackbone.lookup import import_plugins
 
-# mmdet says so of itself when it is imported, as some of the names here have it.
-pytestmark = pytest.mark.filterwarnings("ignore:``MultiScaleDeformableAttention`` has been moved:ImportWarning")
-
 
 @pytest.fixture
 def mark(tmp_path):
