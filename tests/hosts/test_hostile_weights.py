@@ -1,0 +1,85 @@
+"""Weights and initializers that a host's config names for our modules: nothing in a file runs, in either stack."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from hostile_configs import EVIL, evil_module
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from sweep_hosts import config_tree
+from test_initialization import MODULES, SAYINGS, Payload
+
+HOSTS = [host for host in ("mmdet", "mmseg") if find_spec(host)]
+pytestmark = pytest.mark.skipif(not HOSTS, reason="no host is installed; tools/test_hosts.sh installs them")
+BACKBONE = {"depth": 18, "base_channels": 4}
+
+
+@pytest.fixture
+def payload(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(1), "meta": Payload(tmp_path / "mark")}, tmp_path / "payload.pth")
+    yield str(tmp_path / "payload.pth")
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("saying", SAYINGS)
+@pytest.mark.parametrize("module", MODULES)
+def test_s2_our_modules_run_nothing_whatever_the_loader_of_the_stack_does(payload, module, saying):
+    with pytest.raises(ValueError):  # noqa: PT011  # in various words
+        MODULES[module](SAYINGS[saying](payload)).init_weights()
+
+
+@pytest.mark.parametrize("saying", SAYINGS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_s2_in_the_registry_of_a_host(payload, host, saying):
+    __import__(f"resbackbone.integrations.{host}")
+    registry = __import__(f"{host}.registry", fromlist=["MODELS"]).MODELS
+    fpn = {"in_channels": [4, 8], "out_channels": 4, "num_outs": 2}
+    with DefaultScope.overwrite_default_scope(host):
+        for config in ({"type": "ResNet", **BACKBONE}, {"type": "resbackbone.FPN", **fpn}):
+            module = registry.build({**config, "init_cfg": SAYINGS[saying](payload)})
+            assert type(module).__module__.startswith("resbackbone.")
+            with pytest.raises(ValueError):  # noqa: PT011
+                module.init_weights()
+
+
+@pytest.mark.skipif("mmdet" not in HOSTS, reason="mmdet is not installed")
+@pytest.mark.parametrize("saying", ["mmengine.Pretrained", "class", "list"])
+def test_s2_in_a_whole_detector(payload, saying):
+    from mmdet.registry import MODELS
+
+    import resbackbone.integrations.mmdet  # noqa: F401
+
+    model = Config.fromfile(config_tree("mmdet") / "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py").model
+    model.backbone.init_cfg = SAYINGS[saying](payload)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        detector = MODELS.build(model)
+        with pytest.raises(ValueError):  # noqa: PT011
+            detector.init_weights()
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_s1_initializers_in_the_registry_of_a_host(tmp_path, host):
+    __import__(f"resbackbone.integrations.{host}")
+    registry = __import__(f"{host}.registry", fromlist=["MODELS"]).MODELS
+    with evil_module(tmp_path) as mark, DefaultScope.overwrite_default_scope(host):
+        for spelling in (f"{EVIL}.Layer", f"{EVIL}.call", "os.system", f"{host}.{EVIL}.Layer", "torch.load"):
+            net = registry.build({"type": "ResNet", **BACKBONE, "init_cfg": {"type": spelling, "layer": "Conv2d"}})
+            with pytest.raises((KeyError, TypeError)):
+                net.init_weights()
+        assert not mark.exists()
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_u8_the_log_of_a_run_says_whose_types_they_are(host, run_python, tmp_path):
+    found = run_python(f"""
+import warnings; warnings.simplefilter("ignore")
+import resbackbone.integrations.{host}
+from mmengine.logging import MMLogger
+from {host}.registry import MODELS
+MMLogger.get_instance("run", logger_name="run", log_file={str(tmp_path / "run.log")!r}, log_level="INFO")
+for _ in range(2):
+    MODELS.build(dict(type="ResNet", depth=18))
+found = open({str(tmp_path / "run.log")!r}).read().count("of {host} are those of resbackbone")
+""")
+    assert found == 1
