@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -71,6 +72,15 @@ def test_w8_the_dtype_asked_for_is_kept_when_moved(net, images, float32_only):
     assert all(map(torch.equal, moved(images), expected))
     with pytest.raises(TypeError, match=r"for torch\.bfloat16 and cannot become torch\.float16"):
         fast.half()
+
+
+def test_w8_a_net_optimized_on_another_machine_warns_when_loaded(net, images, monkeypatch):
+    monkeypatch.setattr(processor, "computes_natively", lambda dtype: True)
+    saved = pickle.dumps(optimize(net, "bfloat16", "eager"))
+    pickle.loads(saved)
+    monkeypatch.setattr(processor, "computes_natively", lambda dtype: dtype is not torch.bfloat16)
+    with pytest.warns(UserWarning, match=f"{SLOW}.*optimize the original anew"):
+        assert pickle.loads(saved)(images)[0].dtype is torch.bfloat16
 
 
 def test_w8_nothing_is_said_where_nothing_changes(net, images, float32_only):

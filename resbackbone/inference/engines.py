@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
+from resbackbone import processor
 from resbackbone.backbones.base import Backbone, check_images
 from resbackbone.features import FeatureInfo
 from resbackbone.inference.cuda_graph import Recorder
@@ -63,6 +65,17 @@ class Optimized(nn.Module):
         if self.out_dtype is not self.dtype:
             outs = tree_map_only(Tensor, lambda out: out.to(self.out_dtype) if out.is_floating_point() else out, outs)
         return to_contiguous(outs) if contiguous else outs
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        on_cpu = all(tensor.device.type == "cpu" for tensor in self.state_dict().values())
+        if on_cpu and not processor.computes_natively(self.dtype):  # of a file from another machine
+            name = str(self.dtype).removeprefix("torch.")
+            warnings.warn(
+                f"this processor has no instructions for {name} and is several times slower in it than in float32; "
+                "optimize the original anew, here",
+                stacklevel=2,
+            )
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuse ``torch.jit.script``, which asks here first."""
@@ -119,7 +132,7 @@ class Compiled(Optimized):
         self.eval()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self.net.compile()  # which is no part of a module's state
 
     def _run(self, x: Tensor) -> Any:
