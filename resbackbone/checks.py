@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import inspect
+import math
+import numbers
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
@@ -60,12 +63,23 @@ def plain(value: Any) -> Any:
 
 def plain_arguments(constructor: Constructor) -> Constructor:
     """Decorate a constructor to receive its arguments in Python's own types, as :func:`plain` returns them."""
+    names = list(inspect.signature(constructor).parameters)[1:]
 
     @functools.wraps(constructor)
     def construct(self: object, *args: Any, **kwargs: Any) -> None:
-        constructor(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+        plain_args = [plain_argument(name, value) for name, value in zip(names, args, strict=False)]
+        plain_kwargs = {name: plain_argument(name, value) for name, value in kwargs.items()}
+        constructor(self, *plain_args, *args[len(names) :], **plain_kwargs)
 
     return cast(Constructor, construct)
+
+
+def plain_argument(name: str, value: Any) -> Any:
+    """Return one argument as :func:`plain` does; raise ValueError if it is nested in itself."""
+    try:
+        return plain(value)
+    except RecursionError:
+        raise ValueError(f"`{name}` must not contain itself") from None
 
 
 def nearest(name: object, known: Iterable[str], *, list_all: str = "", same_numbers: bool = False) -> str:
@@ -121,9 +135,55 @@ def check_int(name: str, value: object, *, low: int, high: int | None = None) ->
     return number
 
 
+def check_number(
+    name: str, value: object, *, low: float, high: float = math.inf, above: bool = False, below: bool = False
+) -> float:
+    """Return ``value`` as a Python number.
+
+    Args:
+        name: The argument's name.
+        value: An integer or a floating-point number, of Python or of numpy; no bool.
+        low: The least that it may be.
+        high: The most that it may be.
+        above: Whether ``low`` itself is too little.
+        below: Whether ``high`` itself is too much.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is out of range, infinite or NaN.
+    """
+    bounds = [f"above {low:g}" if above else f"at least {low:g}"]
+    if high != math.inf:
+        bounds.append(f"below {high:g}" if below else f"at most {high:g}")
+    allowed = " and ".join(bounds)
+    check_type(name, value, numbers.Real, f"a number, {allowed}")
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        number = math.inf
+    fits = math.isfinite(number) and low <= number <= high
+    if not fits or (above and number == low) or (below and number == high):
+        raise ValueError(f"`{name}` must be {allowed}, got {value}")
+    return number
+
+
+def check_count(name: str, value: object, *, most: int, low: int = 1) -> int:
+    """Return ``value`` as an int, or raise unless it is at least ``low`` and not beyond what anybody can build.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is below ``low`` or above ``most``.
+    """
+    number = check_int(name, value, low=low)
+    if number > most:
+        raise ValueError(f"`{name}` must be at most {most}, got {number}")
+    return number
+
+
 def check_choice(name: str, value: object, allowed: Sequence[Any]) -> None:
     """Raise ValueError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
+    # By type first: what compares an array with text is an array.
+    if not any(isinstance(value, type(choice)) and value == choice for choice in allowed):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 

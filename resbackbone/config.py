@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import inspect
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,8 +15,18 @@ from torch import nn
 
 from resbackbone.backbones import Backbone
 from resbackbone.backbones.initialisation import PretrainedModule
-from resbackbone.checks import UnknownKeyError, check_flag, check_sequence, check_type, message_of, nearest, plain
+from resbackbone.checks import (
+    UnknownKeyError,
+    check_flag,
+    check_sequence,
+    check_type,
+    message_of,
+    nearest,
+    plain,
+    plain_argument,
+)
 from resbackbone.foreign_names import argument_hint, find_architecture, names_weights, nearest_architecture
+from resbackbone.layers.arguments import parameters_of
 from resbackbone.lookup import allow_imported, import_modules, is_restricted
 from resbackbone.registry import construct, find_type, scoped, split_type
 
@@ -193,7 +202,7 @@ def check_arguments(target: type, arguments: Mapping[str, Any]) -> None:
     Raises:
         TypeError: Naming the argument, and its nearest match.
     """
-    known, open_ended = _parameters(target)
+    known, open_ended = parameters_of(target)
     unknown = [] if open_ended else [name for name in arguments if name not in known]
     if unknown:
         hint = argument_hint(unknown[0]) or nearest(unknown[0], known)
@@ -203,24 +212,6 @@ def check_arguments(target: type, arguments: Mapping[str, Any]) -> None:
     ]
     if missing:
         raise TypeError(f"{target.__name__} needs `{missing[0]}`, got only {', '.join(arguments) or 'no arguments'}")
-
-
-def _parameters(target: type) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The named parameters of a class's constructor, and whether it takes any others beside them."""
-    known: dict[str, inspect.Parameter] = {}
-    for base in inspect.getmro(target) if inspect.isclass(target) else ():
-        if base is nn.Module:
-            return known, False
-        constructor = vars(base).get("__init__")
-        if constructor is None:
-            continue
-        parameters = list(inspect.signature(constructor).parameters.values())[1:]
-        for parameter in parameters:
-            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                known.setdefault(parameter.name, parameter)
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return known, False
-    return known, True
 
 
 def _pick_backbone(content: Any, path: Path) -> BackboneConfig:
@@ -324,9 +315,10 @@ def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Copy dicts (mmengine's and OmegaConf's among them), lists and numbers as Python's own; the rest is kept."""
-    value = plain(value)
     if isinstance(value, Mapping):  # with nothing below it, so that `_delete_` has no effect any more
-        return {key: _plain(item) for key, item in value.items() if key != "_delete_"}
+        plain_items = {key: plain_argument(key, item) for key, item in value.items() if key != "_delete_"}
+        return {key: _plain(item) for key, item in plain_items.items()}
+    value = plain(value)
     if isinstance(value, (list, tuple)):
         return (list if isinstance(value, list) else tuple)(map(_plain, value))
     return value

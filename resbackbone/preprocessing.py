@@ -9,11 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resbackbone.checks import check_choice, check_sequence
+from resbackbone.checks import check_choice, check_int, check_number, check_sequence
 
 if TYPE_CHECKING:  # backbones know what they expect of pictures, and need no library for them
     from PIL import Image
     from torch import nn
+
+
+MOST = 2**16 - 1  # of a picture with two bytes a channel
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,14 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         check_choice("order", self.order, ("RGB", "BGR"))
-        check_choice("len(mean)", len(self.mean), (1, 3))
-        check_sequence("std", self.std, length=len(self.mean), why="as many as `mean`")
+        mean = check_sequence("mean", self.mean)
+        check_choice("len(mean)", len(mean), (1, 3))
+        check_sequence("std", self.std, length=len(mean), why="as many as `mean`")
+        for index, (middle, deviation) in enumerate(zip(mean, self.std, strict=True)):
+            check_number(f"mean[{index}]", middle, low=-MOST, high=MOST)
+            check_number(f"std[{index}]", deviation, low=0, high=MOST, above=True)
+        if self.size is not None:
+            check_int("size", self.size, low=1)
 
     def gray(self) -> Preprocessing:
         """Return what one channel in place of three alike ones means: mean and deviation, averaged over them."""

@@ -1,15 +1,20 @@
 """Wrong configs, files and images are refused in words: what, got, allowed. A wrong config before anything is built."""
 
 import re
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 import torch
 import yaml
+from cases import CLASSES, every_class, small
 from torch import nn
 
 from resbackbone import ResNet, build_backbone
+from resbackbone.blocks import Bottle2neck, ResNeXtBottleneck, SplitAttentionBottleneck
 from resbackbone.checkpoints import load_checkpoint
 from resbackbone.layers import DropPath
+from resbackbone.layers.arguments import parameters_of
 from resbackbone.necks import FPN
 
 DCN = {"type": "DCN", "deform_groups": 1}
@@ -323,6 +328,129 @@ def test_too_few_values_for_a_batch_norm_in_training_is_torchs_own_error():
     net = ResNet(18, base_channels=8, norm_eval=False).train()
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         net(torch.zeros(1, 3, 32, 32))
+
+
+# Layers of other dimensions, and widths that leave nothing: for every class
+
+OTHER_NORMS = [
+    *({"type": name} for name in ("BN1d", "BN3d", "IN1d", "IN3d", "LN")),
+    *({"type": norm} for norm in (nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm3d, nn.LayerNorm, nn.LazyBatchNorm2d)),
+    *({"type": "BN", "eps": eps} for eps in (float("nan"), float("inf"), -1, 0, "1e-5", None, True, 10**400)),
+    *({"type": "BN", "momentum": momentum} for momentum in (-0.1, 1.5, float("nan"), "0.1", [0.1])),
+    *({"type": "BN", key: value} for key, value in (("affine", 1), ("track_running_stats", "no"), ("device", "cpu"))),
+    *({"type": "GN", "num_groups": groups} for groups in (0, 2.0, "2", 10**30)),
+    *({"type": "BN", key: 8} for key in ("num_features", "num_groups", "requires_grad")),
+]
+OTHER_CONVS = [
+    *({"type": name} for name in ("Conv1d", "Conv3d", nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)),
+    *({"type": "Conv", key: value} for key, value in (("bias", True), ("stride", 2), ("groups", 2), ("device", "cpu"))),
+    *({"type": "Conv", key: value} for key, value in (("padding_mode", "mirror"), ("surprise", 1))),
+    *({"type": "ConvWS", "eps": eps} for eps in (float("nan"), "0", -1)),
+]
+
+
+@every_class
+@pytest.mark.parametrize("norm_cfg", OTHER_NORMS, ids=str)
+def test_u5_a_norm_that_cannot_run_is_refused(refused, case, norm_cfg):
+    with refused((TypeError, ValueError, KeyError), "norm_cfg"):
+        CLASSES[case](**{**small(case), "norm_cfg": norm_cfg})
+
+
+@every_class
+@pytest.mark.parametrize("conv_cfg", OTHER_CONVS, ids=str)
+def test_u5_a_convolution_that_cannot_run_is_refused(refused, case, conv_cfg):
+    with refused((TypeError, ValueError, KeyError), ""):
+        CLASSES[case](**{**small(case), "conv_cfg": conv_cfg})
+
+
+@every_class
+@pytest.mark.parametrize("stages", [("False", "True"), (1, 0), (None, True), (float("nan"), True)], ids=str)
+def test_u5_stages_of_plugins_are_flags(refused, case, stages):
+    count = 3 if case == "TridentResNet" else 4
+    plugins = [{"cfg": {"type": "SELayer"}, "position": "after_conv1", "stages": (stages * 2)[:count]}]
+    with refused(TypeError, "`plugins[0]['stages'][0]` must be True or False"):
+        CLASSES[case](**{**small(case), "plugins": plugins})
+
+
+@every_class
+@pytest.mark.parametrize("depth", [Decimal(50), Fraction(50), 50.0, "50", True, None, [50], 10**30], ids=repr)
+def test_u5_a_depth_is_an_integer(refused, case, depth):
+    name = "arch" if case == "RegNet" else "depth"
+    with refused((KeyError, TypeError), f"`{name}`"):
+        CLASSES[case](**{name: depth})
+
+
+@every_class
+def test_u6_the_narrowest_net_runs_or_is_refused(refused, case):
+    if case == "RegNet":
+        pytest.skip("its widths come from `arch`")
+    for channels in (1, 2, 3):
+        try:
+            net = CLASSES[case](**{**small(case), "base_channels": channels, "stem_channels": None}).eval()
+        except ValueError as error:
+            text = str(error)
+            assert any(name in text for name in ("`base_channels`", "`stem_channels`"))
+        else:
+            assert all(out.isfinite().all() for out in net(torch.randn(1, 3, 64, 64)))
+
+
+@pytest.mark.parametrize("case", [case for case in CLASSES if "base_width" in parameters_of(CLASSES[case])[0]])
+def test_u6_a_group_of_one_channel_is_not_rounded_away(case):
+    options = {"groups": 2, "base_channels": 49, "base_width": 1, "stem_channels": 16}  # 1 / 49 * 49 is below 1
+    if case == "ResNeSt":
+        options["radix"] = 1  # or its groups would have half a channel
+    net = CLASSES[case](**{**small(case), **options}).eval()
+    assert all(out.isfinite().all() for out in net(torch.randn(1, 3, 64, 64)))
+
+
+@pytest.mark.parametrize("block", [ResNeXtBottleneck, Bottle2neck, SplitAttentionBottleneck])
+def test_u6_groups_without_channels_are_refused(refused, block):
+    with refused(ValueError, "`base_width` (=4) leaves no channels per group where `planes` is 8"):
+        block(32, 8, groups=2, base_width=4, base_channels=64)
+
+
+@every_class
+@pytest.mark.parametrize("name", ["base_channels", "in_channels", "stem_channels"])
+@pytest.mark.parametrize("channels", [60_000, 10**9, 10**30])
+def test_u5_what_no_memory_holds_is_refused(refused, case, name, channels):
+    if case == "RegNet" and name == "base_channels":
+        pytest.skip("it does nothing there")
+    if channels == 60_000 and name != "base_channels":
+        pytest.skip("that many would fit")
+    with refused(ValueError, f"`{name}`"):
+        CLASSES[case](**{**small(case), name: channels})
+
+
+class Scaled(nn.Module):
+    """A norm, a convolution and a plugin of somebody's, which cannot be made without memory."""
+
+    def __init__(self, num_features=0, eps=1e-5, **kwargs):
+        super().__init__()
+        self.scale = float(torch.ones(1).sum())
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class ScaledConv(nn.Conv2d):
+    """A convolution of somebody's, with an argument of its own."""
+
+    def __init__(self, *args, factor=2.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.factor = float(torch.tensor(factor))
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
+@every_class
+def test_layers_of_somebody_else_are_built_though_they_need_memory(case):
+    plugins = [{"cfg": {"type": Scaled}, "position": "after_conv1"}]
+    net = CLASSES[case](**small(case), norm_cfg={"type": Scaled}, conv_cfg={"type": ScaledConv, "factor": 3.0})
+    assert any(isinstance(module, Scaled) for module in net.modules())
+    assert any(isinstance(module, ScaledConv) for module in net.modules())
+    net = CLASSES[case](**small(case), plugins=plugins).eval()
+    assert all(out.isfinite().all() for out in net(torch.randn(1, 3, 64, 64)))
 
 
 # FPN

@@ -197,6 +197,12 @@ def mark(tmp_path):
         assert not mark.exists()
 
 
+def build_and_initialize(module, init_cfg):
+    net = MODULES[module](init_cfg)
+    (net.backbone if module == "its backbone" else net).relu = nn.ReLU()
+    net.init_weights()
+
+
 NO_INITIALIZERS = (*SPELLINGS, "torch.nn.Conv2d", "mmengine.runner.Runner", "ReLU", "pretrained")
 
 
@@ -204,17 +210,14 @@ NO_INITIALIZERS = (*SPELLINGS, "torch.nn.Conv2d", "mmengine.runner.Runner", "ReL
 @every_module
 def test_s1_initializers_are_found_and_never_imported(mark, module, place):
     for spelling in NO_INITIALIZERS:
-        net = MODULES[module](
-            {
-                "type": {"type": spelling, "layer": "Conv2d"},
-                "scope": {"type": "Constant", "val": 0, "_scope_": spelling or EVIL},
-                "override": {"type": "Constant", "val": 0, "override": {"name": "relu", "type": spelling}},
-                "list": [{"type": "Constant", "val": 0}, {"type": spelling}],
-            }[place]
-        )
-        (net.backbone if module == "its backbone" else net).relu = nn.ReLU()
+        init_cfg = {
+            "type": {"type": spelling, "layer": "Conv2d"},
+            "scope": {"type": "Constant", "val": 0, "_scope_": spelling or EVIL},
+            "override": {"type": "Constant", "val": 0, "override": {"name": "relu", "type": spelling}},
+            "list": [{"type": "Constant", "val": 0}, {"type": spelling}],
+        }[place]
         with pytest.raises((KeyError, TypeError)):
-            net.init_weights()
+            build_and_initialize(module, init_cfg)
 
 
 @pytest.mark.parametrize("wrong", [5, None, Path, len, dict, nn.ReLU.forward, b"Constant", ["Constant"]])

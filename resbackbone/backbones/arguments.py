@@ -12,16 +12,19 @@ from resbackbone.blocks.base import check_dcn, check_plugin_names, check_plugins
 from resbackbone.checks import (
     UnknownKeyError,
     check_choice,
+    check_count,
     check_flag,
     check_int,
     check_ints,
+    check_number,
     check_sequence,
     check_type,
 )
 from resbackbone.features import OutIndex
-from resbackbone.layers import build_norm_layer
+from resbackbone.layers.arguments import MOST_BLOCKS, MOST_CHANNELS, MOST_PIXELS
+from resbackbone.layers.conv import check_conv_cfg
+from resbackbone.layers.norm import check_norm_cfg
 from resbackbone.layers.recomputing import check_with_cp
-from resbackbone.registry import find_type, split_type
 
 _FLAGS = (
     "deep_stem",
@@ -51,9 +54,8 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
         check_flag(flag, given[flag])
     check_with_cp(given["with_cp"])
     for channels in ("in_channels", "base_channels"):
-        check_int(channels, given[channels], low=1)
-    if given["stem_channels"] is not None:
-        check_int("stem_channels", given["stem_channels"], low=2 if given["deep_stem"] else 1)
+        check_count(channels, given[channels], most=MOST_CHANNELS)
+    _check_stem_channels(given)
     check_int("num_stages", given["num_stages"], low=1, high=4)
     check_choice("style", given["style"], ("pytorch", "caffe"))
     check_choice("dilation_style", given["dilation_style"], get_args(DilationStyle))
@@ -63,14 +65,23 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
     _check_plugins(given["plugins"], given["num_stages"], block)
     check_initialisation(given["pretrained"], given["init_cfg"])
     check_type("drop_path_rate", given["drop_path_rate"], (int, float), "a number from 0 to 1 (1 excluded)")
-    if not 0 <= given["drop_path_rate"] < 1:
-        raise ValueError(f"`drop_path_rate` must be at least 0 and below 1, got {given['drop_path_rate']}")
+    check_number("drop_path_rate", given["drop_path_rate"], low=0, high=1, below=True)
+
+
+def _check_stem_channels(given: Mapping[str, Any]) -> None:
+    least = 2 if given["deep_stem"] else 1
+    if given["stem_channels"] is not None:
+        check_count("stem_channels", given["stem_channels"], low=least, most=MOST_CHANNELS)
+    elif given["base_channels"] < least:
+        raise ValueError(
+            f"`base_channels` must be at least 2 with a deep stem, got {given['base_channels']}: its first "
+            "convolutions have half as many; or give `stem_channels`"
+        )
 
 
 def check_depth(name: str, depth: object, arch_settings: Mapping[int, Any]) -> None:
     """Raise KeyError unless ``depth`` is one that the class of this name knows."""
-    # A tuple compares where a dict would hash, and a list has no hash.
-    if depth not in tuple(arch_settings) or isinstance(depth, (bool, float)):
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth not in arch_settings:
         allowed = ", ".join(map(str, arch_settings))
         raise UnknownKeyError(f"`depth` of {name} must be one of {allowed}; got {depth!r}")
 
@@ -91,12 +102,11 @@ def resolve_out_indices(out_indices: Sequence[OutIndex], num_stages: int) -> tup
                 f"`out_indices[{index}]` must be an integer, got {entry!r}; stages are counted from 0 (layer1 is 0), "
                 "and only the stem's map has a name, 'stem'"
             )
-    stages = [
-        _check_stage(f"out_indices[{index}]", entry, num_stages) for index, entry in enumerate(given) if entry != "stem"
-    ]
+    numbers = [(index, entry) for index, entry in enumerate(given) if not isinstance(entry, str)]
+    stages = [_check_stage(f"out_indices[{index}]", entry, num_stages) for index, entry in numbers]
     if stages and max(stages) >= num_stages:
         raise ValueError(f"`out_indices` must be below `num_stages` (={num_stages}), got {given}")
-    stem: list[OutIndex] = ["stem"] * given.count("stem")
+    stem: list[OutIndex] = ["stem" for entry in given if isinstance(entry, str)]
     resolved = (*stem, *sorted(stage % num_stages for stage in stages))
     if len(set(resolved)) < len(resolved):
         raise ValueError(f"`out_indices` must name each stage once, got {given}, which is {resolved}")
@@ -111,25 +121,32 @@ def _check_stage(name: str, stage: Any, num_stages: int) -> int:
 def _check_stages(given: Mapping[str, Any], default_blocks: Sequence[int]) -> None:
     num_stages = given["num_stages"]
     per_stage = f"one per stage, `num_stages`={num_stages}"
-    check_ints("strides", given["strides"], low=1, length=num_stages, why=per_stage)
-    check_ints("dilations", given["dilations"], low=1, length=num_stages, why=per_stage)
+    _check_pixels("strides", given["strides"], length=num_stages, why=per_stage)
+    _check_pixels("dilations", given["dilations"], length=num_stages, why=per_stage)
     stage_blocks = default_blocks
     if given["stage_blocks"] is not None:
         stage_blocks = check_ints("stage_blocks", given["stage_blocks"], low=1, length=num_stages, why=per_stage)
+        _check_most("stage_blocks", stage_blocks, MOST_BLOCKS)
     if given["multi_grid"] is not None:
         length = stage_blocks[num_stages - 1]
-        check_ints("multi_grid", given["multi_grid"], low=1, length=length, why="one per block of the last stage")
+        _check_pixels("multi_grid", given["multi_grid"], length=length, why="one per block of the last stage")
     resolve_out_indices(given["out_indices"], num_stages)
     check_int("frozen_stages", given["frozen_stages"], low=-1, high=num_stages)
 
 
+def _check_pixels(name: str, value: Any, *, length: int, why: str) -> None:
+    _check_most(name, check_ints(name, value, low=1, length=length, why=why), MOST_PIXELS)
+
+
+def _check_most(name: str, numbers: Sequence[int], most: int) -> None:
+    for index, number in enumerate(numbers):
+        check_count(f"{name}[{index}]", number, most=most)
+
+
 def _check_layer_configs(given: Mapping[str, Any]) -> None:
-    for argument, what in (("conv_cfg", "convolution"), ("norm_cfg", "norm"), ("dcn", "convolution")):
-        if given[argument] is not None or argument == "norm_cfg":
-            find_type(split_type(given[argument], argument)[0], what)
-    stem_channels = given["stem_channels"] or given["base_channels"]
-    for channels in {given["base_channels"], stem_channels // (1 + given["deep_stem"])}:
-        build_norm_layer(given["norm_cfg"], channels)  # whether its arguments fit, only it can say
+    check_norm_cfg(given["norm_cfg"], "norm_cfg")
+    if given["conv_cfg"] is not None:
+        check_conv_cfg(given["conv_cfg"], "conv_cfg")
     check_dcn(given["dcn"], given["conv_cfg"])
     num_stages = given["num_stages"]
     length = None if given["dcn"] is None else num_stages
@@ -145,6 +162,10 @@ def _check_plugins(plugins: Any, num_stages: int, block: Any) -> None:
     for index, plugin in enumerate(plugins or ()):
         if plugin.get("stages") is not None:
             why = f"one per stage, `num_stages`={num_stages}"
-            check_sequence(f"plugins[{index}]['stages']", plugin["stages"], length=num_stages, why=why)
+            stages = check_sequence(f"plugins[{index}]['stages']", plugin["stages"], length=num_stages, why=why)
+            for stage, flag in enumerate(stages):
+                check_flag(f"plugins[{index}]['stages'][{stage}]", flag)
     for stage in range(num_stages):
-        check_plugin_names([plugin for plugin in plugins or () if (plugin.get("stages") or [True] * 4)[stage]])
+        check_plugin_names(
+            [plugin for plugin in plugins or () if plugin.get("stages") is None or plugin["stages"][stage]]
+        )

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks.detectors import DetectorsBottleneck, DetectorsResNeXtBottleneck
-from resbackbone.checks import check_flag, check_int, check_sequence, plain_arguments
+from resbackbone.checks import check_count, check_flag, check_int, check_sequence, plain_arguments
 from resbackbone.features import FeatureInfo
+from resbackbone.layers.arguments import MOST_CHANNELS
+from resbackbone.layers.conv import check_conv_cfg
 from resbackbone.layers.memory_format import restore_format
 from resbackbone.layers.module import Config
-from resbackbone.registry import MODELS, find_type, split_type
+from resbackbone.registry import MODELS
 
 
 @MODELS.register_module()
@@ -64,7 +66,7 @@ class DetectoRS_ResNet(ResNet):
         if sac is not None:
             _check_sac(sac, stage_with_sac, kwargs)
         if rfp_inplanes is not None:
-            check_int("rfp_inplanes", rfp_inplanes, low=1)
+            check_count("rfp_inplanes", rfp_inplanes, most=MOST_CHANNELS)
         check_flag("output_img", output_img)
         self.sac = None if sac is None else dict(sac)
         self.stage_with_sac = check_sequence("stage_with_sac", stage_with_sac)
@@ -153,7 +155,7 @@ def _run_stage(stage: Iterable[Any], rfp_feat: Tensor, x: Tensor) -> Tensor:
 
 def _check_sac(sac: Config, stage_with_sac: Sequence[bool], others: dict[str, Any]) -> None:
     """Raise unless ``sac`` is a convolution's config, and alone in its stages."""
-    find_type(split_type(sac, "sac")[0], "convolution")
+    check_conv_cfg(sac, "sac")
     num_stages = others.get("num_stages", 4)
     check_int("num_stages", num_stages, low=1, high=4)
     why = f"one per stage, `num_stages`={num_stages}"
@@ -164,7 +166,11 @@ def _check_sac(sac: Config, stage_with_sac: Sequence[bool], others: dict[str, An
         return
     stage_with_dcn = others.get("stage_with_dcn", ())
     check_sequence("stage_with_dcn", stage_with_dcn)
-    both = [index for index, flags in enumerate(zip(stage_with_sac, stage_with_dcn, strict=False)) if all(flags)]
+    both = [
+        index
+        for index, (sac_flag, dcn_flag) in enumerate(zip(stage_with_sac, stage_with_dcn, strict=False))
+        if sac_flag and dcn_flag is True  # the latter is not checked yet
+    ]
     if both:
         raise ValueError(
             f"`stage_with_sac` and `stage_with_dcn` must not name the same stage, got both for {both}: each says what "

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
-from resbackbone.checks import check_type
 from resbackbone.layers import Module
+from resbackbone.layers.init_cfg import check_init_cfg
 from resbackbone.layers.module import InitConfig
 from resbackbone.preprocessing import Preprocessing
-from resbackbone.registry import split_type
 
 
 class PretrainedModule(Module):
@@ -33,16 +31,15 @@ def check_initialisation(pretrained: Any, init_cfg: Any) -> None:
         TypeError: If ``pretrained`` is no string, or ``init_cfg`` no dict or list of dicts.
         ValueError: If both are given.
     """
+    if isinstance(pretrained, str) and not pretrained:
+        raise ValueError("`pretrained` must be a path, a URL or None, got ''")
     if pretrained is not None and not isinstance(pretrained, str):
         raise TypeError(
             f"`pretrained` must be a path, a URL or None, got {pretrained!r} of type {type(pretrained).__name__}"
         )
     if pretrained is not None and init_cfg is not None:
         raise ValueError("give `init_cfg` or `pretrained`, not both; `pretrained` is the old spelling")
-    if init_cfg is not None:
-        check_type("init_cfg", init_cfg, (Mapping, list, tuple), "a dict, a list of dicts or None")
-        for index, entry in enumerate([init_cfg] if isinstance(init_cfg, Mapping) else init_cfg):
-            split_type(entry, f"init_cfg[{index}]")
+    check_init_cfg(init_cfg)
 
 
 def resolve_init_cfg(pretrained: str | None, init_cfg: InitConfig | None) -> InitConfig:

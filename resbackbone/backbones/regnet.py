@@ -12,9 +12,8 @@ from resbackbone.backbones.regnet_archs import ARCHS, Arch, plan_stages, resolve
 from resbackbone.backbones.res_layer import DilationStyle
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks import RegNetBottleneck
-from resbackbone.checks import plain_arguments
+from resbackbone.checks import check_int, plain_arguments
 from resbackbone.features import OutIndex
-from resbackbone.layers import build_norm_layer
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.recomputing import WithCp
 from resbackbone.registry import MODELS
@@ -95,9 +94,7 @@ class RegNet(ResNet):
         settings = resolve_arch(arch, self.arch_settings, se_ratio=se_ratio)
         self.stage_widths, self.stage_blocks = zip(*plan_stages(settings), strict=True)
         self.group_width, self.bot_mul, self.se_ratio = (settings[key] for key in ("group_w", "bot_mul", "se_ratio"))
-        for width in self.stage_widths:
-            for channels in (width, round(width * self.bot_mul)):
-                build_norm_layer(norm_cfg, channels)  # whether its arguments fit, only it can say
+        check_int("base_channels", base_channels, low=1)
         if base_channels != _BASE_CHANNELS:
             warnings.warn(
                 f"`base_channels` (={base_channels}) does nothing in a RegNet; its widths come from `arch`",

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from resbackbone.checks import UnknownKeyError, check_choice, check_int, check_type, nearest
+from resbackbone.checks import UnknownKeyError, check_choice, check_count, check_type, nearest
+from resbackbone.layers.arguments import MOST_BLOCKS, MOST_CHANNELS
 
 Arch = Mapping[str, Any]
 
@@ -94,16 +95,25 @@ def resolve_arch(arch: object, archs: Mapping[str, Arch], **overrides: Any) -> d
 
 
 def _check_values(settings: Arch) -> None:
-    for key, low in (("w0", QUANTUM), ("group_w", 1), ("depth", 1)):
-        check_int(f"arch['{key}']", settings[key], low=low)
+    for key, low, most in (("w0", QUANTUM, MOST_CHANNELS), ("group_w", 1, MOST_CHANNELS), ("depth", 1, MOST_BLOCKS)):
+        check_count(f"arch['{key}']", settings[key], low=low, most=most)
     if settings["w0"] % QUANTUM:
         raise ValueError(f"`arch['w0']` must be a multiple of {QUANTUM}, got {settings['w0']}")
     for key, (allowed, fits) in _RANGES.items():
         value = settings[key]
         check_type(f"arch['{key}']", value, (int, float), f"a number, {allowed}")
-        if not (math.isfinite(value) and fits(value)):
+        if not (_is_finite(value) and fits(value)):
             raise ValueError(f"`arch['{key}']` must be {allowed}, got {value}")
+        if value > MOST_CHANNELS:
+            raise ValueError(f"`arch['{key}']` must be at most {MOST_CHANNELS}, got {value}")
     check_choice("arch['rounding']", settings["rounding"], ("pycls", "torchvision"))
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floating-point numbers
+        return False
 
 
 def plan_stages(settings: Arch) -> tuple[tuple[int, int], ...]:

@@ -9,7 +9,8 @@ from torch import nn
 from resbackbone.backbones.resnet_v1 import ResNetV1d
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks.split import SplitAttentionBottleneck
-from resbackbone.checks import check_flag, check_int, plain_arguments
+from resbackbone.checks import check_count, check_flag, check_int, plain_arguments
+from resbackbone.layers.arguments import MOST_PARTS
 from resbackbone.registry import MODELS
 
 
@@ -62,7 +63,7 @@ class ResNeSt(ResNeXt, ResNetV1d):
         avd_first: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_int("radix", radix, low=1)
+        check_count("radix", radix, most=MOST_PARTS)
         check_int("reduction_factor", reduction_factor, low=1)
         check_flag("avg_down_stride", avg_down_stride)
         check_flag("avd_first", avd_first)

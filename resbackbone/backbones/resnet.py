@@ -20,6 +20,8 @@ from resbackbone.checks import plain_arguments
 from resbackbone.features import FeatureInfo, OutIndex
 from resbackbone.layers import FrozenBatchNorm2d, build_conv_layer, build_norm_layer
 from resbackbone.layers.conv_norm import conv_norm, set_folding
+from resbackbone.layers.dry_run import check_memory, dry_run
+from resbackbone.layers.init_cfg import check_overrides
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.recomputing import WithCp, recompute_norms
 from resbackbone.registry import MODELS, find_type
@@ -27,6 +29,10 @@ from resbackbone.registry import MODELS, find_type
 __all__ = ["BasicBlock", "Bottleneck", "ResLayer", "ResNet"]
 
 BATCH_NORM: Config = {"type": "BN", "requires_grad": True}  # read, never written to
+_SIZES = (  # what makes layers wide or many, in this class or a variant
+    *("in_channels", "stem_channels", "base_channels", "widening_factor", "groups", "base_width", "scales", "radix"),
+    *("stage_blocks", "rfp_inplanes", "selective", "stage_widths", "bot_mul"),
+)
 
 
 @MODELS.register_module()
@@ -170,6 +176,7 @@ class ResNet(Backbone):
         self.stage_blocks = default_blocks[:num_stages] if stage_blocks is None else tuple(stage_blocks)
         self.inplanes = self.stem_channels
 
+        self._check_layers()
         self._make_stem_layer(in_channels, self.stem_channels)
         self._stem_names = [name for name, _ in self.named_children()]
         self.set_stem(channels=self.inplanes, stride=total_stride(self._before_pool()))
@@ -178,6 +185,23 @@ class ResNet(Backbone):
         if fold_frozen_norms:
             set_folding(self, True)
         self.feat_dim = self.block.expansion * self.stage_planes(num_stages - 1)
+
+    def _check_layers(self) -> None:
+        """Raise unless every layer can be built; the hooks of a subclass in another package are left to run once."""
+        hooks = (self._make_stem_layer, self._make_stages, self.make_res_layer, self.stage_planes, self.block)
+        if not all(hook.__module__.startswith("resbackbone.") for hook in hooks):
+            return
+        in_memory = torch.get_default_device().type != "meta"
+        trial: ResNet = type(self).__new__(type(self))
+        vars(trial)["_in_construction"] = True  # it is never completed
+        Backbone.__init__(trial)
+        trial.__dict__.update({name: value for name, value in vars(self).items() if name not in vars(trial)})
+        with dry_run() as run:
+            trial._make_stem_layer(self.in_channels, self.stem_channels)
+            trial._make_stages(stride=1)
+        check_overrides(self.init_cfg, trial)
+        if in_memory:
+            check_memory(run.num_weights, {name: getattr(self, name) for name in _SIZES if hasattr(self, name)})
 
     def _blocks_by_depth(self) -> Mapping[int, tuple[Any, tuple[int, ...]]]:
         """The block class and the number of blocks per stage of each depth that there is."""

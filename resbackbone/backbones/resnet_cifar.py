@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
-from resbackbone.checks import plain_arguments
+from resbackbone.checks import check_flag, plain_arguments
 from resbackbone.layers import build_conv_layer, build_norm_layer
 from resbackbone.registry import MODELS
 
@@ -34,6 +34,7 @@ class ResNet_CIFAR(ResNet):
 
     @plain_arguments
     def __init__(self, depth: int, *, deep_stem: bool = False, **kwargs: Any) -> None:
+        check_flag("deep_stem", deep_stem)
         if deep_stem:
             raise ValueError(
                 f"`deep_stem` of {type(self).__name__} must be False, got {deep_stem!r}: its stem is one 3x3 "

@@ -46,7 +46,7 @@ class ResNetIBN(ResNet):
     @plain_arguments
     def __init__(self, depth: int, *, ibn: Literal["a", "b"] = "a", **kwargs: Any) -> None:
         check_choice("ibn", ibn, ("a", "b"))
-        if ibn == "b" and kwargs.get("deep_stem"):
+        if ibn == "b" and kwargs.get("deep_stem") is True:
             raise ValueError("`ibn`='b' normalises behind the stem's one convolution; leave `deep_stem` out")
         self.ibn = ibn
         super().__init__(depth, **kwargs)

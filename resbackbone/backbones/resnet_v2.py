@@ -70,9 +70,6 @@ class ResNetV2(ResNet):
         self.final_norm_name: str | None = None
         self.final_norm = final_norm
         super().__init__(depth, zero_init_residual=zero_init_residual, **kwargs)
-        if final_norm:
-            self.final_norm_name, norm = build_norm_layer(self.norm_cfg, self.feat_dim)
-            self.add_module(self.final_norm_name, norm)
 
     def _check_combinations(self) -> None:
         if self.final_norm and self.out_indices[-1] != self.num_stages - 1:
@@ -104,6 +101,13 @@ class ResNetV2(ResNet):
         """Add ``stem`` without its last norm and ReLU."""
         super()._make_deep_stem(in_channels, stem_channels)
         self.stem = Sequential(*list(self.stem)[:-2])
+
+    def _make_stages(self, stride: int) -> None:
+        """Add the stages and, if there is one, the norm behind the last."""
+        super()._make_stages(stride)
+        if self.final_norm:
+            self.final_norm_name, norm = build_norm_layer(self.norm_cfg, self.inplanes)
+            self.add_module(self.final_norm_name, norm)
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """Make one stage of pre-activation blocks, whose shortcut has no norm."""

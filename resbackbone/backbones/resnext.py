@@ -8,7 +8,8 @@ from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks import ResNeXtBottleneck
-from resbackbone.checks import check_int, plain_arguments
+from resbackbone.checks import check_count, plain_arguments
+from resbackbone.layers.arguments import MOST_CHANNELS, MOST_PARTS
 from resbackbone.registry import MODELS
 
 
@@ -34,8 +35,8 @@ class ResNeXt(ResNet):
 
     @plain_arguments
     def __init__(self, depth: int, *, groups: int = 1, base_width: int = 4, **kwargs: Any) -> None:
-        check_int("groups", groups, low=1)
-        check_int("base_width", base_width, low=1)
+        check_count("groups", groups, most=MOST_PARTS)
+        check_count("base_width", base_width, most=MOST_CHANNELS)
         self.groups = groups
         self.base_width = base_width
         super().__init__(depth, **kwargs)

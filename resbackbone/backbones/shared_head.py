@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,11 +14,14 @@ from resbackbone.backbones.norm_eval import NormEvalModule
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks.base import check_dcn
-from resbackbone.checks import check_choice, check_flag, check_int, plain_arguments
+from resbackbone.checks import check_choice, check_count, check_flag, check_int, plain_arguments
+from resbackbone.layers.arguments import MOST_PIXELS
 from resbackbone.layers.conv_norm import set_folding
+from resbackbone.layers.dry_run import dry_run
 from resbackbone.layers.module import Config, InitConfig
+from resbackbone.layers.norm import check_norm_cfg
 from resbackbone.layers.recomputing import WithCp, check_with_cp, recompute_norms
-from resbackbone.registry import MODELS, find_type, of_kind, split_type
+from resbackbone.registry import MODELS, of_kind
 
 
 # The name is mmdet's, in whose configs it stands as `shared_head=dict(type="ResLayer", ...)`.
@@ -85,7 +89,8 @@ class SharedHead(NormEvalModule):
         planes = 64 * 2**stage
         self.in_channels = planes // 2 * block.expansion
         self.out_channels = planes * block.expansion
-        layer = ResLayer(
+        make_layer = partial(
+            ResLayer,
             block,
             self.in_channels,
             planes,
@@ -97,6 +102,9 @@ class SharedHead(NormEvalModule):
             with_cp=with_cp is True,
             dcn=copy.deepcopy(dcn),
         )
+        with dry_run():
+            make_layer()
+        layer = make_layer()
         layer[-1].is_output = True  # type: ignore[assignment]
         self.add_module(f"layer{stage + 1}", layer)
         if fold_frozen_norms:
@@ -112,14 +120,12 @@ class SharedHead(NormEvalModule):
 def _check(given: dict[str, Any]) -> None:
     check_depth("SharedHead", given["depth"], ResNet.arch_settings)
     check_int("stage", given["stage"], low=1, high=3)
-    check_int("stride", given["stride"], low=1)
-    check_int("dilation", given["dilation"], low=1)
+    for pixels in ("stride", "dilation"):
+        check_count(pixels, given[pixels], most=MOST_PIXELS)
     check_choice("style", given["style"], ("pytorch", "caffe"))
     for flag in ("norm_eval", "fold_frozen_norms"):
         check_flag(flag, given[flag])
     check_with_cp(given["with_cp"])
-    find_type(split_type(given["norm_cfg"], "norm_cfg")[0], "norm")
+    check_norm_cfg(given["norm_cfg"], "norm_cfg")
     check_dcn(given["dcn"], None)
-    if given["dcn"] is not None:
-        find_type(split_type(given["dcn"], "dcn")[0], "convolution")
     check_initialisation(given["pretrained"], given["init_cfg"])

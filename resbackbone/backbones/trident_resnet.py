@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks.trident import TridentBottleneck
-from resbackbone.checks import check_int, check_ints, plain_arguments
+from resbackbone.checks import check_count, check_int, check_ints, plain_arguments
 from resbackbone.features import OutIndex
+from resbackbone.layers.arguments import MOST_PARTS, MOST_PIXELS
 from resbackbone.registry import MODELS
 
 
@@ -92,10 +93,13 @@ class TridentResNet(ResNet):
         out_indices: Sequence[OutIndex] = (2,),
         **kwargs: Any,
     ) -> None:
-        check_int("num_branch", num_branch, low=1)
+        check_count("num_branch", num_branch, most=MOST_PARTS)
         check_int("test_branch_idx", test_branch_idx, low=-1, high=num_branch - 1)
         why = f"one per branch, `num_branch`={num_branch}"
         self.trident_dilations = check_ints("trident_dilations", trident_dilations, low=1, length=num_branch, why=why)
+        for index, trident_dilation in enumerate(self.trident_dilations):
+            check_count(f"trident_dilations[{index}]", trident_dilation, most=MOST_PIXELS)
+        check_int("num_stages", num_stages, low=1)
         if num_stages != 3:
             raise ValueError(f"`num_stages` of TridentResNet must be 3, the last with branches, got {num_stages!r}")
         if tuple(check_ints("dilations", dilations, low=1, length=3, why="one per stage"))[-1] != 1:
@@ -128,7 +132,7 @@ def _check_last_stage(others: dict[str, Any]) -> None:
     """Raise if an argument of ResNet asks of the last stage what branches cannot do."""
     _check_frozen_stages(others.get("frozen_stages"))
     flags = others.get("stage_with_dcn", ())
-    if others.get("dcn") is not None and isinstance(flags, (list, tuple)) and len(flags) == 3 and flags[2]:
+    if others.get("dcn") is not None and isinstance(flags, (list, tuple)) and len(flags) == 3 and flags[2] is True:
         raise ValueError(
             f"`stage_with_dcn` of TridentResNet must end with False, got {tuple(flags)}: the last stage has trident "
             "convolutions, whose place deformable ones would take"
@@ -141,7 +145,7 @@ def _check_last_stage(others: dict[str, Any]) -> None:
 
 
 def _check_frozen_stages(frozen_stages: Any) -> None:
-    if frozen_stages == 3:
+    if isinstance(frozen_stages, int) and frozen_stages == 3:
         raise ValueError(
             "`frozen_stages` of TridentResNet must be at most 2, got 3: a frozen stage is in eval mode, in which the "
             "last one has not all of its branches; freeze the parameters alone with `requires_grad_(False)`"

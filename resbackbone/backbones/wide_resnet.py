@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
-from resbackbone.checks import check_int, plain_arguments
+from resbackbone.checks import check_count, plain_arguments
+from resbackbone.layers.arguments import MOST_PARTS
 from resbackbone.registry import MODELS
 
 
@@ -33,7 +34,7 @@ class WideResNet(ResNet):
 
     @plain_arguments
     def __init__(self, depth: int, *, widening_factor: int = 2, **kwargs: Any) -> None:
-        check_int("widening_factor", widening_factor, low=1)
+        check_count("widening_factor", widening_factor, most=MOST_PARTS)
         self.widening_factor = widening_factor
         super().__init__(depth, **kwargs)
 

@@ -7,14 +7,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from resbackbone.checks import UnknownKeyError, check_choice, check_mapping, check_sequence, check_type
+from resbackbone.checks import UnknownKeyError, check_choice, check_flag, check_mapping, check_sequence, check_type
 from resbackbone.layers import DropPath, Module, build_conv_layer, build_norm_layer, build_plugin_layer, plugin_name
+from resbackbone.layers.conv import check_conv_cfg
 from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.deform_conv import rename_old_offsets
 from resbackbone.layers.memory_format import to_output_format
 from resbackbone.layers.module import Config, InitConfig
+from resbackbone.layers.plugins import check_plugin_cfg
 from resbackbone.layers.recomputing import needs_backward, recompute_in_backward
-from resbackbone.registry import find_type, split_type
 
 BATCH_NORM: Config = {"type": "BN"}  # the norm where a config names none; read, never written to
 
@@ -210,7 +211,9 @@ class ResidualBlock(Module):
             cfg = dict(plugin)
             name, layer = build_plugin_layer(cfg, in_channels=in_channels, postfix=cfg.pop("postfix", ""))
             if hasattr(self, name):
-                raise ValueError(f"plugin {name!r} has the name of a layer of the block; give it a `postfix` in `cfg`")
+                raise ValueError(
+                    f"one of `plugins` has the name of a layer of the block, {name!r}; give it a `postfix` in `cfg`"
+                )
             self.add_module(name, layer)
             names.append(name)
         return names
@@ -277,8 +280,12 @@ class ResidualBlock(Module):
 
 def check_dcn(dcn: Config | None, conv_cfg: Config | None) -> None:
     """Raise unless ``dcn`` is None or a dict, and alone: it says the type of a convolution, as ``conv_cfg`` does."""
-    check_mapping("dcn", dcn)
-    if dcn is not None and conv_cfg is not None:
+    if dcn is None:
+        return
+    check_mapping("dcn", dcn, optional=False)
+    check_flag("dcn['fallback_on_stride']", dcn.get("fallback_on_stride", False))
+    check_conv_cfg({key: value for key, value in dcn.items() if key != "fallback_on_stride"}, "dcn")
+    if conv_cfg is not None:
         raise ValueError(f"`conv_cfg` must be None where there is `dcn`, got {dict(conv_cfg)!r}; drop one of the two")
 
 
@@ -292,7 +299,7 @@ def check_plugins(plugins: Sequence[Config] | None, block: Any) -> None:
             keys = ", ".join(map(repr, plugin)) or "nothing"
             raise UnknownKeyError(f"`{name}` needs `cfg` and `position` and may have `stages`; got {keys}")
         check_choice(f"{name}['position'] in a {block.__name__}", plugin["position"], positions)
-        find_type(split_type(plugin["cfg"], f"{name}['cfg']")[0], "plugin")
+        check_plugin_cfg(plugin["cfg"], f"{name}['cfg']")
 
 
 def check_plugin_names(plugins: Sequence[Config] | None) -> None:
@@ -300,4 +307,6 @@ def check_plugin_names(plugins: Sequence[Config] | None) -> None:
     names = [plugin_name(plugin["cfg"], plugin["cfg"].get("postfix", "")) for plugin in plugins or ()]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"duplicate plugin {name!r} in one block; give each its own `postfix` in `cfg`")
+            raise ValueError(
+                f"`plugins` have a duplicate plugin {name!r} in one block; give each its own `postfix` in `cfg`"
+            )

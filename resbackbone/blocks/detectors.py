@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from resbackbone.blocks.base import ResidualBlock
 from resbackbone.blocks.bottleneck import Bottleneck
 from resbackbone.blocks.resnext import ResNeXtBottleneck
 from resbackbone.checks import check_int, check_mapping
+from resbackbone.layers import build_conv_layer
 from resbackbone.layers.module import Config, InitConfig
 
 NO_FEEDBACK: Config = {"type": "Constant", "val": 0, "override": {"name": "rfp_conv"}}  # read, never written to
@@ -54,7 +55,8 @@ class RecursiveBlock(ResidualBlock):
         self.sac = sac
         super().__init__(inplanes, planes, init_cfg=init_cfg, **kwargs)
         self.rfp_inplanes = rfp_inplanes
-        self.rfp_conv = None if rfp_inplanes is None else nn.Conv2d(rfp_inplanes, self.planes * self.expansion, 1)
+        out_channels = self.planes * self.expansion
+        self.rfp_conv = None if rfp_inplanes is None else build_conv_layer(None, rfp_inplanes, out_channels, 1)
 
     @property
     def with_sac(self) -> bool:

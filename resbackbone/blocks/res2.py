@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from resbackbone.blocks.bottleneck import Bottleneck
-from resbackbone.checks import check_choice, check_flag, check_int
+from resbackbone.blocks.resnext import grouped_width
+from resbackbone.checks import check_choice, check_count, check_flag
 from resbackbone.layers import build_norm_layer
+from resbackbone.layers.arguments import MOST_CHANNELS, MOST_PARTS
 from resbackbone.layers.conv_norm import conv_norm
 
 
@@ -57,7 +58,7 @@ class Bottle2neck(Bottleneck):
         self.scales = scales
         self.stage_type = stage_type
         self.pool_at_stride_1 = pool_at_stride_1
-        self.split_width = math.floor(planes * (base_width / base_channels)) * groups
+        self.split_width = grouped_width(planes, base_width, base_channels) * groups
         super().__init__(inplanes, planes, width=self.split_width * scales, groups=groups, **kwargs)
         for name in ("convs", "bns"):
             # To the end, where mmdet has them: an optimizer's state, which goes by the order of parameters, then fits.
@@ -97,9 +98,9 @@ class Bottle2neck(Bottleneck):
 
 def check_splits(scales: object, base_width: object, groups: object, pool_at_stride_1: object) -> None:
     """Raise unless the arguments that make a bottleneck a Bottle2neck are of their types and in range."""
-    check_int("scales", scales, low=1)
+    check_count("scales", scales, most=MOST_PARTS)
     if scales == 1:
         raise ValueError("`scales` must be at least 2, got 1; with one split there is nothing to add up: use a ResNet")
-    check_int("base_width", base_width, low=1)
-    check_int("groups", groups, low=1)
+    check_count("base_width", base_width, most=MOST_CHANNELS)
+    check_count("groups", groups, most=MOST_PARTS)
     check_flag("pool_at_stride_1", pool_at_stride_1)

@@ -26,5 +26,26 @@ class ResNeXtBottleneck(Bottleneck):
         self, inplanes: int, planes: int, groups: int = 1, base_width: int = 4, base_channels: int = 64, **kwargs: Any
     ) -> None:
         # With one group this is a plain bottleneck, as upstream, whatever `base_width` says.
-        width = planes if groups == 1 else math.floor(planes * (base_width / base_channels)) * groups
+        width = planes if groups == 1 else grouped_width(planes, base_width, base_channels) * groups
         super().__init__(inplanes, planes, width=width, groups=groups, **kwargs)
+
+
+def grouped_width(planes: int, base_width: int, base_channels: int) -> int:
+    """Return the channels of one group (or split) of a block's 3x3.
+
+    Args:
+        planes: The block's width before expansion.
+        base_width: Channels per group in the first stage.
+        base_channels: ``planes`` of the first stage.
+
+    Raises:
+        ValueError: If there would be none.
+    """
+    width = math.floor(planes * (base_width / base_channels))  # as upstream, whose rounding may lose a channel
+    width = width or planes * base_width // base_channels  # but never the only one
+    if width < 1:
+        raise ValueError(
+            f"`base_width` (={base_width}) leaves no channels per group where `planes` is {planes}: it is for "
+            f"{base_channels} `base_channels`; give more of either"
+        )
+    return width

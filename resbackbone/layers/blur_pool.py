@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resbackbone.checks import check_choice, check_int
+from resbackbone.layers.tracing import is_recording
 
 AntiAliasing = Literal["blur", "average"]
 PaddingMode = Literal["reflect", "replicate", "constant"]
+
+torch.fx.wrap("_pad")  # a leaf: it asks for sizes, which torch.fx cannot follow
 
 
 class BlurPool2d(nn.Module):
@@ -23,8 +26,8 @@ class BlurPool2d(nn.Module):
         kernel_size: Side of the filter in pixels, from 2: the row of Pascal's triangle with as many entries, such as
             1-2-1, in both directions.
         stride: Step in pixels.
-        padding_mode: What is around the map: "reflect" (which takes a map larger than half the filter, 2x2 pixels for
-            the default), "replicate" or, for zeros, "constant".
+        padding_mode: What is around the map: "reflect" (which takes a map larger than half the filter, any map for the
+            default), "replicate" or, for zeros, "constant".
 
     Shapes:
         ``(N, channels, H, W)`` to ``(N, channels, ceil(H/stride), ceil(W/stride))``.
@@ -70,7 +73,7 @@ class BlurPool2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, channels, H, W)`` to ``(N, channels, ceil(H/stride), ceil(W/stride))``."""
         before, after = (self.kernel_size - 1) // 2, self.kernel_size // 2
-        x = F.pad(x, (before, after, before, after), mode=self.padding_mode)
+        x = _pad(x, (before, after), self.padding_mode)
         return F.conv2d(x, self.filter, stride=self.stride, groups=self.channels)
 
     def extra_repr(self) -> str:
@@ -78,6 +81,15 @@ class BlurPool2d(nn.Module):
         return (
             f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding_mode={self.padding_mode!r}"
         )
+
+
+def _pad(x: Tensor, border: tuple[int, int], mode: PaddingMode) -> Tensor:
+    """Continue a map beyond its edges; a side of one pixel by that pixel, its reflection, which torch refuses."""
+    # In a traced graph a comparison would hold for the sizes of the example only.
+    if mode == "reflect" and border[1] == 1 and not is_recording() and min(x.shape[2:]) == 1:
+        x = F.pad(x, (0, 0, *border), mode="replicate" if x.shape[2] == 1 else mode)
+        return F.pad(x, (*border, 0, 0), mode="replicate" if x.shape[3] == 1 else mode)
+    return F.pad(x, border * 2, mode=mode)
 
 
 def make_downsampling(anti_aliasing: AntiAliasing, channels: int, stride: int) -> nn.Module:

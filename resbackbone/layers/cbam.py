@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resbackbone.checks import check_int
+from resbackbone.checks import check_count, check_int
+from resbackbone.layers.arguments import MOST_PIXELS
+from resbackbone.layers.conv import build_conv_layer
 from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.memory_format import FormatKeeper
 from resbackbone.layers.module import Config
@@ -30,8 +32,8 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, in_channels: int, squeeze_channels: int) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(in_channels, squeeze_channels, 1, bias=False)
-        self.fc2 = nn.Conv2d(squeeze_channels, in_channels, 1, bias=False)
+        self.fc1 = build_conv_layer(None, in_channels, squeeze_channels, 1, bias=False)
+        self.fc2 = build_conv_layer(None, squeeze_channels, in_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to the same shape."""
@@ -53,7 +55,7 @@ class SpatialAttention(FormatKeeper):
 
     def __init__(self, kernel_size: int, norm_cfg: Config) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.conv = build_conv_layer(None, 2, 1, kernel_size, padding=kernel_size // 2, bias=False)
         self.norm_name, norm = build_norm_layer(norm_cfg, 1)
         self.add_module(self.norm_name, norm)
 
@@ -94,8 +96,9 @@ class CBAM(FormatKeeper):
         self, in_channels: int, *, ratio: int = 16, kernel_size: int = 7, norm_cfg: Config = BATCH_NORM
     ) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("ratio", ratio), ("kernel_size", kernel_size)):
+        for name, value in (("in_channels", in_channels), ("ratio", ratio)):
             check_int(name, value, low=1)
+        check_count("kernel_size", kernel_size, most=MOST_PIXELS)
         if kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` must be odd, got {kernel_size}; a gate looks as far to every side")
         self.channel = ChannelAttention(in_channels, max(in_channels // ratio, 1))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from resbackbone.checks import check_choice
+from resbackbone.layers.arguments import GIVEN_TO_CONVOLUTIONS, check_entries, layer_type
 from resbackbone.layers.conv_norm import conv_norm
+from resbackbone.layers.dry_run import DryRun, check_layer_runs, current_dry_run, is_tried, make_foreign
 from resbackbone.layers.memory_format import FormatKeeper
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
-from resbackbone.registry import MODELS, construct, find_type, split_type
+from resbackbone.layers.trident_conv import TridentConv2d
+from resbackbone.registry import MODELS, construct
 
 MODELS.register_module("Conv2d", module=nn.Conv2d)
 MODELS.register_module("Conv", module=nn.Conv2d)
@@ -33,11 +38,79 @@ def build_conv_layer(cfg: Config | None, *args: Any, **kwargs: Any) -> nn.Module
         TypeError: If ``cfg`` is no dict.
         KeyError: If it has no ``type`` or an unknown one.
     """
-    if cfg is None:
-        return nn.Conv2d(*args, **kwargs)
-    type_, rest = split_type(cfg, "conv_cfg")
-    layer: nn.Module = construct(find_type(type_, "convolution"), *args, **kwargs, **rest)
+    conv_class, own = (nn.Conv2d, {}) if cfg is None else check_conv_cfg(cfg, "conv_cfg")
+    run = current_dry_run()
+    if run is not None:
+        return _try_convolution(run, conv_class, own, *args, **kwargs)
+    layer: nn.Module = construct(conv_class, *args, **kwargs, **own)
     return layer
+
+
+def check_conv_cfg(cfg: Any, argument: str) -> tuple[type[Any], dict[str, Any]]:
+    """Check what can be said of a convolution's config before its place is known.
+
+    Args:
+        cfg: As for :func:`build_conv_layer`.
+        argument: The argument that it is, for the errors.
+
+    Returns:
+        The convolution's class and the arguments that the config has for it.
+
+    Raises:
+        TypeError, KeyError, ValueError: If it is no convolution's config, or an entry does not fit.
+    """
+    conv_class, own = layer_type(cfg, argument, "convolution")
+    check_entries(argument, conv_class, own, GIVEN_TO_CONVOLUTIONS)
+    if "padding_mode" in own:
+        check_choice(f"{argument}['padding_mode']", own["padding_mode"], ("zeros", "reflect", "replicate", "circular"))
+    return conv_class, own
+
+
+def _try_convolution(
+    run: DryRun,
+    conv_class: type[Any],
+    own: dict[str, Any],
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    *,
+    groups: int = 1,
+    **others: Any,
+) -> nn.Module:
+    """Check one convolution in its place; return what stands for it in a dry run."""
+    if min(in_channels, out_channels) < 1:
+        raise ValueError(
+            f"a convolution would have {in_channels} channels in and {out_channels} out; `base_channels` or what else "
+            "sets the widths is too small"
+        )
+    if in_channels % groups or out_channels % groups:
+        raise ValueError(
+            f"a convolution from {in_channels} to {out_channels} channels cannot have {groups} groups; these follow "
+            "from `groups` and `radix`, the channels from `base_channels` and `base_width`"
+        )
+    run.num_weights += in_channels // groups * out_channels * kernel_size**2
+    places = {"in_channels": in_channels, "out_channels": out_channels, "kernel_size": kernel_size}
+    arguments = {"groups": groups, **others, **own}
+    if conv_class not in (nn.Conv2d, TridentConv2d):
+        run.once((conv_class, places, arguments), partial(_check_convolution, conv_class, places, arguments))
+    return run.placeholder
+
+
+def _check_convolution(conv_class: type[Any], places: dict[str, int], arguments: dict[str, Any]) -> None:
+    """Raise unless a convolution of this class can have these arguments."""
+    if not is_tried(conv_class):
+        return
+    if hasattr(conv_class, "check_arguments"):
+        conv_class.check_arguments(**places, **arguments)
+        return
+    what = f"a convolution (`conv_cfg`, `dcn` or `sac`) of type {conv_class.__name__}"
+    layer = make_foreign(conv_class, {**places, **arguments}, what)
+    side = 9
+    reach = arguments.get("dilation", 1) * (places["kernel_size"] - 1)
+    out_side = (side + 2 * arguments.get("padding", 0) - reach - 1) // arguments.get("stride", 1) + 1
+    if layer is not None and out_side > 0:
+        shape = (2, places["out_channels"], out_side, out_side)
+        check_layer_runs(layer.eval(), (2, places["in_channels"], side, side), shape, what)
 
 
 class ConvNormAct(FormatKeeper):
@@ -76,10 +149,33 @@ class ConvNormAct(FormatKeeper):
             self.add_module(self.norm_name, norm)
         self.activate = None
         if act_cfg is not None:
-            type_, rest = split_type(act_cfg, "act_cfg")
-            self.activate = construct(find_type(type_, "activation"), **rest)
+            self.activate = build_activation(act_cfg)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
         x = self.conv(x) if self.norm_name is None else conv_norm(x, self.conv, getattr(self, self.norm_name))
         return x if self.activate is None else self.activate(x)
+
+
+def build_activation(cfg: Config) -> nn.Module:
+    """Build an activation.
+
+    Args:
+        cfg: A dict with the registered ``type`` and arguments of that type's own.
+
+    Raises:
+        TypeError, KeyError, ValueError: If it is no activation's config, or an entry does not fit.
+    """
+    act_class, own = layer_type(cfg, "act_cfg", "activation")
+    check_entries("act_cfg", act_class, own, ("device", "dtype"))
+    if current_dry_run() is None:
+        layer: nn.Module = construct(act_class, **own)
+        return layer
+    if not is_tried(act_class):
+        return nn.Identity()
+    what = f"`act_cfg` of type {act_class.__name__}"
+    tried = make_foreign(act_class, own, what)
+    if tried is None:
+        return nn.Identity()
+    check_layer_runs(tried.eval(), (2, 6, 3, 4), (2, 6, 3, 4), what)
+    return tried

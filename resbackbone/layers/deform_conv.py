@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from resbackbone.checks import check_flag, check_int, check_ints
+from resbackbone.checks import check_count, check_flag, check_int, check_ints
 from resbackbone.layers.deform_operator import Backend, available_backends, check_backend, deform_conv2d
 from resbackbone.registry import MODELS, of_kind
 
@@ -88,7 +88,8 @@ class DeformConv2d(nn.Module):
         self.transposed = False
         self.output_padding = (0, 0)
         self.padding_mode = "zeros"
-        self._check()
+        self._check(in_channels, out_channels, groups, self.deform_groups, im2col_step)
+        check_backend(backend)
         check_flag("bias", bias)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
@@ -98,14 +99,36 @@ class DeformConv2d(nn.Module):
         )
         self.reset_parameters()
 
-    def _check(self) -> None:
-        for name in ("in_channels", "out_channels", "groups", "deform_groups", "im2col_step"):
-            check_int(name, getattr(self, name), low=1)
-        for channels, groups in (("in", "groups"), ("out", "groups"), ("in", "deform_groups")):
-            total, parts = getattr(self, f"{channels}_channels"), getattr(self, groups)
-            if total % parts:
-                raise ValueError(f"`{groups}` must divide `{channels}_channels` (={total}), got {parts}")
-        check_backend(self.backend)
+    @classmethod
+    def check_arguments(
+        cls,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        *,
+        groups: int = 1,
+        deform_groups: int = 1,
+        im2col_step: int = 32,
+        deformable_groups: int | None = None,
+        backend: Backend = "auto",
+        **others: Any,
+    ) -> None:
+        """Raise TypeError or ValueError where the constructor would, but build nothing."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the constructor says so
+            deform_groups = _current_name(deform_groups, deformable_groups)
+        cls._check(in_channels, out_channels, groups, deform_groups, im2col_step)
+        check_backend(backend)
+
+    @staticmethod
+    def _check(in_channels: int, out_channels: int, groups: int, deform_groups: int, im2col_step: int) -> None:
+        given = dict(locals())
+        for name, value in given.items():
+            check_count(name, value, most=2**31 - 1)
+        pairs = (("in_channels", "groups"), ("out_channels", "groups"), ("in_channels", "deform_groups"))
+        for channels, parts in pairs:
+            if given[channels] % given[parts]:
+                raise ValueError(f"`{parts}` must divide `{channels}` (={given[channels]}), got {given[parts]}")
 
     def reset_parameters(self) -> None:
         """Draw the weight anew as mmcv does, and zero the bias and the offsets."""
@@ -241,6 +264,7 @@ def _current_name(deform_groups: int, deformable_groups: int | None) -> int:
     if deformable_groups is None:
         return deform_groups
     warnings.warn("`deformable_groups` is deprecated, write `deform_groups`", FutureWarning, stacklevel=3)
+    check_int("deformable_groups", deformable_groups, low=1)
     if deform_groups not in (1, deformable_groups):
         raise ValueError(
             f"`deform_groups` (={deform_groups}) and its deprecated name `deformable_groups` (={deformable_groups}) "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from resbackbone.checks import check_number
+
 
 class DropPath(nn.Module):
     """Zero a sample's branch with probability ``drop_prob`` while training, and scale the others to keep the mean.
@@ -18,9 +20,7 @@ class DropPath(nn.Module):
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
-        if not 0.0 <= drop_prob < 1.0:
-            raise ValueError(f"`drop_prob` must be at least 0 and below 1, got {drop_prob}")
-        self.drop_prob = float(drop_prob)
+        self.drop_prob = check_number("drop_prob", drop_prob, low=0, high=1, below=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, ...)`` to the same shape; the identity in eval mode."""

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from resbackbone.checks import check_int
+from resbackbone.checks import check_count, check_int, check_number
+from resbackbone.layers.arguments import MOST_CHANNELS
 from resbackbone.registry import MODELS, of_kind
 
 
@@ -46,12 +47,12 @@ class ECALayer(nn.Module):
     ) -> None:
         super().__init__()
         check_int("in_channels", in_channels, low=1)
-        if slope <= 0:
-            raise ValueError(f"`slope` must be above 0, got {slope}")
+        check_number("slope", slope, low=0, above=True)
+        check_number("offset", offset, low=-math.inf)
         if kernel_size is None:
-            nearest = int(abs(math.log2(in_channels) + offset) / slope)
+            nearest = int(min(abs(math.log2(in_channels) + offset) / slope, MOST_CHANNELS))
             kernel_size = max(nearest + 1 - nearest % 2, 3)
-        check_int("kernel_size", kernel_size, low=1)
+        check_count("kernel_size", kernel_size, most=MOST_CHANNELS + 1)
         if kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` must be odd, got {kernel_size}; a gate looks as far to both sides")
         self.kernel_size = kernel_size

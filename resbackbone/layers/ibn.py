@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resbackbone.checks import check_int
+from resbackbone.layers.arguments import check_eps
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
 from resbackbone.registry import MODELS
@@ -44,7 +45,13 @@ class IBN(nn.Module):
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, norm_cfg: Config = BATCH_NORM) -> None:
         super().__init__()
-        check_int("num_features", num_features, low=2)
+        check_int("num_features", num_features, low=1)
+        if num_features < 2:
+            raise ValueError(
+                "`num_features` must be at least 2, got 1: one half of the channels is normalized by instance; "
+                "more `base_channels` make layers wider"
+            )
+        check_eps("eps", eps)
         self.num_instance = num_features // 2
         self.IN = make_instance_norm(self.num_instance, norm_cfg, eps=eps)
         self.BN = build_norm_layer(norm_cfg, num_features - self.num_instance)[1]

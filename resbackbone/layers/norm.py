@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from resbackbone.checks import check_int
+from resbackbone.checks import check_flag, check_int
+from resbackbone.layers.arguments import (
+    GIVEN_TO_NORMS,
+    check_entries,
+    check_eps,
+    check_norm_entries,
+    layer_type,
+)
+from resbackbone.layers.dry_run import check_layer_runs, current_dry_run, is_tried, make_foreign
 from resbackbone.layers.module import Config
-from resbackbone.registry import MODELS, construct, find_type, of_kind, split_type
+from resbackbone.registry import MODELS, construct, of_kind
 
 for _name, _norm in {
     "BN": nn.BatchNorm2d,
@@ -24,6 +33,10 @@ for _name, _norm in {
     "IN2d": nn.InstanceNorm2d,
 }.items():
     MODELS.register_module(_name, module=_norm)
+
+# Norms of feature maps, which need no trial; and those that have their arguments checked.
+_KNOWN = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
+_CHECKED = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 # The first that fits names the layer; instance norm before batch norm, which some versions derive it from.
 _ABBREVIATIONS: tuple[tuple[type, str], ...] = (
@@ -58,7 +71,7 @@ class FrozenBatchNorm2d(nn.Module):
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.num_features = num_features
-        self.eps = eps
+        self.eps = check_eps("eps", eps)
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -95,26 +108,75 @@ def build_norm_layer(cfg: Config, num_features: int, postfix: int | str = "") ->
         KeyError: If it has no ``type`` or an unknown one.
         ValueError: If a group norm has no ``num_groups``, or they do not divide the channels.
     """
-    type_, arguments = split_type(cfg, "norm_cfg")
-    arguments.setdefault("eps", 1e-5)
+    run = current_dry_run()
+    build = partial(_build, cfg, num_features)
+    name, norm = build() if run is None else run.once((cfg, num_features), build)
+    return f"{name}{postfix}", norm
+
+
+def _build(cfg: Config, num_features: int) -> tuple[str, nn.Module]:
+    """Build a norm, and say what its name begins with."""
+    norm_class, arguments = check_norm_cfg(cfg, "norm_cfg")
     requires_grad = arguments.pop("requires_grad", True)
-    norm_class = find_type(type_, "norm")
-    if norm_class is nn.GroupNorm:
-        if "num_groups" not in arguments:
-            raise ValueError(f"`norm_cfg` of type 'GN' needs `num_groups`, such as 32; got {dict(cfg)!r}")
-        num_groups = arguments["num_groups"]
-        check_int("norm_cfg['num_groups']", num_groups, low=1)
-        if num_features % num_groups:
-            raise ValueError(
-                f"`norm_cfg` asks for {num_groups} groups, which do not divide the {num_features} channels of a layer; "
-                f"choose a common divisor of all widths, got {dict(cfg)!r}"
-            )
-        norm = norm_class(num_channels=num_features, **arguments)
-    else:
+    if issubclass(norm_class, nn.GroupNorm):
+        _check_groups(cfg, arguments, num_features)
+        norm: nn.Module = norm_class(num_channels=num_features, **arguments)
+    elif current_dry_run() is None or norm_class in _KNOWN:
         norm = construct(norm_class, num_features, **arguments)
+    else:
+        norm = _try_foreign(norm_class, num_features, arguments)
     for parameter in norm.parameters():
         parameter.requires_grad = requires_grad
-    return _abbreviation(norm_class) + str(postfix), norm
+    return _abbreviation(norm_class), norm
+
+
+def check_norm_cfg(cfg: Any, argument: str) -> tuple[type[Any], dict[str, Any]]:
+    """Check what can be said of a norm's config before its channels are known.
+
+    Args:
+        cfg: As for :func:`build_norm_layer`.
+        argument: The argument that it is, for the errors.
+
+    Returns:
+        The norm's class and its arguments, with ``requires_grad``, if that is there.
+
+    Raises:
+        TypeError, KeyError, ValueError: If it is no norm's config, or an entry does not fit.
+    """
+    norm_class, arguments = layer_type(cfg, argument, "norm")
+    arguments.setdefault("eps", 1e-5)
+    check_flag(f"{argument}['requires_grad']", arguments.get("requires_grad", True))
+    entries = [key for key in arguments if key not in ("requires_grad", "eps")]
+    check_entries(argument, norm_class, entries, GIVEN_TO_NORMS)
+    if issubclass(norm_class, _CHECKED):
+        arguments = check_norm_entries(argument, arguments)
+    if issubclass(norm_class, nn.GroupNorm):
+        if "num_groups" not in arguments:
+            raise ValueError(f"`{argument}` of type 'GN' needs `num_groups`, such as 32; got {dict(cfg)!r}")
+        arguments["num_groups"] = check_int(f"{argument}['num_groups']", arguments["num_groups"], low=1)
+    return norm_class, arguments
+
+
+def _check_groups(cfg: Config, arguments: Config, num_features: int) -> None:
+    num_groups = arguments["num_groups"]
+    if num_features % num_groups:
+        raise ValueError(
+            f"`norm_cfg` asks for {num_groups} groups, which do not divide the {num_features} channels of a layer; "
+            f"choose a common divisor of all widths, got {dict(cfg)!r}"
+        )
+
+
+def _try_foreign(norm_class: Any, num_features: int, arguments: Config) -> nn.Module:
+    """Make a norm that was written for whatever, in a dry run, and see that it takes feature maps."""
+    if not is_tried(norm_class):
+        return nn.Identity()
+    what = f"`norm_cfg` of type {norm_class.__name__}"
+    norm = make_foreign(partial(norm_class, num_features), arguments, what)
+    if norm is None:
+        return nn.Identity()
+    shape = (2, num_features, 5, num_features + 7)  # no side is as long as there are channels
+    check_layer_runs(norm.eval(), shape, shape, what)
+    return norm
 
 
 def is_norm(layer: nn.Module) -> bool:

@@ -7,12 +7,16 @@ when a config first names one. Any registered module that takes ``in_channels`` 
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from resbackbone.checks import check_type
+from resbackbone.layers.arguments import check_entries, layer_type
+from resbackbone.layers.dry_run import check_layer_runs, current_dry_run, is_tried, make_foreign
 from resbackbone.layers.module import Config
-from resbackbone.registry import construct, find_type, split_type
+from resbackbone.registry import construct
 
 
 def build_plugin_layer(
@@ -33,14 +37,55 @@ def build_plugin_layer(
         TypeError: If ``cfg`` is no dict.
         KeyError: If it has no ``type`` or an unknown one.
     """
-    type_, rest = split_type(cfg, "plugin cfg")
-    plugin_class = find_type(type_, "plugin")
-    return plugin_name(cfg, postfix), construct(plugin_class, in_channels=in_channels, **kwargs, **rest)
+    plugin_class, own = check_plugin_cfg(cfg, "plugin cfg")
+    own.pop("postfix", None)
+    run = current_dry_run()
+    if run is None or plugin_class.__module__.startswith("resbackbone."):
+        return plugin_name(cfg, postfix), construct(plugin_class, in_channels=in_channels, **kwargs, **own)
+    arguments = {"in_channels": in_channels, **kwargs, **own}
+    layer = run.once((plugin_class, arguments), partial(_try_foreign, plugin_class, arguments))
+    run.num_weights += sum(parameter.numel() for parameter in layer.parameters())
+    return plugin_name(cfg, postfix), layer
+
+
+def _try_foreign(plugin_class: type[Any], arguments: dict[str, Any]) -> nn.Module:
+    """Make a plugin of a class that is not ours, in a dry run, and see that it keeps the shape of feature maps."""
+    if not is_tried(plugin_class):
+        return nn.Identity()
+    what = f"one of `plugins`, of type {plugin_class.__name__},"
+    layer = make_foreign(plugin_class, arguments, what)
+    if layer is None:
+        return nn.Identity()
+    shape = (2, arguments["in_channels"], 8, 9)
+    check_layer_runs(layer.eval(), shape, shape, what)
+    return layer
+
+
+def check_plugin_cfg(cfg: Any, argument: str) -> tuple[type[Any], dict[str, Any]]:
+    """Check what can be said of a plugin's config before its channels are known.
+
+    Args:
+        cfg: As for :func:`build_plugin_layer`; it may have an entry ``postfix``, too.
+        argument: The argument that it is, for the errors.
+
+    Returns:
+        The plugin's class and its arguments, with ``postfix``, if that is there.
+
+    Raises:
+        TypeError, KeyError: If it is no plugin's config, or its class does not know an entry.
+    """
+    plugin_class, own = layer_type(cfg, argument, "plugin")
+    check_entries(argument, plugin_class, (key for key in own if key != "postfix"), ("in_channels",))
+    postfix = own.get("postfix", "")
+    check_type(f"{argument}['postfix']", postfix, (str, int), "text or an integer")
+    if "." in str(postfix):
+        raise ValueError(f"`{argument}['postfix']` must not have a dot, got {postfix!r}: it is part of a module's name")
+    return plugin_class, own
 
 
 def plugin_name(cfg: Config, postfix: int | str = "") -> str:
     """Return the attribute name that a plugin of this config has in a block."""
-    plugin_class = find_type(split_type(cfg, "plugin cfg")[0], "plugin")
+    plugin_class = layer_type(cfg, "plugin cfg", "plugin")[0]
     return f"{getattr(plugin_class, '_abbr_', None) or _snake_case(plugin_class.__name__)}{postfix}"
 
 

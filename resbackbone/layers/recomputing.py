@@ -32,7 +32,7 @@ _Kept = list[list[tuple[Tensor, int]]]  # with the number of changes in place th
 
 def check_with_cp(with_cp: object) -> None:
     """Raise TypeError unless ``with_cp`` is True, False or "norms"."""
-    if with_cp != "norms":
+    if not (isinstance(with_cp, str) and with_cp == "norms"):
         check_type("with_cp", with_cp, bool, "True, False or 'norms'")
 
 

@@ -79,7 +79,8 @@ class SAConv2d(ConvAWS2d, nn.Conv2d):
         check_flag("use_deform", use_deform)
         check_backend(backend)
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        self._check_geometry(use_deform)
+        check_ints("padding", self.padding, low=0, length=2, why="vertical, horizontal")
+        _check_geometry(self.kernel_size, self.padding, self.dilation, use_deform)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.use_deform = use_deform
@@ -93,17 +94,25 @@ class SAConv2d(ConvAWS2d, nn.Conv2d):
             self.offset_l = nn.Conv2d(in_channels, 18, 3, stride, padding=1)
         self._reset_switching()
 
-    def _check_geometry(self, use_deform: bool) -> None:
-        check_ints("padding", self.padding, low=0, length=2, why="vertical, horizontal")
-        needed = [d * (k - 1) / 2 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        if list(self.padding) != needed:
-            raise ValueError(
-                "`padding` of a switchable atrous convolution must be `dilation` * (`kernel_size` - 1) / 2, so that "
-                f"both dilations give one size, got {self.padding} for `dilation` {self.dilation} and `kernel_size` "
-                f"{self.kernel_size}"
-            )
-        if use_deform and self.kernel_size != (3, 3):
-            raise ValueError(f"`kernel_size` must be 3 where `use_deform` is True, got {self.kernel_size}")
+    @classmethod
+    def check_arguments(
+        cls,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        *,
+        padding: Any = 0,
+        dilation: Any = 1,
+        use_deform: bool = False,
+        backend: Backend = "auto",
+        **others: Any,
+    ) -> None:
+        """Raise TypeError or ValueError where the constructor would, but build nothing."""
+        super().check_arguments(in_channels, out_channels, kernel_size, **others)
+        check_flag("use_deform", use_deform)
+        check_backend(backend)
+        sides, around, distances = (_pair(value) for value in (kernel_size, padding, dilation))
+        _check_geometry(sides, around, distances, use_deform)
 
     def _reset_switching(self) -> None:
         """Use the nearer convolution only, without context and offsets, as at the start."""
@@ -138,6 +147,21 @@ class SAConv2d(ConvAWS2d, nn.Conv2d):
             return F.conv2d(x, weight, None, stride, padding, dilation, self.groups)
         offset = (self.offset_s if factor == 1 else self.offset_l)(around)
         return deform_conv2d(x, offset, weight, stride=stride, padding=padding, dilation=dilation, backend=self.backend)
+
+
+def _check_geometry(kernel_size: Any, padding: Any, dilation: Any, use_deform: bool) -> None:
+    needed = [d * (k - 1) / 2 for d, k in zip(dilation, kernel_size, strict=True)]
+    if list(padding) != needed:
+        raise ValueError(
+            "`padding` of a switchable atrous convolution must be `dilation` * (`kernel_size` - 1) / 2, so that "
+            f"both dilations give one size, got {padding} for `dilation` {dilation} and `kernel_size` {kernel_size}"
+        )
+    if use_deform and kernel_size != (3, 3):
+        raise ValueError(f"`kernel_size` must be 3 where `use_deform` is True, got {kernel_size}")
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    return value if isinstance(value, tuple) else (value, value)
 
 
 def _times(factor: int, pair: Any) -> tuple[int, int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from resbackbone.checks import check_int
+from resbackbone.checks import check_count, check_int
+from resbackbone.layers.arguments import MOST_CHANNELS
 from resbackbone.layers.conv import ConvNormAct
 from resbackbone.registry import MODELS, of_kind
 
@@ -41,11 +42,13 @@ class SELayer(nn.Module):
         self, in_channels: int, *, ratio: int = 16, squeeze_channels: int | None = None, divisor: int = 8
     ) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("ratio", ratio), ("divisor", divisor)):
+        for name, value in (("in_channels", in_channels), ("ratio", ratio)):
             check_int(name, value, low=1)
+        check_count("divisor", divisor, most=MOST_CHANNELS)
+        if squeeze_channels is not None:
+            check_count("squeeze_channels", squeeze_channels, most=MOST_CHANNELS)
         if squeeze_channels is None:
             squeeze_channels = _round_to_multiple(in_channels // ratio, divisor)
-        check_int("squeeze_channels", squeeze_channels, low=1)
         self.global_avgpool = nn.AdaptiveAvgPool2d(1)
         self.conv1 = ConvNormAct(in_channels, squeeze_channels, 1, act_cfg={"type": nn.ReLU, "inplace": True})
         self.conv2 = ConvNormAct(squeeze_channels, in_channels, 1, act_cfg={"type": nn.Sigmoid})

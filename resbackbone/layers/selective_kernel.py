@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resbackbone.checks import check_flag, check_int
+from resbackbone.checks import check_count, check_flag, check_int
+from resbackbone.layers.arguments import MOST_CHANNELS, MOST_PARTS
 from resbackbone.layers.conv import build_conv_layer
 from resbackbone.layers.conv_norm import Sequential, conv_norm
 from resbackbone.layers.memory_format import FormatKeeper
@@ -116,9 +117,9 @@ class SelectiveKernelAttention(FormatKeeper):
         self.num_paths = num_paths
         self.norm_name, norm = build_norm_layer(norm_cfg, channels)
         check_norm_of_one_pixel(norm, norm_cfg, "selective-kernel attention")
-        self.fc_reduce = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.fc_reduce = build_conv_layer(None, in_channels, channels, 1, bias=False)
         self.add_module(self.norm_name, norm)
-        self.fc_select = nn.Conv2d(channels, in_channels * num_paths, 1, bias=False)
+        self.fc_select = build_conv_layer(None, channels, in_channels * num_paths, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the paths' sum ``(N, in_channels, H, W)`` to weights ``(N, num_paths, in_channels, 1, 1)``."""
@@ -129,7 +130,7 @@ class SelectiveKernelAttention(FormatKeeper):
 
 def check_selective_kernel(num_paths: int, reduction: int, min_channels: int, split_input: bool) -> None:
     """Raise TypeError or ValueError unless these are arguments of :class:`SelectiveKernelConv2d`."""
-    check_int("num_paths", num_paths, low=2)
+    check_count("num_paths", num_paths, low=2, most=MOST_PARTS)
     check_int("reduction", reduction, low=1)
-    check_int("min_channels", min_channels, low=1)
+    check_count("min_channels", min_channels, most=MOST_CHANNELS)
     check_flag("split_input", split_input)

@@ -90,9 +90,9 @@ class SplitAttentionConv2d(Module):
         )
         self.add_module(self.norm0_name, norm0)
         self.relu = nn.ReLU(inplace=True)
-        self.fc1 = nn.Conv2d(out_channels, channels, 1, groups=groups)
+        self.fc1 = build_conv_layer(None, out_channels, channels, 1, groups=groups)
         self.add_module(self.norm1_name, norm1)
-        self.fc2 = nn.Conv2d(channels, out_channels * radix, 1, groups=groups)
+        self.fc2 = build_conv_layer(None, channels, out_channels * radix, 1, groups=groups)
 
     def attention(self, pooled: Tensor) -> Tensor:
         """Map the means ``(N, out_channels, 1, 1)`` to weights ``(N, radix, out_channels, 1, 1)``."""
@@ -124,7 +124,7 @@ def add_up(splits: Tensor, count: int) -> Tensor:
 def check_norm_of_one_pixel(norm: nn.Module, norm_cfg: Config, layer: str) -> None:
     """Raise if ``norm``, run on maps of one pixel, would subtract each number from itself."""
     grouped = isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels
-    if grouped or (isinstance(norm, _InstanceNorm) and not norm.track_running_stats):
+    if grouped or isinstance(norm, _InstanceNorm):  # in training even with running statistics
         raise ValueError(
             f"{layer} normalises maps of one pixel, where `norm_cfg` must give each norm two channels or more, "
             f"got {dict(norm_cfg)!r}; use batch norm, or group norm with fewer groups"

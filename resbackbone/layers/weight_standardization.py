@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from resbackbone.checks import check_number
 from resbackbone.registry import MODELS
 
 
@@ -34,8 +36,16 @@ class ConvWS2d(nn.Conv2d):
 
     def __init__(self, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _check_filters(self)
-        self.eps = eps
+        _check_filters(type(self).__name__, self.in_channels, self.kernel_size, self.groups)
+        self.eps = check_number("eps", eps, low=0, high=1)
+
+    @classmethod
+    def check_arguments(
+        cls, in_channels: int, out_channels: int, kernel_size: Any, *, groups: int = 1, eps: float = 1e-5, **others: Any
+    ) -> None:
+        """Raise ValueError or TypeError where the constructor would, but build nothing."""
+        check_number("eps", eps, low=0, high=1)
+        _check_filters(cls.__name__, in_channels, kernel_size, groups)
 
     def standardized_weight(self) -> Tensor:
         """Return the filters that are convolved with, of the weight's shape."""
@@ -84,9 +94,16 @@ class ConvAWS2d(nn.Conv2d):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _check_filters(self)
+        _check_filters(type(self).__name__, self.in_channels, self.kernel_size, self.groups)
         self.register_buffer("weight_gamma", torch.ones(self.out_channels, 1, 1, 1))
         self.register_buffer("weight_beta", torch.zeros(self.out_channels, 1, 1, 1))
+
+    @classmethod
+    def check_arguments(
+        cls, in_channels: int, out_channels: int, kernel_size: Any, *, groups: int = 1, **others: Any
+    ) -> None:
+        """Raise ValueError where the constructor would, but build nothing."""
+        _check_filters(cls.__name__, in_channels, kernel_size, groups)
 
     def init_weights(self) -> None:
         """Let the standardised filters be the filters; mmengine calls this after a parent's ``init_cfg`` drew them."""
@@ -123,9 +140,10 @@ def _per_filter(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
-def _check_filters(layer: nn.Conv2d) -> None:
-    if layer.weight[0].numel() < 2:
+def _check_filters(name: str, in_channels: int, kernel_size: Any, groups: int) -> None:
+    sides = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
+    if in_channels // groups * math.prod(sides) < 2:
         raise ValueError(
-            f"{type(layer).__name__} needs filters of at least 2 numbers to standardise, got `in_channels`="
-            f"{layer.in_channels} in `groups`={layer.groups} and `kernel_size`={layer.kernel_size}; use a plain Conv2d"
+            f"{name} needs filters of at least 2 numbers to standardise, got `in_channels`={in_channels} in "
+            f"`groups`={groups} and `kernel_size`={kernel_size}; use a plain Conv2d, or more `base_channels`"
         )

@@ -5,17 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resbackbone.checks import check_choice, check_flag, check_int, check_ints, check_mapping, plain_arguments
+from resbackbone.checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_int,
+    check_ints,
+    check_mapping,
+    plain_arguments,
+)
 from resbackbone.layers import ConvNormAct, Module
+from resbackbone.layers.arguments import MOST_CHANNELS
+from resbackbone.layers.dry_run import check_memory, dry_run
+from resbackbone.layers.init_cfg import check_init_cfg
 from resbackbone.layers.module import Config, InitConfig
-from resbackbone.registry import MODELS, find_type, of_kind, split_type
+from resbackbone.registry import MODELS, of_kind
 
 XAVIER: Config = {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}  # read, never written to
 NEAREST: Config = {"mode": "nearest"}
-KINDS = {"conv_cfg": "convolution", "norm_cfg": "norm", "act_cfg": "activation"}
+MOST_OUTS = 2**5  # each halves the size
 EXTRA_SOURCES = ("on_input", "on_lateral", "on_output")
 
 
@@ -72,21 +84,22 @@ class FPN(Module):
         upsample_cfg: Config = NEAREST,
         init_cfg: InitConfig | None = XAVIER,
     ) -> None:
+        if init_cfg is not XAVIER:
+            check_init_cfg(init_cfg)
         super().__init__(init_cfg)
         self.in_channels = check_ints("in_channels", in_channels, low=1)
-        if not in_channels:
+        for index, channels in enumerate(self.in_channels):
+            check_count(f"in_channels[{index}]", channels, most=MOST_CHANNELS)
+        if not self.in_channels:
             raise ValueError("`in_channels` must name at least one feature map, got (); it is `net.out_channels`")
-        for name, value in (("out_channels", out_channels), ("num_outs", num_outs)):
-            check_int(name, value, low=1)
+        for name, value, most in (("out_channels", out_channels, MOST_CHANNELS), ("num_outs", num_outs, MOST_OUTS)):
+            check_count(name, value, most=most)
         for name, flag in (
             ("relu_before_extra_convs", relu_before_extra_convs),
             ("no_norm_on_lateral", no_norm_on_lateral),
         ):
             check_flag(name, flag)
-        check_mapping("upsample_cfg", upsample_cfg, optional=False)
-        for argument, cfg in (("conv_cfg", conv_cfg), ("norm_cfg", norm_cfg), ("act_cfg", act_cfg)):
-            if cfg is not None:
-                find_type(split_type(cfg, argument)[0], KINDS[argument])
+        _check_upsampling(upsample_cfg)
         self.out_channels = out_channels
         self.num_ins = len(self.in_channels)
         self.num_outs = num_outs
@@ -98,17 +111,27 @@ class FPN(Module):
         self.add_extra_convs = _extra_source(add_extra_convs)
         self.backbone_end_level = self._check_levels()
 
-        used = self.in_channels[start_level : self.backbone_end_level]
         layers: dict[str, Any] = {"conv_cfg": conv_cfg, "norm_cfg": norm_cfg, "act_cfg": act_cfg}
-        lateral: dict[str, Any] = {**layers, "norm_cfg": None} if no_norm_on_lateral else layers
-        self.lateral_convs = nn.ModuleList(ConvNormAct(channels, out_channels, 1, **lateral) for channels in used)
-        self.fpn_convs = nn.ModuleList(ConvNormAct(out_channels, out_channels, 3, padding=1, **layers) for _ in used)
+        in_memory = torch.get_default_device().type != "meta"
+        with dry_run() as run:
+            self._make_convs(**layers)
+        if in_memory:
+            check_memory(run.num_weights, {"in_channels": self.in_channels, "out_channels": out_channels})
+        self.lateral_convs, self.fpn_convs = self._make_convs(**layers)
+
+    def _make_convs(self, norm_cfg: Config | None, **others: Any) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """Make the convolutions of the laterals, and those of the outputs with the extra levels."""
+        used = self.in_channels[self.start_level : self.backbone_end_level]
+        out = self.out_channels
+        lateral_norm = None if self.no_norm_on_lateral else norm_cfg
+        laterals = nn.ModuleList(ConvNormAct(channels, out, 1, norm_cfg=lateral_norm, **others) for channels in used)
+        layers: dict[str, Any] = {"norm_cfg": norm_cfg, **others}
+        outputs = nn.ModuleList(ConvNormAct(out, out, 3, padding=1, **layers) for _ in used)
         if self.add_extra_convs:
-            first = (
-                self.in_channels[self.backbone_end_level - 1] if self.add_extra_convs == "on_input" else out_channels
-            )
-            for channels in [first, *[out_channels] * num_outs][: num_outs - len(used)]:
-                self.fpn_convs.append(ConvNormAct(channels, out_channels, 3, stride=2, padding=1, **layers))
+            first = self.in_channels[self.backbone_end_level - 1] if self.add_extra_convs == "on_input" else out
+            for channels in [first, *[out] * self.num_outs][: self.num_outs - len(used)]:
+                outputs.append(ConvNormAct(channels, out, 3, stride=2, padding=1, **layers))
+        return laterals, outputs
 
     def _check_levels(self) -> int:
         """Return the backbone level behind the last used one, or raise where levels and outputs do not fit."""
@@ -163,6 +186,19 @@ class FPN(Module):
         for index, conv in enumerate(self.fpn_convs[len(laterals) :]):
             x = conv(F.relu(x) if index and self.relu_before_extra_convs else x)
             outs.append(x)
+
+
+def _check_upsampling(upsample_cfg: Any) -> None:
+    """Raise unless these are arguments that interpolate maps."""
+    check_mapping("upsample_cfg", upsample_cfg, optional=False)
+    if "size" in upsample_cfg or "input" in upsample_cfg:
+        raise ValueError(f"`upsample_cfg` must not have `size` or `input`, which the maps say; got {upsample_cfg}")
+    size = {} if upsample_cfg.get("scale_factor") is not None else {"size": (4, 6)}
+    try:
+        F.interpolate(torch.empty(1, 1, 2, 3, device="meta"), **{**size, **upsample_cfg})
+    except Exception as error:  # torch has an error of its own for each argument
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"`upsample_cfg` {dict(upsample_cfg)!r} does not interpolate: {error}") from error
 
 
 def _extra_source(add_extra_convs: Any) -> str:

@@ -15,8 +15,9 @@ from resbackbone.checkpoints import load_checkpoint
 from resbackbone.checkpoints.conversion import find_backbone
 from resbackbone.checkpoints.files import check_weights
 from resbackbone.checkpoints.loading import read_tensors
-from resbackbone.checks import check_choice, check_int, check_mapping, plain_arguments
+from resbackbone.checks import check_choice, check_count, check_mapping, plain_arguments
 from resbackbone.config import construct_backbone, load_config
+from resbackbone.layers.init_cfg import check_init_cfg
 from resbackbone.layers.initialization import initialize
 from resbackbone.preprocessing import Preprocessing, preprocessing_of
 from resbackbone.registry import MODELS, find_type, of_kind, split_type
@@ -24,6 +25,7 @@ from resbackbone.training.classification.losses import CrossEntropy
 from resbackbone.training.classification.mixing import Mixing
 from resbackbone.training.running.loop import BatchTooSmall, is_too_small
 
+MOST_CLASSES = 2**20
 _WRAPPING = "state_dict."  # of a run's checkpoint
 
 
@@ -98,22 +100,23 @@ class ImageClassifier(BaseModel):
         preprocessing: Mapping[str, Any] | None = None,
         init_cfg: Any = None,
     ) -> None:
-        check_int("num_classes", num_classes, low=1)
+        check_count("num_classes", num_classes, most=MOST_CLASSES)
         check_mapping("loss", loss)
-        if loss is not None:
-            find_type(split_type(loss, "loss")[0], "loss")
         check_mapping("mixing", mixing)
         check_mapping("preprocessing", preprocessing)
-        net = construct_backbone({"norm_eval": False, **load_config(backbone).backbone})
+        check_init_cfg(init_cfg)
+        loss_module = _build_loss(loss)
+        mixer = None if mixing is None else Mixing(**mixing)
         given = None if preprocessing is None else Preprocessing(**preprocessing)
+        net = construct_backbone({"norm_eval": False, **load_config(backbone).backbone})
         usual = given or preprocessing_of(net)
         super().__init__(Normalize(usual), init_cfg)
         self.backbone = net
         self.fc = nn.Linear(net.out_channels[-1], num_classes)
         self.num_classes = num_classes
         self.classes: tuple[str, ...] | None = None
-        self.loss = CrossEntropy() if loss is None else MODELS.build(dict(loss))
-        self.mixing = None if mixing is None else Mixing(**mixing)
+        self.loss = loss_module
+        self.mixing = mixer
         self._follows_weights = given is None
 
     def init_weights(self) -> None:
@@ -212,3 +215,15 @@ class ImageClassifier(BaseModel):
             ) from error
         logits: Tensor = self.fc(features.mean((2, 3)))
         return logits
+
+
+def _build_loss(cfg: Mapping[str, Any] | None) -> nn.Module:
+    """Build the loss, before a net is built; errors name the argument."""
+    if cfg is None:
+        return CrossEntropy()
+    try:
+        find_type(split_type(cfg, "loss")[0], "loss")
+        loss: nn.Module = MODELS.build(dict(cfg))
+    except (KeyError, TypeError, ValueError) as error:
+        raise type(error)(f"`loss` {dict(cfg)!r}: {error.args[0]}") from error
+    return loss

@@ -7,6 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from resbackbone.checks import check_number
+
+_MOST = 1000  # of a beta distribution that still is one in double precision
+
 
 class Mixing:
     """Mixes each picture with the one half a batch away, and their targets in the same proportion.
@@ -20,14 +24,14 @@ class Mixing:
         cutmix: The same for the area of CutMix. Source: Yun et al., CutMix, ICCV 2019.
 
     Raises:
-        ValueError: If one is negative or both are 0.
+        TypeError, ValueError: If one is no number, negative or above 1000, or both are 0.
     """
 
     def __init__(self, *, mixup: float = 0.0, cutmix: float = 0.0) -> None:
+        self.mixup = check_number("mixup", mixup, low=-math.inf, high=_MOST)
+        self.cutmix = check_number("cutmix", cutmix, low=-math.inf, high=_MOST)
         if min(mixup, cutmix) < 0 or mixup == cutmix == 0:
             raise ValueError(f"`mixup` and `cutmix` must not be negative nor both 0, got {mixup} and {cutmix}")
-        self.mixup = mixup
-        self.cutmix = cutmix
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mix a batch.

@@ -1,0 +1,128 @@
+"""Checks of what a config gives to a layer's class, before there is a layer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from resbackbone.checks import check_flag, check_number, check_type, nearest
+from resbackbone.registry import find_type, split_type
+
+# Far beyond any net, and small enough that no product of two is beyond what torch can count.
+MOST_CHANNELS = 2**16
+MOST_BLOCKS = 2**10  # of a stage
+MOST_PIXELS = 2**10  # of a stride or a dilation
+MOST_PARTS = 2**10  # groups, splits, paths or branches of a layer
+
+# What a convolution is given by the net around it, and what a norm, so that a config cannot say it.
+GIVEN_TO_CONVOLUTIONS = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias"),
+    *("device", "dtype"),
+)
+GIVEN_TO_NORMS = ("num_features", "num_channels", "normalized_shape", "device", "dtype")
+
+
+def layer_type(cfg: Any, argument: str, kind: str) -> tuple[Any, dict[str, Any]]:
+    """Split a layer's config into its class and a new dict of the other entries.
+
+    Args:
+        cfg: The config.
+        argument: The argument that it is, for the errors.
+        kind: As for :func:`~resbackbone.registry.find_type`.
+
+    Raises:
+        TypeError: If it is no dict with text for keys, or its type is no class of this kind.
+        KeyError: If it has no ``type`` or an unknown one.
+    """
+    type_, rest = split_type(cfg, argument)
+    try:
+        layer_class = find_type(type_, kind)
+    except (KeyError, TypeError) as error:
+        raise type(error)(f"`{argument}`: {error.args[0]}") from error
+    if not (inspect.isclass(layer_class) and issubclass(layer_class, nn.Module)):
+        raise TypeError(f"`{argument}`: `type` of a {kind} must be a class of layers, got {type_!r}")
+    for key in rest:
+        check_type(f"{argument} key", key, str, "text")
+    return layer_class, rest
+
+
+def check_entries(argument: str, layer_class: type, entries: Iterable[str], given: tuple[str, ...] = ()) -> None:
+    """Raise unless a class's constructor knows all entries of its config.
+
+    Args:
+        argument: The argument that the config is, for the errors.
+        layer_class: The class.
+        entries: The config's keys but ``type``.
+        given: Names of what the net says itself, which the config must not.
+
+    Raises:
+        TypeError: If an entry is none of the constructor's, or the net's.
+    """
+    known, takes_others = parameters_of(layer_class)
+    own = [name for name in known if name not in given]
+    for key in entries:
+        if key in given:
+            raise TypeError(f"`{argument}` must not have `{key}`, which the net says of each {layer_class.__name__}")
+        if key not in known and not takes_others:
+            raise TypeError(
+                f"`{argument}` has the entry {key!r}, which {layer_class.__name__} does not know{nearest(key, own)}"
+            )
+
+
+@cache
+def parameters_of(target: type) -> tuple[Mapping[str, inspect.Parameter], bool]:
+    """Return the named parameters of a class's constructor, and whether it takes any others beside them."""
+    known: dict[str, inspect.Parameter] = {}
+    for base in inspect.getmro(target) if inspect.isclass(target) else ():
+        if base is nn.Module:
+            return known, False
+        constructor = vars(base).get("__init__")
+        if constructor is None:
+            continue
+        parameters = list(inspect.signature(constructor).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                known.setdefault(parameter.name, parameter)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return known, False
+    return known, True
+
+
+def check_eps(name: str, value: object) -> float:
+    """Return what is added to a variance as a Python number; raise unless it is above 0."""
+    return check_number(name, value, low=0, high=1, above=True)
+
+
+def check_norm_entries(argument: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that torch's norms share, as Python's own numbers; raise if one does not fit.
+
+    Args:
+        argument: The argument that the config is, for the errors.
+        entries: ``eps``, ``momentum``, ``affine`` and the like; others are passed over.
+
+    Raises:
+        TypeError, ValueError: If one is of the wrong type or out of range.
+    """
+    checks: dict[str, Callable[[str, Any], Any]] = {
+        "eps": check_eps,
+        "momentum": _check_momentum,
+        "affine": _check_flag,
+        "track_running_stats": _check_flag,
+        "bias": _check_flag,
+    }
+    return {
+        key: checks[key](f"{argument}['{key}']", value) if key in checks else value for key, value in entries.items()
+    }
+
+
+def _check_flag(name: str, value: Any) -> Any:
+    check_flag(name, value)
+    return value
+
+
+def _check_momentum(name: str, value: Any) -> float | None:
+    return None if value is None else check_number(name, value, low=0, high=1)

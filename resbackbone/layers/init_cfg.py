@@ -1,0 +1,113 @@
+"""Checks of ``init_cfg``, before anything is built: an initializer is tried on weights of a few numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resbackbone.checks import UnknownKeyError, check_number, check_type, message_of
+from resbackbone.registry import find_initializer, split_type
+
+PRETRAINED = ("Pretrained", "PretrainedInit")
+
+
+def check_init_cfg(init_cfg: Any, argument: str = "init_cfg") -> None:
+    """Raise unless ``init_cfg`` is None, an initializer's config or several, and each can draw weights.
+
+    Args:
+        init_cfg: As for :class:`~resbackbone.layers.Module`.
+        argument: The argument that it is, for the errors.
+
+    Raises:
+        TypeError: If it is none of these, or an entry is of the wrong type.
+        KeyError: If a ``type`` is missing or unknown, or a checkpoint is not named.
+        ValueError: If an initializer fails, or draws what is not finite.
+    """
+    if init_cfg is None:
+        return
+    check_type(argument, init_cfg, (Mapping, list, tuple), "a dict, a list of dicts or None")
+    single = isinstance(init_cfg, Mapping)
+    for index, cfg in enumerate([init_cfg] if single else init_cfg):
+        _check_initializer(cfg, argument if single else f"{argument}[{index}]")
+
+
+def _check_initializer(cfg: Any, name: str) -> None:
+    type_, arguments = split_type(cfg, name)
+    scope = arguments.pop("_scope_", None)
+    if str(getattr(type_, "__name__", type_)).rpartition(".")[2] in PRETRAINED:
+        _check_pretrained(arguments, name)
+        return
+    _check_layers(arguments.pop("layer", None), f"{name}['layer']")
+    overrides = arguments.pop("override", None)
+    for key, value in arguments.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            check_number(f"{name}['{key}']", value, low=-1e30, high=1e30)
+    _try(_find_initializer(type_, scope, name), arguments, name)
+    if overrides is not None:
+        check_type(f"{name}['override']", overrides, (Mapping, list), "a dict with `name`, or a list of such")
+        for override in [overrides] if isinstance(overrides, Mapping) else overrides:
+            _check_override(override, type_, arguments, f"{name}['override']")
+
+
+def _check_pretrained(arguments: Mapping[str, Any], name: str) -> None:
+    if "checkpoint" not in arguments:
+        raise UnknownKeyError(f"`{name}` of type 'Pretrained' needs a `checkpoint`: a path, a URL or a name")
+    check_type(f"{name}['checkpoint']", arguments["checkpoint"], (str, Path), "a path, a URL or a name")
+    if not str(arguments["checkpoint"]):
+        raise ValueError(f"`{name}['checkpoint']` must be a path, a URL or a name, got ''")
+    check_type(f"{name}['prefix']", arguments.get("prefix"), (str, type(None)), "text or None")
+    for key in arguments:
+        if key not in ("checkpoint", "prefix", "map_location", "override"):
+            raise TypeError(f"`{name}` has the entry {key!r}, which 'Pretrained' does not know: checkpoint, prefix")
+
+
+def _check_layers(layers: Any, name: str) -> None:
+    check_type(name, layers, (str, list, tuple, type(None)), "the name of a layer's class or a list of such")
+    for layer in layers if isinstance(layers, (list, tuple)) else ():
+        check_type(name, layer, str, "the name of a layer's class or a list of such")
+
+
+def _check_override(override: Any, type_: Any, arguments: Mapping[str, Any], name: str) -> None:
+    check_type(name, override, Mapping, "a dict with `name`")
+    own = dict(override)
+    check_type(f"{name}['name']", own.pop("name", None), str, "the name of a layer")
+    if own:
+        _check_initializer(own if "type" in own else {"type": type_, **arguments, **own}, name)
+
+
+def check_overrides(init_cfg: Any, module: nn.Module) -> None:
+    """Raise ValueError unless a module has the layers that the overrides of its ``init_cfg`` name."""
+    for cfg in [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg or ():
+        overrides = cfg.get("override") or ()
+        for override in [overrides] if isinstance(overrides, Mapping) else overrides:
+            if not hasattr(module, override["name"]):
+                raise ValueError(
+                    f"`init_cfg` has an `override` for {override['name']!r}, which is none of "
+                    f"{', '.join(name for name, _ in module.named_children())}"
+                )
+
+
+def _find_initializer(type_: Any, scope: Any, name: str) -> Any:
+    try:
+        return find_initializer(type_, scope)
+    except (KeyError, TypeError) as error:
+        raise type(error)(f"`{name}`: {message_of(error)}") from error
+
+
+def _try(initializer_class: Any, arguments: Mapping[str, Any], name: str) -> None:
+    """Raise unless an initializer fills a small layer with finite numbers; random numbers stay as they were."""
+    layer = nn.Conv1d(3, 3, 3, device="cpu")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            initializer_class(**copy.deepcopy(dict(arguments)))(layer)
+    except Exception as error:  # mmengine and torch have asserts among their errors
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        words = f"{type(error).__name__}: {error}"
+        raise kind(f"`{name}` of type {initializer_class.__name__} does not initialize: {words}") from error
+    if not all(parameter.isfinite().all() for parameter in layer.parameters()):
+        raise ValueError(f"`{name}` of type {initializer_class.__name__} draws infinite numbers or NaN")
