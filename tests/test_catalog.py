@@ -190,7 +190,10 @@ def test_names_are_brought_with_their_hash(brought, source):
     path, weights = locate(source)
     assert path == Path("there")
     assert isinstance(weights, Weights)
-    assert brought == [("https://download.pytorch.org/models/resnet18-f37072fd.pth", {"sha256_prefix": "f37072fd"})]
+    [(url, options)] = brought
+    assert url == "https://download.pytorch.org/models/resnet18-f37072fd.pth"
+    assert options["sha256_prefix"] == "f37072fd"
+    assert 46_830_571 < options["max_bytes"] < 60_000_000  # the file's length, and not much more
 
 
 def test_addresses_of_the_catalog_are_recognised(brought):
