@@ -18,6 +18,8 @@ DETECTORS = [
     pytest.param("retinanet/retinanet_r50_fpn_1x_coco", marks=SLOW),
     pytest.param("reppoints/reppoints-moment_r50_fpn-gn_head-gn_1x_coco", marks=SLOW),
     pytest.param("mask_rcnn/mask-rcnn_r50_fpn_1x_coco", marks=SLOW),
+    pytest.param("cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco", marks=SLOW),
+    pytest.param("fcos/fcos_r50-caffe_fpn_gn-head_1x_coco", marks=SLOW),
 ]
 SEGMENTORS = [
     "fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024",
