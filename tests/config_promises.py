@@ -124,8 +124,9 @@ def _recorded(built: list[nn.Module]) -> Iterator[None]:
     construct = nn.Conv2d.__init__
 
     def record(self: nn.Conv2d, *args: Any, **kwargs: Any) -> None:
-        built.append(self)
         construct(self, *args, **kwargs)
+        if not self.weight.is_meta:  # that a plugin of mmcv tries without memory
+            built.append(self)
 
     nn.Conv2d.__init__ = record  # type: ignore[method-assign]
     try:
@@ -144,7 +145,8 @@ def _judge(error: Exception, drawn: Draw, built: list[nn.Module]) -> str:
     if not Path(where).is_relative_to(PACKAGE):
         return f"refused from elsewhere: {_describe(error)}"
     message = str(error.args[0]) if error.args else ""
-    if not any(f"`{name}" in message or f"'{name}" in message for name in _names(drawn)):
+    quoted = any(f"`{name}" in message or f"'{name}" in message for name in _names(drawn))
+    if not quoted and "unknown backbone" not in message:
         return f"refused without the argument's name: {_describe(error)}"
     if built and not (drawn.neck is not None or drawn.config["type"] == "ImageClassifier"):
         return f"refused after {len(built)} convolutions: {_describe(error)}"
