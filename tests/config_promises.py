@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 import signal
 import tempfile
 import traceback
@@ -145,8 +146,8 @@ def _judge(error: Exception, drawn: Draw, built: list[nn.Module]) -> str:
     if not Path(where).is_relative_to(PACKAGE):
         return f"refused from elsewhere: {_describe(error)}"
     message = str(error.args[0]) if error.args else ""
-    quoted = any(f"`{name}" in message or f"'{name}" in message for name in _names(drawn))
-    if not quoted and "unknown backbone" not in message:
+    quoted = {name for part in re.findall(r"[`'][^`']*[`']", message) for name in re.findall(r"\w+", part)}
+    if not quoted & _names(drawn) and "unknown backbone" not in message:
         return f"refused without the argument's name: {_describe(error)}"
     if built and not (drawn.neck is not None or drawn.config["type"] == "ImageClassifier"):
         return f"refused after {len(built)} convolutions: {_describe(error)}"

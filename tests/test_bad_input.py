@@ -380,6 +380,27 @@ def test_u5_a_depth_is_an_integer(refused, case, depth):
         CLASSES[case](**{name: depth})
 
 
+INITIALIZERS = [
+    {"type": "TruncNormal", "std": "0.02"},
+    {"type": "Normal", "std": [[]]},
+    {"type": "Normal", "std": float("nan")},
+    {"type": "Constant", "val": float("inf")},
+    {"type": "Constant"},
+    {"type": "Xavier", "distribution": "gamma"},
+    {"type": "Kaiming", "layer": 5},
+    {"type": "Uniform", "a": 1, "b": 0},
+    {"type": "Pretrained"},
+    {"type": "Constant", "val": 0, "override": {"name": "nowhere"}},
+]
+
+
+@every_class
+@pytest.mark.parametrize("init_cfg", INITIALIZERS, ids=str)
+def test_u5_an_initializer_that_fails_is_refused(refused, case, init_cfg):
+    with refused((TypeError, ValueError, KeyError), "`init_cfg"):
+        CLASSES[case](**small(case), init_cfg=init_cfg)
+
+
 @every_class
 def test_u6_the_narrowest_net_runs_or_is_refused(refused, case):
     if case == "RegNet":

@@ -104,7 +104,10 @@ def _try(initializer_class: Any, arguments: Mapping[str, Any], name: str) -> Non
     layer = nn.Conv1d(3, 3, 3, device="cpu")
     try:
         with torch.random.fork_rng(devices=[]):
-            initializer_class(**copy.deepcopy(dict(arguments)))(layer)
+            initializer = initializer_class(**copy.deepcopy(dict(arguments)))
+            if hasattr(initializer, "wholemodule"):  # one of mmengine's; what another expects is not known
+                initializer.wholemodule = True
+                initializer(layer)
     except Exception as error:  # mmengine and torch have asserts among their errors
         kind = TypeError if isinstance(error, TypeError) else ValueError
         words = f"{type(error).__name__}: {error}"
