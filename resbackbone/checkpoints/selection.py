@@ -82,11 +82,20 @@ def find_candidates(names: Iterable[str], layouts: Sequence[Layout]) -> list[Can
     inside = _group(bare, prefixes)
     found = []
     for prefix, fitting in prefixes.items():
-        explained = [(_native_names(inside[prefix], layout), layout) for layout in fitting]
-        native, layout = max(explained, key=lambda item: len(item[0]))  # of equals the first
+        native, layout = _best_fit(inside[prefix], fitting)
         shared = (name for name in native if not name.endswith("num_batches_tracked") and not name.startswith("fc."))
         found.append(Candidate(layout, prefix, inside[prefix], frozenset(shared)))
     return found
+
+
+def _best_fit(bare: Mapping[str, str], layouts: Sequence[Layout]) -> tuple[frozenset[str], Layout]:
+    """Return the native names by the layout that explains most names, of equals the first, and that layout."""
+    explained = []
+    for layout in layouts:
+        explained.append((_native_names(bare, layout), layout))
+        if len(explained[-1][0]) == len(bare):  # all of them, which takes most files no further than the native layout
+            break
+    return max(explained, key=lambda item: len(item[0]))
 
 
 def _group(names: Iterable[str], prefixes: Iterable[str]) -> dict[str, dict[str, str]]:
