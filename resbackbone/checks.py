@@ -89,8 +89,7 @@ def nearest(name: object, known: Iterable[str], *, list_all: str = "", same_numb
         name: What the user wrote.
         known: The names that would have been right.
         list_all: How to see them all, such as a call or a command; without it the names are written out.
-
-        same_numbers: Whether what has other numbers in its name is no guess, being a net of another size.
+        same_numbers: Suggest only names with the same numbers, since others are nets of another size.
 
     Returns:
         ``"; did you mean 'X'? Known: ..."``, the question only where something is near.

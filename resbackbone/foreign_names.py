@@ -133,7 +133,7 @@ def argument_hint(name: str) -> str:
 
 
 def _without_gluon(name: str) -> str:
-    """Write the letter of gluon's variants, and of mmpretrain's, as timm does: resnet50_v1s is resnet50s."""
+    """Return timm's present name of a ResNet for its old one of gluon's variants: gluon_resnet50_v1s is resnet50s."""
     return re.sub(r"^gluon_(resnet\d+)_v1([bcds])$", lambda match: match[1] + match[2].replace("b", ""), name)
 
 

@@ -1,4 +1,4 @@
-"""Pictures from files to what a backbone takes: finding, decoding, resizing."""
+"""Find, decode and resize the picture files that backbones are run on."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from resbackbone.checks import check_choice, check_int
 
-# What Pillow decodes without another program, as EPS needs one; HEIF and JXL come with plugins. Where the content says
-# too little, as in those behind, the suffix has to say it, too.
+# What Pillow decodes without another program, as EPS needs one; HEIF and JXL come with plugins.
+# Formats without a signature are tried only if the suffix names them.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF", "JXL", "JPEG2000", "MPO", "PPM", "QOI")
 FORMATS_BY_SUFFIX = ("TGA", "DIB", "PCX", "SGI")
 MAX_PIXELS = 2**28  # of a picture: 3 GiB as float32
@@ -88,10 +88,12 @@ def find_images(
             if key not in seen:
                 seen.add(key)
                 names[file] = file.relative_to(path) if path.is_dir() else Path(file.name)
-    for file, reason in left_out.items() if on_left_out else ():
-        on_left_out(file, reason)  # type: ignore[misc]
-    for line in () if on_left_out else describe_left_out(left_out):
-        warnings.warn(line, stacklevel=2)
+    if on_left_out:
+        for file, reason in left_out.items():
+            on_left_out(file, reason)
+    else:
+        for line in describe_left_out(left_out):
+            warnings.warn(line, stacklevel=2)
     if len(set(names.values())) < len(names):
         common = os.path.commonpath([file.absolute().parent for file in names])
         names = {file: Path(os.path.relpath(file, common)) for file in names}
@@ -215,7 +217,7 @@ def read_image(path: str | Path, *, channels: int = 3) -> Image.Image:
 
     Args:
         path: The file.
-        channels: 3 for colour, 1 for grayscale, whatever the file has. Transparency is dropped.
+        channels: 3 for color, 1 for grayscale, whatever the file has. Transparency is dropped.
 
     Returns:
         A picture of mode "RGB" or "L", 8 bits per channel.

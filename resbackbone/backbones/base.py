@@ -38,8 +38,8 @@ class Backbone(NormEvalModule):
         self.res_layers: list[str] = []
         self._stem_info: FeatureInfo | None = None
         self._stages: list[FeatureInfo] = []
-        self._held_still: set[str] = set()  # parameters that would train, were it not for `frozen_stages`
-        self._idle: set[str] = set()  # and those that would, were it not for `out_indices`
+        self._frozen_parameters: set[str] = set()  # names of those that only `frozen_stages` keeps from training
+        self._idle: set[str] = set()  # and of those that only `out_indices` does
         write_waiting()
 
     @property
@@ -100,7 +100,7 @@ class Backbone(NormEvalModule):
 
         Args:
             stage: The module.
-            channels: Channels that it hands out.
+            channels: Channels of its output.
             stride: Input pixels per feature pixel at its output.
         """
         index = len(self._stages)
@@ -131,7 +131,7 @@ class Backbone(NormEvalModule):
         return tuple(info.stride for info in self.feature_info)
 
     def frozen_modules(self) -> Iterable[nn.Module]:
-        """Yield the modules that ``frozen_stages`` holds still."""
+        """Yield the modules that ``frozen_stages`` freezes."""
         raise NotImplementedError(f"{type(self).__name__} must say what it freezes in `frozen_modules`")
 
     def idle_modules(self) -> list[nn.Module]:
@@ -175,7 +175,7 @@ class Backbone(NormEvalModule):
                 self._idle.discard(name)
 
     def freeze(self, frozen_stages: int) -> None:
-        """Change what ``frozen_stages`` holds still; whatever that lets go trains again, as it did without it.
+        """Change ``frozen_stages``; what that unfreezes trains again, as it would without the option.
 
         An optimizer must have the parameters that begin to train, and ``DistributedDataParallel`` be made anew.
 
@@ -187,9 +187,9 @@ class Backbone(NormEvalModule):
         """
         check_int("frozen_stages", frozen_stages, low=-1, high=len(self.res_layers))
         for name, parameter in self.named_parameters():
-            if name in self._held_still:
+            if name in self._frozen_parameters:
                 parameter.requires_grad = True
-        self._held_still.clear()
+        self._frozen_parameters.clear()
         self.frozen_stages = frozen_stages
         self._rest_idle_modules()
         self.train(self.training)
@@ -202,7 +202,7 @@ class Backbone(NormEvalModule):
         for name, parameter in self.named_parameters():
             if id(parameter) in frozen and parameter.requires_grad:
                 parameter.requires_grad = False
-                self._held_still.add(name)
+                self._frozen_parameters.add(name)
 
     def train(self, mode: bool = True) -> Any:
         """Switch to training (or eval) mode; what is frozen stays in eval, and every batch norm under ``norm_eval``.

@@ -115,7 +115,7 @@ class TridentResNet(ResNet):
         )
 
     def freeze(self, frozen_stages: int) -> None:
-        """Change what ``frozen_stages``, at most 2, holds still."""
+        """Change ``frozen_stages``, which is at most 2."""
         _check_frozen_stages(frozen_stages)
         super().freeze(frozen_stages)
 

@@ -1,4 +1,4 @@
-"""Weights of anybody's into backbones, and backbones' weights into anybody's names."""
+"""Load third-party checkpoints into backbones, and convert state dicts between the key layouts of libraries."""
 
 from resbackbone.checkpoints.catalog import Weights, default_weights, find_weights, list_weights
 from resbackbone.checkpoints.conversion import convert_state_dict, detect_layout

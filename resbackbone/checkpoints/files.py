@@ -1,4 +1,4 @@
-"""Reads the file of a checkpoint, of any kind and from anybody: tensors and plain values, and nothing in it runs."""
+"""Read third-party checkpoints of any file format as tensors and plain values, without running code in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading anybody's weights into a backbone: all of them or none, with a report."""
+"""Load third-party checkpoints into backbones: all tensors or none, with a report."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def _load_torch(path: Path) -> Run:
 
 
 def _write_aoti(program: ExportedProgram, path: Path, names: Sequence[str], axes: Axes, facts: Facts) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # beside what the compiler writes, for the same reason as above
+    with tempfile.TemporaryDirectory() as folder:  # its writer, too, aborts the process where a disk is full
         package = Path(folder, "package.pt2")
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(package), inductor_configs={"aot_inductor.metadata": _texts(facts)}

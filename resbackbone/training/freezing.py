@@ -1,4 +1,4 @@
-"""Freezing and letting go of a backbone's stages in the midst of training, in whatever the model is wrapped."""
+"""Freeze and unfreeze the stages of backbones during training, also inside of ``DistributedDataParallel`` and FSDP2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from resbackbone.backbones import Backbone
 
 
 def freeze(model: nn.Module, frozen_stages: int) -> None:
-    """Change what ``frozen_stages`` holds still in a model's backbones, between two steps.
+    """Change ``frozen_stages`` of a model's backbones, between two steps.
 
     What it freezes loses its gradient, so that no optimizer moves it. The optimizer must have the parameters that are
     to train, as one over ``param_groups(model, ..., with_frozen=True)`` has.
