@@ -10,10 +10,13 @@ import math
 import numbers
 import operator
 import re
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
 from typing import Any, TypeVar, cast
 
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
+_BETWEEN = ("resbackbone", "mmengine", "torch")  # whose frames may lie between a warning and the code that it is about
 
 
 class UnknownKeyError(KeyError):
@@ -26,6 +29,14 @@ class UnknownKeyError(KeyError):
 def message_of(error: BaseException) -> str:
     """Return an error's message, that of a KeyError without the quotes that ``str`` puts around it."""
     return str(error.args[0] if isinstance(error, KeyError) and len(error.args) == 1 else error)
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, and name the line outside this package, or mmengine and torch between, that led here: the caller's."""
+    frame, level = sys._getframe(1), 2  # the one of `stacklevel=2` is whoever calls this function
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -24,6 +23,7 @@ from resbackbone.checks import (
     nearest,
     plain,
     plain_argument,
+    warn_user,
 )
 from resbackbone.foreign_names import argument_hint, find_architecture, names_weights, nearest_architecture
 from resbackbone.layers.arguments import parameters_of
@@ -85,11 +85,9 @@ def build_backbone(
     import_modules(imports)
     backbone = construct_backbone(config, **overrides)
     if checkpoint is None and isinstance(config, str) and not _is_own(config) and names_weights(config):
-        warnings.warn(
+        warn_user(
             f"{config!r} names weights, but this builds the architecture alone, with new ones; weights are loaded by "
             f"checkpoint={config!r}, or another name of `resbackbone list --weights`, a file or a URL",
-            UserWarning,
-            stacklevel=2,
         )
     if hasattr(backbone, "init_weights") and not any(p.is_meta for p in backbone.parameters()):
         backbone.init_weights()

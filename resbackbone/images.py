@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from resbackbone.checks import check_choice, check_int
+from resbackbone.checks import check_choice, check_int, warn_user
 
 # What Pillow decodes without another program, as EPS needs one; HEIF and JXL come with plugins.
 # Formats without a signature are tried only if the suffix names them.
@@ -93,7 +93,7 @@ def find_images(
             on_left_out(file, reason)
     else:
         for line in describe_left_out(left_out):
-            warnings.warn(line, stacklevel=2)
+            warn_user(line)
     if len(set(names.values())) < len(names):
         common = os.path.commonpath([file.absolute().parent for file in names])
         names = {file: Path(os.path.relpath(file, common)) for file in names}

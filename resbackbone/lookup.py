@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +21,7 @@ from typing import Any
 
 from mmengine.registry import DefaultScope, Registry
 
-from resbackbone.checks import UnknownKeyError, check_sequence, check_type
+from resbackbone.checks import UnknownKeyError, check_sequence, check_type, warn_user
 
 HOSTS = ("mmdet", "mmseg", "mmpretrain")
 # A dotted path may name a class of these, as the configs do that mmengine dumps.
@@ -65,7 +64,7 @@ def import_plugins() -> None:
         try:
             entry_point.load()
         except Exception as error:  # whatever somebody's module raises
-            warnings.warn(f"the plugin {entry_point.value!r} was left out: {error!r}", UserWarning, stacklevel=2)
+            warn_user(f"the plugin {entry_point.value!r} was left out: {error!r}")
         else:
             _imported.add(entry_point.module)
 

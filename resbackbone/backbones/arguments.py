@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -19,6 +18,7 @@ from resbackbone.checks import (
     check_number,
     check_sequence,
     check_type,
+    warn_user,
 )
 from resbackbone.features import OutIndex
 from resbackbone.layers.arguments import MOST_BLOCKS, MOST_CHANNELS, MOST_PIXELS
@@ -154,7 +154,7 @@ def _check_layer_configs(given: Mapping[str, Any]) -> None:
     for index, flag in enumerate(stages):
         check_flag(f"stage_with_dcn[{index}]", flag)
     if given["dcn"] is not None and not any(stages):
-        warnings.warn("`dcn` has no effect, as `stage_with_dcn` is False for every stage", UserWarning, stacklevel=6)
+        warn_user("`dcn` has no effect, as `stage_with_dcn` is False for every stage")
 
 
 def _check_plugins(plugins: Any, num_stages: int, block: Any) -> None:

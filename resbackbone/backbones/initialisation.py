@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
+from resbackbone.checks import warn_user
 from resbackbone.layers import Module
 from resbackbone.layers.init_cfg import check_init_cfg
 from resbackbone.layers.module import InitConfig
@@ -45,10 +45,9 @@ def check_initialisation(pretrained: Any, init_cfg: Any) -> None:
 def resolve_init_cfg(pretrained: str | None, init_cfg: InitConfig | None) -> InitConfig:
     """Return the initialisers that were asked for; else He's normal for convolutions and ones for norms."""
     if pretrained is not None:
-        warnings.warn(
+        warn_user(
             "`pretrained` is the old spelling; use init_cfg=dict(type='Pretrained', checkpoint=...)",
             FutureWarning,
-            stacklevel=5,
         )
         return {"type": "Pretrained", "checkpoint": pretrained}
     if init_cfg is not None:

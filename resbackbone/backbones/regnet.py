@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ from resbackbone.backbones.regnet_archs import ARCHS, Arch, plan_stages, resolve
 from resbackbone.backbones.res_layer import DilationStyle
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks import RegNetBottleneck
-from resbackbone.checks import check_int, plain_arguments
+from resbackbone.checks import check_int, plain_arguments, warn_user
 from resbackbone.features import OutIndex
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.recomputing import WithCp
@@ -96,9 +95,8 @@ class RegNet(ResNet):
         self.group_width, self.bot_mul, self.se_ratio = (settings[key] for key in ("group_w", "bot_mul", "se_ratio"))
         check_int("base_channels", base_channels, low=1)
         if base_channels != _BASE_CHANNELS:
-            warnings.warn(
+            warn_user(
                 f"`base_channels` (={base_channels}) does nothing in a RegNet; its widths come from `arch`",
-                stacklevel=4,
             )
         num_stages = len(self.stage_widths)
         super().__init__(sum(self.stage_blocks), base_channels=self.stage_widths[0], num_stages=num_stages, **given)

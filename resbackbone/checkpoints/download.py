@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import warnings
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -29,7 +28,7 @@ from filelock import FileLock
 
 from resbackbone.checkpoints.http_requests import TransferError, ascii_address
 from resbackbone.checkpoints.transfer import PartialDownload, complete
-from resbackbone.checks import check_int
+from resbackbone.checks import check_int, warn_user
 
 MIRROR_VARIABLE = "RESBACKBONE_MIRROR"
 MAX_BYTES = 16 * 2**30  # of a file of whose size nothing is known; the largest weights published have less than 4 GiB
@@ -73,7 +72,7 @@ def fetch(
         with FileLock(f"{target}.lock"):
             if not _is_right(target, expected):  # another process may have brought it meanwhile
                 if target.exists():
-                    warnings.warn(f"{str(target)!r} is damaged and downloaded anew", stacklevel=2)
+                    warn_user(f"{str(target)!r} is damaged and downloaded anew")
                 _download(source, target, expected, guessed=sha256_prefix is None, max_bytes=max_bytes)
     except TransferError as error:
         by_way_of = "" if source == url else f" by way of {source}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from resbackbone.checkpoints.layouts import Layout, is_native
+from resbackbone.checks import warn_user
 
 # Tensors that nearly every net of the family has: where one of them is found, a backbone begins.
 _ANCHORS = (
@@ -237,9 +237,7 @@ def warn_of_copies(what: str, prefix: str, copies: Sequence[str]) -> None:
     """Warn that a checkpoint holds copies of a backbone in other roles, and how to get them."""
     if copies:
         choices = " or ".join(f"prefix={other!r}" for other in copies)
-        warnings.warn(
+        warn_user(
             f"{what} has {len(copies) + 1} copies of these weights: the one below {prefix!r} is taken; for another one "
             f"give {choices}",
-            UserWarning,
-            stacklevel=3,
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+from resbackbone.checks import warn_user
 
 Pass = Callable[[Tensor], Any]
 _CAPTURING = threading.Lock()  # CUDA captures one graph at a time in a process
@@ -47,7 +48,7 @@ class Recorder:
                 except RuntimeError as error:
                     self._works = False
                     reason = str(error).partition("\n")[0]
-                    warnings.warn(f"no CUDA graph can be made of this net, it runs without: {reason}", stacklevel=2)
+                    warn_user(f"no CUDA graph can be made of this net, it runs without: {reason}")
         return run
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -13,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from resbackbone import processor
 from resbackbone.backbones.base import Backbone, check_images
+from resbackbone.checks import warn_user
 from resbackbone.features import FeatureInfo
 from resbackbone.inference.cuda_graph import Recorder
 from resbackbone.inference.packs import Packable, Packs
@@ -71,10 +71,9 @@ class Optimized(nn.Module):
         on_cpu = all(tensor.device.type == "cpu" for tensor in self.state_dict().values())
         if on_cpu and not processor.computes_natively(self.dtype):  # of a file from another machine
             name = str(self.dtype).removeprefix("torch.")
-            warnings.warn(
+            warn_user(
                 f"this processor has no instructions for {name} and is several times slower in it than in float32; "
                 "optimize the original anew, here",
-                stacklevel=2,
             )
 
     def __prepare_scriptable__(self) -> NoReturn:

@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import json
 import textwrap
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from resbackbone import processor
 from resbackbone.atomic_write import atomic_write
 from resbackbone.backbones.base import Backbone
-from resbackbone.checks import check_choice, check_ints, check_type
+from resbackbone.checks import check_choice, check_ints, check_type, warn_user
 from resbackbone.features import FeatureInfo
 from resbackbone.inference.copying import copy_for_inference
 from resbackbone.inference.export_formats import FORMATS, Axes, ExportFormat
@@ -103,10 +102,9 @@ def export(
     _check_path(path, form)
     _check_packages(form)
     if to == "aoti" and not processor.computes_natively(getattr(torch, dtype)):
-        warnings.warn(
+        warn_user(
             f"this processor has no instructions for {dtype}: the compiled file, which is for processors like it, will "
             "be several times slower than in float32; pass dtype='float32'",
-            stacklevel=2,
         )
     backbone = backbone_of(net)
     if levels is not None:

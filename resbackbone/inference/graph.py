@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, TypeVar
 
@@ -14,6 +13,7 @@ from torch.fx.node import Argument
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resbackbone.backbones.base import Backbone
+from resbackbone.checks import warn_user
 from resbackbone.inference.convolution import FoldedConv2d
 from resbackbone.layers import ConvAWS2d, ConvWS2d, DeformConv2d, DropPath, FrozenBatchNorm2d, SAConv2d, StdConv2d
 
@@ -199,10 +199,9 @@ def _drop_hooks(net: nn.Module) -> None:
                 hooked.append(name)
                 hooks.clear()
     if hooked:
-        warnings.warn(
+        warn_user(
             f"hooks of {type(net).__name__} are dropped, since operators run in place of its modules: "
             f"of {hooked[0]!r} and {len(hooked) - 1} others; register them on what is returned",
-            stacklevel=4,
         )
 
 

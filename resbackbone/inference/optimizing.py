@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal
 
 import torch
 from torch import nn
 
 from resbackbone import processor
-from resbackbone.checks import check_choice, check_int
+from resbackbone.checks import check_choice, check_int, warn_user
 from resbackbone.inference.convolution import FoldedConv2d, FusedConv2d
 from resbackbone.inference.copying import copy_for_inference
 from resbackbone.inference.engines import Captured, Compiled, Folded, Fused, Optimized
@@ -70,11 +69,10 @@ def _computed_dtype(net: nn.Module, dtype: torch.dtype) -> torch.dtype:
     if not _is_on_cpu(net) or processor.computes_natively(dtype):
         return dtype
     name = str(dtype).removeprefix("torch.")
-    warnings.warn(
+    warn_user(
         f"this processor has no instructions for {name} and would be several times slower in it than in float32: "
         f"{type(net).__name__} computes in float32 and returns feature maps in {name}; "
         "pass dtype='float32' if those may be float32",
-        stacklevel=3,
     )
     return torch.float32
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from resbackbone.checks import warn_user
 from resbackbone.images import find_images, read_image
 from resbackbone.inference.convolution import Convolution, FusedConv2d
 from resbackbone.inference.copying import copy_for_inference
@@ -121,7 +121,7 @@ def _read(net: nn.Module, folder: str | Path) -> Iterable[Tensor]:
         try:
             picture = read_image(path, channels=len(preprocessing.mean))
         except ValueError as error:
-            warnings.warn(f"{error}; left out", stacklevel=3)
+            warn_user(f"{error}; left out")
         else:
             count += 1
             yield preprocessing(picture)

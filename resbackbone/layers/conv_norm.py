@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
+from resbackbone.checks import warn_user
 from resbackbone.layers.folded_convolution import convolve_folded
 from resbackbone.layers.memory_format import FormatKeeper
 from resbackbone.layers.module import InitConfig, Module
@@ -51,7 +51,7 @@ def conv_norm(
 def set_folding(net: nn.Module, folding: bool) -> None:
     """Have the convolutions of a net fold the norms behind them, where :func:`conv_norm` runs both, or not."""
     if folding and not any(isinstance(layer, (_BatchNorm, FrozenBatchNorm2d)) for layer in net.modules()):
-        warnings.warn(f"folding has no effect in a {type(net).__name__} without batch norms", stacklevel=3)
+        warn_user(f"folding has no effect in a {type(net).__name__} without batch norms")
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
             layer.folds_norm = folding  # type: ignore[assignment]

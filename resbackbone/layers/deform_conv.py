@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from resbackbone.checks import check_count, check_flag, check_int, check_ints
+from resbackbone.checks import check_count, check_flag, check_int, check_ints, warn_user
 from resbackbone.layers.deform_operator import Backend, available_backends, check_backend, deform_conv2d
 from resbackbone.registry import MODELS, of_kind
 
@@ -263,7 +263,7 @@ def _pair(name: str, value: Pair, *, low: int) -> tuple[int, int]:
 def _current_name(deform_groups: int, deformable_groups: int | None) -> int:
     if deformable_groups is None:
         return deform_groups
-    warnings.warn("`deformable_groups` is deprecated, write `deform_groups`", FutureWarning, stacklevel=3)
+    warn_user("`deformable_groups` is deprecated, write `deform_groups`", FutureWarning)
     check_int("deformable_groups", deformable_groups, low=1)
     if deform_groups not in (1, deformable_groups):
         raise ValueError(
