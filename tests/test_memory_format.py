@@ -9,6 +9,7 @@ from torch import nn
 
 from resbackbone import DetectoRS_ResNet, ResNet, ResNetV1d, SharedHead
 from resbackbone.inference import optimize, quantize
+from resbackbone.integrations._mmcv import _guarded
 from resbackbone.layers import ConvNormAct
 from resbackbone.layers.conv_norm import conv_norm, set_folding
 from resbackbone.layers.memory_format import is_channels_last, to_contiguous
@@ -202,3 +203,20 @@ def test_contiguous_copies_of_large_maps_differentiate_twice():
     (grad,) = torch.autograd.grad(out, x, create_graph=True)
     (second,) = torch.autograd.grad(grad.sum(), x)
     assert torch.allclose(second, 6 * x)
+
+
+@pytest.mark.parametrize("signature", ["(input: Tensor, output: Tensor) -> None", "", "(*args, **kwargs)"])
+@pytest.mark.parametrize("num_positional", [0, 1, 2])
+def test_w11_guarded_operators_read_tensors_given_by_position_and_by_keyword(signature, num_positional):
+    def operator(*args, **kwargs):
+        given = dict(zip(("input", "output"), args, strict=False)) | kwargs
+        assert all(tensor.is_contiguous() for tensor in given.values())
+        given["output"].copy_(given["input"] + 1)
+
+    operator.__doc__ = f"operator{signature}"
+    maps = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    before, out = maps.clone(), torch.zeros_like(maps)
+    given = {"input": maps, "output": out}
+    _guarded(operator)(*list(given.values())[:num_positional], **dict(list(given.items())[num_positional:]))
+    assert torch.equal(maps, before)
+    assert torch.equal(out, before + 1)

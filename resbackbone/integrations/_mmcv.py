@@ -45,8 +45,9 @@ def _guarded(operator: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(operator)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(names, args, strict=False)) | kwargs if len(args) <= len(names) else dict(enumerate(args))
-        others = [(name, arg) for name, arg in named.items() if isinstance(arg, Tensor) and not arg.is_contiguous()]
+        positional = zip(names, args, strict=False) if len(args) <= len(names) else enumerate(args)
+        named = [*positional, *kwargs.items()]
+        others = [(name, arg) for name, arg in named if isinstance(arg, Tensor) and not arg.is_contiguous()]
         if not others:
             return operator(*args, **kwargs)
         copies = {id(arg): arg.contiguous() for _, arg in others}
