@@ -103,8 +103,6 @@ def _create(target: Path, suffix: str) -> tuple[Path, int | None]:
 
 def _lock(descriptor: int) -> bool | None:
     """Lock a file until the descriptor is closed; return False if another has locked it, None if nobody can."""
-    if _fcntl is None:
-        return None
     try:
         _fcntl.flock(descriptor, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
     except BlockingIOError:
@@ -121,15 +119,23 @@ def _unlock(descriptor: int) -> None:
 
 
 def _delete_if_abandoned(path: Path) -> None:
+    if _fcntl is None:  # Windows, where a file that is open, here or in the process that writes it, cannot be deleted
+        if _is_old(path):
+            path.unlink()
+        return
     descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     try:
         locked = _lock(descriptor)
-        if locked is None and time.time() - path.stat().st_mtime > ABANDONED_AFTER:
-            locked = True
-        if locked:  # still held, so that a process that is about to write there sees that the file is gone
+        if locked or (
+            locked is None and _is_old(path)
+        ):  # still held, so that a process that is about to write there sees that the file is gone
             path.unlink()
     finally:
         os.close(descriptor)
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.lstat().st_mtime > ABANDONED_AFTER
 
 
 def _sync(path: Path) -> None:

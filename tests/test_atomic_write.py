@@ -167,6 +167,29 @@ def test_u7_without_locks_age_decides(tmp_path, monkeypatch, locks):
     assert written(tmp_path) == [young.name, "a.pth"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="shows which files are open")
+def test_u7_where_open_files_cannot_be_deleted_age_decides_too(tmp_path, monkeypatch):
+    """As on Windows, which has no ``fcntl`` either."""
+    unlink = Path.unlink
+
+    def refuse_open(path, missing_ok=False):
+        if str(path) in map(os.path.realpath, Path("/proc/self/fd").iterdir()):
+            raise PermissionError(errno.EACCES, "open in a process", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(module, "_fcntl", None)
+    monkeypatch.setattr(Path, "unlink", refuse_open)
+    young, old, written_now = (tmp_path / f".a.0123456{digit}.writing.pth" for digit in "789")
+    long_ago = time.time() - module.ABANDONED_AFTER - 60
+    for path in (young, old, written_now):
+        path.touch()
+    with written_now.open("w"):
+        for path in (old, written_now):
+            os.utime(path, (long_ago, long_ago))
+        delete_abandoned(tmp_path)
+    assert written(tmp_path) == [young.name, written_now.name]
+
+
 def test_users_own_files_are_never_abandoned(tmp_path):
     for name in (".notes.writing.txt", ".a.0123.writing.pth", "a.01234567.writing.pth"):
         (tmp_path / name).touch()
