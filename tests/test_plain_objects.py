@@ -177,6 +177,10 @@ OBJECTS = {
 }
 
 
+class Own(nn.Module):
+    """A module of the file's author."""
+
+
 def save_torch(content, path, protocol):
     torch.save(content, path, pickle_protocol=protocol)
 
@@ -233,6 +237,19 @@ def test_r8_an_object_beside_the_weights_is_not_loaded(kind, save, weights, tmp_
         assert report.not_loaded[0].endswith(" at 'here' and 4 more")
         assert "objects of 1 other class not loaded" in report.summary()
         assert "here" in str(report)
+
+
+@pytest.mark.parametrize("net_class", [nn.Linear, nn.ReLU, nn.Sequential, nn.ModuleDict, nn.Module, ResNet, Own])
+@pytest.mark.parametrize("save", [save_torch, save_legacy])
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+def test_r8_classes_of_modules_beside_the_weights_are_not_loaded(net_class, save, weights, tmp_path):
+    """PyTorch's earlier format refers to them by persistent ids, with their source."""
+    content = {"x": net_class, "list": [net_class], net_class: 1, "state_dict": weights}
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        save(content, tmp_path / "a.pth", protocol)
+        report = load_checkpoint(ResNet(18, base_channels=4), tmp_path / "a.pth")
+        assert not report.missing
+        assert report.not_loaded == (f"{net_class.__module__}.{net_class.__qualname__} at 'x' and 2 more",)
 
 
 def test_r8_the_report_names_each_class_and_where_it_is(weights, tmp_path):
