@@ -19,6 +19,14 @@ every_class_in_time = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture
+def own_log(monkeypatch, caplog):
+    """What is logged, where no run of mmengine's has a log."""
+    monkeypatch.setattr("resbackbone.logs._mmengines_logger", lambda: None)  # that of a run in another test
+    caplog.set_level("INFO")
+    return caplog
+
+
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
     """The results of two processes."""
@@ -111,16 +119,15 @@ def test_a_group_of_one_process_on_a_cpu_trains_what_says_sync_bn(images):
     net(images)
 
 
-def test_u8_one_process_has_plain_norms_and_one_line_says_what_was_changed(shake, images, caplog):
-    caplog.set_level("INFO")
+def test_u8_one_process_has_plain_norms_and_one_line_says_what_was_changed(shake, images, own_log):
     net = shake(build(norm_cfg={"type": "SyncBN"}, norm_eval=False, frozen_stages=1))
     plain = build(norm_eval=False, frozen_stages=1)
     plain.load_state_dict(net.state_dict())
     layers, parameters = list(net.modules()), list(net.parameters())
     assert sync_batch_norms(plain) is plain
-    assert caplog.messages == []  # nothing was changed
+    assert own_log.messages == []  # nothing was changed
     assert sync_batch_norms(net) is net
-    assert caplog.messages == ["in one process 31 synchronised batch norms are plain"]
+    assert own_log.messages == ["in one process 31 synchronised batch norms are plain"]
     assert {type(norm) for norm in net.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)} == {BatchNorm}
     assert all(map(lambda old, new: old is new, layers, net.modules()))
     assert all(map(lambda old, new: old is new, parameters, net.parameters()))
@@ -129,9 +136,7 @@ def test_u8_one_process_has_plain_norms_and_one_line_says_what_was_changed(shake
     assert torch.equal(net.layer4[1].bn3.running_var, plain.layer4[1].bn3.running_var)
 
 
-def test_several_processes_synchronise_what_is_plain_and_nothing_else(monkeypatch, caplog):
-    caplog.set_level("INFO")
-
+def test_several_processes_synchronise_what_is_plain_and_nothing_else(monkeypatch, own_log):
     class WithReLU(nn.BatchNorm2d):
         def forward(self, x):
             return super().forward(x).relu()
@@ -150,10 +155,19 @@ def test_several_processes_synchronise_what_is_plain_and_nothing_else(monkeypatc
     ]
     x = torch.randn(4, 3)
     assert torch.equal(net[0].eval()(x), nn.BatchNorm1d(3).eval()(x))  # nothing to exchange, as in a frozen stage
-    assert caplog.messages == ["2 batch norms see the batches of 2 processes"]
+    assert own_log.messages == ["2 batch norms see the batches of 2 processes"]
     monkeypatch.setattr("resbackbone.training.sync_norms.num_processes", lambda: 1)
     sync_batch_norms(net)
     assert [type(layer) for layer in net[:2]] == [BatchNorm, BatchNorm]
+
+
+def test_one_process_of_several_writes_the_line_about_batch_norms(monkeypatch, own_log):
+    monkeypatch.setattr("resbackbone.training.sync_norms.num_processes", lambda: 2)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        sync_batch_norms(nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)))
+    assert own_log.messages == ["2 batch norms see the batches of 2 processes"]
 
 
 def test_a_net_without_batch_norms_is_told_nothing():

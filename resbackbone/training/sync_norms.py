@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
+from resbackbone.logs import log_info
+
 Net = TypeVar("Net", bound=nn.Module)
-_logger = logging.getLogger(__name__)
 
 
 def sync_batch_norms(net: Net) -> Net:
@@ -37,10 +37,10 @@ def sync_batch_norms(net: Net) -> Net:
         on_accelerator = any(parameter.device.type in ("cuda", "xpu") for parameter in net.parameters())
         _make(norms, nn.SyncBatchNorm if on_accelerator else SyncedBatchNorm)
         if norms:
-            _logger.info("%d batch norms see the batches of %d processes", len(norms), num_processes())
+            log_info(f"{len(norms)} batch norms see the batches of {num_processes()} processes")
     elif synchronised := [norm for norm in norms if type(norm) in _SYNCHRONISED]:
         _make(synchronised, BatchNorm)
-        _logger.info("in one process %d synchronised batch norms are plain", len(synchronised))
+        log_info(f"in one process {len(synchronised)} synchronised batch norms are plain")
     return net
 
 
