@@ -157,6 +157,8 @@ INITIALIZERS: tuple[Any, ...] = (
     {"type": "Normal", "layer": "Conv2d", "std": 0.01, "bias": 0},
     {"type": "TruncNormal", "layer": "Conv2d", "std": 0.02},
     {"type": "Uniform", "layer": "Conv2d", "a": -0.1, "b": 0.1},
+    {"type": "Kaiming", "layer": "Conv2d", "mode": "fan_in", "distribution": "uniform"},
+    {"type": "Constant", "layer": "_BatchNorm", "val": 0.5},
 )
 
 
@@ -336,12 +338,20 @@ LAYER_KEYS = {
     "arch": ("w0", "wa", "wm", "group_w", "depth", "bot_mul", "se_ratio", "rounding"),
     "act_cfg": ("type", "inplace", "dim"),
     "upsample_cfg": ("mode", "align_corners", "size", "recompute_scale_factor", "antialias"),
-    "init_cfg": ("type", "layer", "val", "std", "gain", "override", "distribution", "bias", "checkpoint"),
+    "init_cfg": ("type", "layer", "val", "std", "gain", "override", "distribution", "mode", "bias", "checkpoint"),
     "loss": ("type", "label_smoothing", "threshold"),
     "mixing": ("mixup", "cutmix"),
     "preprocessing": ("mean", "std", "order", "size"),
     "cfg": ("type", "ratio", "kernel_size", "norm_cfg", "divisor", "squeeze_channels", "in_channels", "postfix"),
 }
+# Right by their names, and wrong only once numbers are drawn; the last entry is the wrong one.
+BAD_INITIALIZERS: tuple[Config, ...] = (
+    *({"type": type_, "layer": "Conv2d", "std": std} for type_ in ("Normal", "TruncNormal") for std in (-1, "0.01")),
+    *({"type": "Kaiming", "layer": "Conv2d", "mode": mode} for mode in ("bogus", "fan", None, 0)),
+    *({"type": type_, "distribution": wrong} for type_ in ("Kaiming", "Xavier") for wrong in ("foo", "Normal", 1)),
+    *({"type": "Constant", "layer": "Conv2d", "val": val} for val in ("a", math.nan, [1], math.inf)),
+    {"type": "Uniform", "layer": "Conv2d", "a": 1, "b": -1},
+)
 TYPES = (
     *("BN", "BN1d", "BN3d", "SyncBN", "GN", "LN", "LN2d", "IN1d", "IN3d", "FrozenBN", "IBN", "Conv1d", "Conv3d"),
     *("Conv", "ConvWS", "SAC", "DCN", "DCNv2", "ReLU", "SELayer", "ContextBlock", "ResNet", "FPN", "deconv", "nearest"),
@@ -426,6 +436,9 @@ def _break_layer(rng: random.Random, holder: Config, name: str) -> tuple[Any, ..
         "loss": ({"type": "CrossEntropy"},),
         "sac": ({"type": "SAC"},),
     }
+    if name == "init_cfg" and rng.random() < 0.4:
+        holder[name] = copy.deepcopy(rng.choice(BAD_INITIALIZERS))
+        return (name, list(holder[name])[-1])
     if not holder.get(name) and name != "arch":
         holder[name] = copy.deepcopy(rng.choice(usual.get(name, ({},))))
     if name in ("dcn", "sac") and holder["type"] != "ResLayer":

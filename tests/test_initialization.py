@@ -1,5 +1,6 @@
 """``init_cfg`` of every module: which initializers it may name, and that checkpoints go through the safe reader."""
 
+import math
 import pickle
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from hostile_configs import EVIL, SPELLINGS, TINY, evil_module
 from mmengine.logging import MMLogger
-from mmengine.model import BaseModule, PretrainedInit
+from mmengine.model import BaseInit, BaseModule, PretrainedInit
 from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import nn
 
@@ -16,6 +17,7 @@ from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.blocks import BasicBlock, Bottleneck
 from resbackbone.layers import Module
 from resbackbone.layers.conv_norm import Sequential
+from resbackbone.layers.init_cfg import check_init_cfg
 from resbackbone.necks import FPN
 from resbackbone.training.classification import ImageClassifier
 
@@ -247,6 +249,64 @@ def test_s1_initializers_of_mmengine_and_of_users_work(monkeypatch):
     net.init_weights()
     assert (net.conv1.weight == 7).all()
     assert (net.layer1[0].conv1.weight == 2).all()
+
+
+BAD = {
+    "NaN": ({"type": "Constant", "val": math.nan}, "val"),
+    "text for a number": ({"type": "Constant", "val": "a"}, "val='a'"),
+    "list for a number": ({"type": "Constant", "val": [1]}, r"val=\[1\]"),
+    "text for a bias": ({"type": "Constant", "val": 1, "bias": "a"}, "bias='a'"),
+    "negative std": ({"type": "Normal", "std": -1}, "std=-1"),
+    "negative std, cut off": ({"type": "TruncNormal", "std": -1}, "std=-1"),
+    "text for std": ({"type": "Normal", "std": "0.01"}, "std='0.01'"),
+    "distribution": ({"type": "Kaiming", "distribution": "foo"}, "distribution='foo'"),
+    "distribution of Xavier": ({"type": "Xavier", "distribution": "foo"}, "distribution='foo'"),
+    "mode": ({"type": "Kaiming", "mode": "bogus"}, "mode='bogus'"),
+    "nonlinearity": ({"type": "Kaiming", "nonlinearity": "bogus"}, "nonlinearity='bogus'"),
+    "empty range": ({"type": "Uniform", "a": 1, "b": -1}, "a=1, b=-1"),
+}
+PLACES = {
+    "alone": lambda cfg: cfg,
+    "with a layer": lambda cfg: {**cfg, "layer": "Conv2d"},
+    "in a list": lambda cfg: [{"type": "Kaiming", "layer": "Conv2d"}, cfg],
+    "in an override": lambda cfg: {"type": "Constant", "val": 0, "override": {"name": "conv1", **cfg}},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("wrong", BAD)
+def test_r2_initializers_that_cannot_draw_are_refused_before_anything_is_built(wrong, place, monkeypatch):
+    cfg, named = BAD[wrong]
+    init_cfg = PLACES[place](cfg)
+    monkeypatch.setattr(nn.BatchNorm2d, "__init__", lambda *args, **kwargs: pytest.fail("something was built"))
+    refusal = pytest.raises((TypeError, ValueError), match=rf"`init_cfg.*{named}")
+    with refusal:
+        build_backbone({"type": "ResNet", "depth": 18, "base_channels": 4, "init_cfg": init_cfg})
+    with refusal:
+        fpn(init_cfg)
+    with refusal:
+        ImageClassifier({"type": "ResNet", "depth": 18, "base_channels": 4}, num_classes=2, init_cfg=init_cfg)
+
+
+def test_an_initializer_of_a_user_is_tried_on_a_convolution():
+    class Center(BaseInit):
+        """Ones in the middle of each kernel."""
+
+        def __call__(self, module):
+            for layer in module.modules():
+                if isinstance(layer, nn.Conv2d):
+                    _, _, height, width = layer.weight.shape
+                    nn.init.zeros_(layer.weight)
+                    with torch.no_grad():
+                        layer.weight[:, :, height // 2, width // 2] = torch.ones(())
+
+    state = torch.random.get_rng_state()
+    net = ResNet(18, base_channels=4, init_cfg={"type": Center})
+    net.init_weights()
+    assert (net.conv1.weight[:, :, 3, 3] == 1).all()
+    torch.random.set_rng_state(state)
+    check_init_cfg({"type": "Normal", "layer": "Conv2d"})
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_s2_what_pretrained_takes(tmp_path):

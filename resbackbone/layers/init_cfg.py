@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from resbackbone.checks import UnknownKeyError, check_number, check_type, messag
 from resbackbone.registry import find_initializer, split_type
 
 PRETRAINED = ("Pretrained", "PretrainedInit")
+_TRIED = nn.Conv2d(3, 3, 3, device="meta")  # of four dimensions, as a user's subclass may expect
 
 
 def check_init_cfg(init_cfg: Any, argument: str = "init_cfg") -> None:
@@ -101,16 +103,22 @@ def _find_initializer(type_: Any, scope: Any, name: str) -> Any:
 
 def _try(initializer_class: Any, arguments: Mapping[str, Any], name: str) -> None:
     """Raise unless an initializer fills a small layer with finite numbers; random numbers stay as they were."""
-    layer = nn.Conv1d(3, 3, 3, device="cpu")
+    layer = copy.deepcopy(_TRIED).to_empty(device="cpu")
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to warn of is said where the net is initialized
             initializer = initializer_class(**copy.deepcopy(dict(arguments)))
             if hasattr(initializer, "wholemodule"):  # one of mmengine's; what another expects is not known
                 initializer.wholemodule = True
                 initializer(layer)
     except Exception as error:  # mmengine and torch have asserts among their errors
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        words = f"{type(error).__name__}: {error}"
-        raise kind(f"`{name}` of type {initializer_class.__name__} does not initialize: {words}") from error
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        words = ": ".join(filter(None, (type(error).__name__, str(error))))
+        raise kind(
+            f"`{name}` of type {initializer_class.__name__} does not initialize with {given or 'nothing else'}: {words}"
+        ) from error
     if not all(parameter.isfinite().all() for parameter in layer.parameters()):
         raise ValueError(f"`{name}` of type {initializer_class.__name__} draws infinite numbers or NaN")
