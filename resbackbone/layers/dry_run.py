@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resbackbone.checks import UnknownKeyError
 from resbackbone.registry import construct
 
 # What has no side effects when it is made and run on the meta device.
@@ -96,13 +97,15 @@ def make_foreign(layer_class: Any, arguments: Mapping[str, Any], what: str) -> n
         The layer, on the meta device; None if it cannot be made without memory.
 
     Raises:
-        TypeError, ValueError: If its constructor raises.
+        KeyError, TypeError, ValueError: If its constructor raises.
     """
     try:
         layer: nn.Module = construct(layer_class, **arguments)
     except Exception as error:  # whatever a constructor of somebody's raises
         if is_about_meta(error):
             return None
+        if isinstance(error, UnknownKeyError):  # of a config inside it, in our words
+            raise UnknownKeyError(f"{what} cannot be built: {error}") from error
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{what} cannot be built: {type(error).__name__}: {error}") from error
     if not isinstance(layer, nn.Module):
