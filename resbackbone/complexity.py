@@ -79,7 +79,7 @@ class Complexity:
 
 
 def build_on_meta(config: BackboneSource) -> Backbone:
-    """Build a backbone of shapes only: no memory, no initialisation, no pretrained weights fetched.
+    """Build a backbone of shapes only: no memory, no initialization, no pretrained weights fetched.
 
     Args:
         config: As for :func:`resbackbone.build_backbone`, which says what is raised, too.

@@ -55,13 +55,13 @@ def build_backbone(
     imports: Sequence[str] = (),
     **overrides: Any,
 ) -> Backbone:
-    """Build a backbone and initialise its weights.
+    """Build a backbone and initialize its weights.
 
     Args:
         config: A name that :func:`list_backbones` lists, or the one of timm, torchvision, the catalog or the Hugging
             Face hub ("resnet50d", "regnet_y_3_2gf", "microsoft/resnet-50"); a path to a .yaml or .py file; or a dict
             with ``type`` and the constructor's arguments. It is not changed.
-        checkpoint: Weights to load after the initialisation: a file, a URL or a name, as for
+        checkpoint: Weights to load after the initialization: a file, a URL or a name, as for
             :func:`resbackbone.checkpoints.load_checkpoint`.
         imports: Modules of your own that register the types that the config names, such as ``["my_variant"]``. A
             config cannot name them itself: except for a .py file, it is data and imports nothing.

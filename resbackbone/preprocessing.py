@@ -52,7 +52,7 @@ class Preprocessing:
         return Preprocessing(mean=(mean,), std=(std,), size=self.size)
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """Normalise a picture.
+        """Normalize a picture.
 
         Args:
             picture: Of mode "RGB", or "L" where ``mean`` has one entry, as :func:`resbackbone.images.read_image`
@@ -81,7 +81,7 @@ UNIT_RANGE = Preprocessing(mean=(0.0,) * 3, std=(255.0,) * 3)  # from 0 to 1, as
 
 
 def preprocessing_for(*, in_channels: int, style: str) -> Preprocessing:
-    """Return the usual preprocessing: for one channel the colours' numbers, averaged.
+    """Return the usual preprocessing: for one channel the colors' numbers, averaged.
 
     Args:
         in_channels: Channels that the backbone takes.

@@ -1,4 +1,4 @@
-"""Time backbones' inference: ours as it is and optimised, beside the same net of other libraries and other runtimes.
+"""Time backbones' inference: ours as it is and optimized, beside the same net of other libraries and other runtimes.
 
 All of them run in one process, in turn, on the same images; medians are compared, not single runs. Every feature map of
 four stages is computed. ``python tools/bench_inference.py --peers torchvision,timm --docs docs/benchmarks.md``; mmdet
@@ -104,7 +104,7 @@ def onnx_file(folder: Path) -> Path:
 
 
 def quantized_onnx_file(folder: Path) -> Path:
-    """Quantise the exported net as ONNX Runtime does: bytes, one scale per channel of the weights."""
+    """Quantize the exported net as ONNX Runtime does: bytes, one scale per channel of the weights."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -240,7 +240,7 @@ def scaling(nets: dict[str, Net], threads: int, runs: int, device: str) -> dict[
 
 @torch.no_grad()
 def families(runs: int, device: str) -> dict[str, dict[str, float]]:
-    """Return seconds of other architectures, eager and optimised, at 1x224x224 and 1x480x640."""
+    """Return seconds of other architectures, eager and optimized, at 1x224x224 and 1x480x640."""
     figures = {}
     for config in FAMILIES:
         net = build_backbone(config).eval().to(device)

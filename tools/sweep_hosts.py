@@ -172,7 +172,7 @@ def randomise(net: nn.Module, seed: int = 0) -> None:
             elif name.endswith("running_var"):
                 buffer.uniform_(0.5, 1.5, generator=generator)
         for module in net.modules():
-            if hasattr(module, "weight_gamma"):  # ConvAWS, whose standardised filters are that many times as long
+            if hasattr(module, "weight_gamma"):  # ConvAWS, whose standardized filters are that many times as long
                 scale = 1 / math.sqrt(module.weight[0].numel())
                 module.weight_gamma.uniform_(0.5 * scale, 1.5 * scale, generator=generator)
                 module.weight_beta.normal_(0, 0.01, generator=generator)

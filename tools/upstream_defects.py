@@ -77,7 +77,7 @@ DEFECTS = {
     2: Defect("`fallback_on_stride` is taken out of the caller's config, so that one block falls back"),
     3: Defect("`zero_init_residual` is ignored for subclassed blocks and beside `init_cfg`"),
     4: Defect("Plugins are built for a width that they do not meet"),
-    5: Defect("The last stage of TridentNet is not initialised"),
+    5: Defect("The last stage of TridentNet is not initialized"),
     6: Defect("The last stage of TridentNet fails under `with_cp`, and its `dcn` is dropped"),
     7: Defect("RegNet changes the expansion of every other bottleneck, and cannot freeze a deep stem"),
     8: Defect("DetectoRS draws what should start at zero, and builds its layers twice"),

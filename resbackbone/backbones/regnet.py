@@ -1,4 +1,4 @@
-"""RegNet: bottlenecks whose widths follow a quantised line, with (Y) or without (X) squeeze-and-excitation."""
+"""RegNet: bottlenecks whose widths follow a quantized line, with (Y) or without (X) squeeze-and-excitation."""
 
 from __future__ import annotations
 

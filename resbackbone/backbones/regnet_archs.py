@@ -117,7 +117,7 @@ def _is_finite(value: float) -> bool:
 
 
 def plan_stages(settings: Arch) -> tuple[tuple[int, int], ...]:
-    """Compute the stages of a RegNet: blocks whose widths follow a line, quantised.
+    """Compute the stages of a RegNet: blocks whose widths follow a line, quantized.
 
     Args:
         settings: What :func:`resolve_arch` returns.

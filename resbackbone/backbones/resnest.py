@@ -28,7 +28,7 @@ class ResNeSt(ResNeXt, ResNetV1d):
         reduction_factor: How many channels make one channel of the attention.
         avg_down_stride: Stride by average pooling over 3x3 pixels beside the split attention instead of in it.
         avd_first: Pool in front of the split attention, the paper's "fast" setting, instead of behind it.
-        kwargs: As for :class:`ResNetV1d`. ``norm_cfg`` must not be instance norm: it has one pixel to normalise in
+        kwargs: As for :class:`ResNetV1d`. ``norm_cfg`` must not be instance norm: it has one pixel to normalize in
             the attention.
 
     Raises:

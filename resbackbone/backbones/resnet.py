@@ -65,7 +65,7 @@ class ResNet(Backbone):
             convolutions, which is most of the memory and little of the time.
         zero_init_residual: Start with the last norm of each block at zero, so that the block is the identity.
         pretrained: Old spelling of ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
-        init_cfg: How ``init_weights()`` initialises; None for He's normal and norms at one.
+        init_cfg: How ``init_weights()`` initializes; None for He's normal and norms at one.
         multi_grid: Dilation of each block of the last stage, in place of that stage's dilation.
         contract_dilation: Halve the dilation of each stage's first block.
         dilation_style: What a dilated stage does beside dilating the convolution that would stride: "openmmlab",
@@ -290,7 +290,7 @@ class ResNet(Backbone):
         return [[next(rates) for _ in range(num_blocks)] for num_blocks in self.stage_blocks]
 
     def _block_init_cfg(self) -> Config | None:
-        """How each block ends its initialisation: with its last norm at zero, unless that norm could never leave it."""
+        """How each block ends its initialization: with its last norm at zero, unless that norm could never leave it."""
         if not self.zero_init_residual or find_type(self.norm_cfg["type"], "norm") is FrozenBatchNorm2d:
             return None
         for last_norm in ("norm3", "norm2"):
@@ -360,7 +360,7 @@ class ResNet(Backbone):
         """Compute the feature maps.
 
         Args:
-            x: Images ``(N, in_channels, H, W)``, normalised as the weights expect.
+            x: Images ``(N, in_channels, H, W)``, normalized as the weights expect.
 
         Returns:
             One ``(N, C, H/s, W/s)`` per entry of ``feature_info``, in its order.

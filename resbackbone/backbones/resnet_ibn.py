@@ -1,4 +1,4 @@
-"""IBN-Net: ResNets whose early stages normalise each image by itself, so that they see less of its style."""
+"""IBN-Net: ResNets whose early stages normalize each image by itself, so that they see less of its style."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from resbackbone.registry import MODELS
 class ResNetIBN(ResNet):
     """ResNet with instance norm in its early stages. Its keys are those of XingangPan/IBN-Net.
 
-    IBN-a normalises half of the channels behind each first convolution of the first three stages by instance. IBN-b
-    normalises so in the stem, in place of batch norm, and behind the last sum of the first two stages.
+    IBN-a normalizes half of the channels behind each first convolution of the first three stages by instance. IBN-b
+    normalizes so in the stem, in place of batch norm, and behind the last sum of the first two stages.
 
     Args:
         depth: As for :class:`~resbackbone.ResNet`.

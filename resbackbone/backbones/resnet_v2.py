@@ -23,7 +23,7 @@ class ResNetV2(ResNet):
     The features are those of timm with ``features_only=True``: the sums, before the norm and ReLU that the next stage
     or the final norm begins with. They are negative in parts, and of a scale that grows from stage to stage.
 
-    BiT is this with group norm and weight standardisation, ``norm_cfg=dict(type="GN", num_groups=32)`` and
+    BiT is this with group norm and weight standardization, ``norm_cfg=dict(type="GN", num_groups=32)`` and
     ``conv_cfg=dict(type="StdConv2d", eps=1e-8)``, and with ``zero_padded_pool=True``. Its width factor is
     ``base_channels``: 64, 128 (x2), 192 (x3), 256 (x4).
 
@@ -38,7 +38,7 @@ class ResNetV2(ResNet):
 
     Raises:
         KeyError, TypeError, ValueError: As for :class:`~resbackbone.ResNet`; also if ``final_norm`` meets
-            ``out_indices`` without the last stage, or ``zero_init_residual`` weight standardisation, which would
+            ``out_indices`` without the last stage, or ``zero_init_residual`` weight standardization, which would
             divide zero by almost zero.
 
     Source: He et al., Identity Mappings in Deep Residual Networks, arXiv:1603.05027; Kolesnikov et al., Big Transfer
@@ -114,7 +114,7 @@ class ResNetV2(ResNet):
         return super().make_res_layer(shortcut_norm=False, **kwargs)
 
     def _block_init_cfg(self) -> Config | None:
-        """How each block ends its initialisation; a norm at zero would stay there, as no gradient passes its ReLU."""
+        """How each block ends its initialization; a norm at zero would stay there, as no gradient passes its ReLU."""
         if not self.zero_init_residual:
             return None
         return {"type": "Constant", "val": 0, "override": {"name": f"conv{self.block.num_convs}"}}
@@ -123,7 +123,7 @@ class ResNetV2(ResNet):
         """Compute the feature maps.
 
         Args:
-            x: Images ``(N, in_channels, H, W)``, normalised as the weights expect.
+            x: Images ``(N, in_channels, H, W)``, normalized as the weights expect.
 
         Returns:
             One ``(N, C, H/s, W/s)`` per entry of ``feature_info``, in its order.

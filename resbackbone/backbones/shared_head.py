@@ -39,11 +39,11 @@ class SharedHead(NormEvalModule):
         dilation: Dilation of the stage, in pixels.
         style: Where a bottleneck strides: "pytorch" in the 3x3, "caffe" in the first 1x1.
         norm_cfg: Config of the norms.
-        norm_eval: Keep every batch norm in eval mode, synchronised ones too.
+        norm_eval: Keep every batch norm in eval mode, synchronized ones too.
         with_cp: As for :class:`~resbackbone.ResNet`.
         dcn: Config of the deformable convolutions.
         pretrained: Old spelling of ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
-        init_cfg: How ``init_weights()`` initialises; None for He's normal and norms at one.
+        init_cfg: How ``init_weights()`` initializes; None for He's normal and norms at one.
         fold_frozen_norms: As for :class:`~resbackbone.ResNet`.
 
     Raises:

@@ -34,7 +34,7 @@ def adapt(tensors: dict[str, Tensor], net: nn.Module, expected: Preprocessing, *
         tensors: By native key; not changed.
         net: The net that they are for.
         expected: What they expect of an image of three channels, or of one.
-        absorb: Whether they shall take images normalised as torchvision's.
+        absorb: Whether they shall take images normalized as torchvision's.
     """
     tensors = dict(tensors)
     rename_old_offsets(net, tensors)
@@ -59,7 +59,7 @@ def adapt(tensors: dict[str, Tensor], net: nn.Module, expected: Preprocessing, *
 
 
 def _expected_of(channels: int, *, trained: int, usual: Preprocessing) -> Preprocessing | None:
-    """What a net of so many channels expects; only of colors and gray does anybody say it."""
+    """Return the preprocessing for so many channels; it is known for three and one alone."""
     if channels == 1 and trained in (1, 3):
         return usual.gray()
     return usual if channels == trained == 3 else None

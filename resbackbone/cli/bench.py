@@ -1,4 +1,4 @@
-"""``resbackbone bench``: how fast a backbone is on this machine, as it is and optimised."""
+"""``resbackbone bench``: how fast a backbone is on this machine, as it is and optimized."""
 
 from __future__ import annotations
 

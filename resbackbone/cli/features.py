@@ -42,7 +42,7 @@ class Extractor:
     Attributes:
         about: Lines that say where the weights are from, and what the user may not expect.
         title: The weights in a few words, with the config's name.
-        in_channels: Of the pictures: 3 for colour, 1 for grayscale.
+        in_channels: Of the pictures: 3 for color, 1 for grayscale.
         levels: Name and stride of each output, finest first.
         one_by_one: Whether a batch must be of one picture, because those of a batch would influence each other.
         settings: What the features of a picture depend on, as JSON has it.
@@ -113,7 +113,7 @@ class Extractor:
         return torch.float32
 
     def _prepare(self, model: nn.Module, backend: Any) -> nn.Module:
-        """Return what computes: the model optimised, or as it is in the dtype."""
+        """Return what computes: the model optimized, or as it is in the dtype."""
         self.settings["backend"] = backend
         if backend != "plain":
             try:
@@ -127,7 +127,7 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> list[Features]:
-        """Compute the feature maps of pictures, normalised, ``(N, in_channels, H, W)``; one entry for each."""
+        """Compute the feature maps of pictures, normalized, ``(N, in_channels, H, W)``; one entry for each."""
         outputs = self.model(images.to(self.device, self.computed_dtype))
         outputs = [output.to(self.dtype).cpu() for output in outputs]
         return [

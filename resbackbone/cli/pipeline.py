@@ -52,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A picture, its normalised pixels, ``(1, C, H, W)``, and the record for its results."""
+    """A picture, its normalized pixels, ``(1, C, H, W)``, and the record for its results."""
 
     job: Job
     picture: Image.Image

@@ -70,7 +70,7 @@ def draw_pyramid(picture: Image.Image, *, levels: Sequence[Level], title: str) -
 
 
 def heat_colours(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Map numbers in 0-1, ``(...)``, to colours, ``(..., 3)``, dark to light."""
+    """Map numbers in 0-1, ``(...)``, to colors, ``(..., 3)``, dark to light."""
     stops = np.linspace(0, 1, len(ANCHORS))
     channels = [np.interp(values, stops, [anchor[channel] for anchor in ANCHORS]) for channel in range(3)]
     colours: NDArray[np.uint8] = np.stack(channels, axis=-1).round().astype(np.uint8)

@@ -22,7 +22,7 @@ def measure(
     cfg_options: Overrides = None,
     imports: Imports = None,
 ) -> None:
-    """Measure a classifier's accuracy: one of `resbackbone train`, or anybody's with its fc."""
+    """Measure a classifier's accuracy: one of `resbackbone train`, or a third-party checkpoint with an fc."""
     from mmengine.dist import is_main_process
 
     from resbackbone.training.classification import ClassesHook, ImageClassifier

@@ -1,4 +1,4 @@
-"""Post-training static quantisation: convolutions of bytes instead of floating-point numbers.
+"""Post-training static quantization: convolutions of bytes instead of floating-point numbers.
 
 Activations are on one grid per tensor, weights on one per output channel. Source: Jacob et al., "Quantization and
 Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018.
@@ -56,7 +56,7 @@ def quantize(
 
     Args:
         net: As for :func:`~resbackbone.inference.optimize`; it stays as it is.
-        pictures: What to measure ranges on: a folder of pictures, normalised as
+        pictures: What to measure ranges on: a folder of pictures, normalized as
             :func:`~resbackbone.preprocessing.preprocessing_of` says, of which one that cannot be read is left out with
             a warning; or images as the net takes them, one or several tensors ``(N, in_channels, H, W)``. A hundred
             like those to come are plenty. Or the ``ranges`` of a net that was quantized before, to measure nothing.

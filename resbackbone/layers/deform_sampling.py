@@ -58,7 +58,7 @@ def _sample(x: Tensor, offset: Tensor, mask: Tensor | None, kernel_size: Sequenc
     rows, columns = (_kernel_positions(axis, out_size[axis], kernel_size[axis], geometry, shift) for axis in (0, 1))
     top, down = _split(shift[0] + rows[:, None, :, None, None], height)
     left, right = _split(shift[1] + columns[:, None, :, None], width)
-    # A border of zeros, one pixel wide, gives every position four neighbours.
+    # A border of zeros, one pixel wide, gives every position four neighbors.
     height, width = height + 2, width + 2
     table = F.pad(x.to(dtype).permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     table = table.reshape(images * height * width * groups, channels // groups)

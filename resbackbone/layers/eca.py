@@ -1,4 +1,4 @@
-"""Efficient channel attention: each channel weighed by what its neighbours average to."""
+"""Efficient channel attention: each channel weighed by what its neighbors average to."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ECALayer(nn.Module):
 
     Args:
         in_channels: Channels of the feature map.
-        kernel_size: How many neighbouring channels a gate looks at, an odd number; None for the odd number next to
-            ``(log2(in_channels) + offset) / slope``, but 3 at least, since one alone sees no neighbour.
+        kernel_size: How many neighboring channels a gate looks at, an odd number; None for the odd number next to
+            ``(log2(in_channels) + offset) / slope``, but 3 at least, since one alone sees no neighbor.
         slope: The paper's gamma.
         offset: The paper's b.
 

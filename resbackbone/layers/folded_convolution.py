@@ -26,8 +26,8 @@ def convolve_folded(
 
     Args:
         x: ``(N, in_channels, H, W)``. On a CPU the computation is in channels_last, whatever ``x`` is.
-        conv: A plain convolution, or one that standardises its weights.
-        norm: A batch norm that normalises by its running statistics.
+        conv: A plain convolution, or one that standardizes its weights.
+        norm: A batch norm that normalizes by its running statistics.
         dilation: In place of the convolution's dilation and padding, in pixels.
         shortcut: ``(N, out_channels, H', W')``; None for nothing.
 

@@ -1,4 +1,4 @@
-"""Instance-batch normalisation: instance norm for one half of the channels, batch norm for the other."""
+"""Instance-batch normalization: instance norm for one half of the channels, batch norm for the other."""
 
 from __future__ import annotations
 

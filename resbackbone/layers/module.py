@@ -1,7 +1,7 @@
-"""The base of every module here: an ``nn.Module`` that follows mmengine's initialisation protocol.
+"""The base of every module here: an ``nn.Module`` that follows mmengine's initialization protocol.
 
 mmengine's own ``BaseModule`` is not inherited from, because importing it costs most of a second; it is asked to do the
-work the first time weights are initialised.
+work the first time weights are initialized.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Module(FormatKeeper):
     """An ``nn.Module`` with an ``init_cfg`` that ``init_weights()`` carries out.
 
     Args:
-        init_cfg: One or several initialisers as mmengine describes them, such as ``dict(type="Kaiming",
+        init_cfg: One or several initializers as mmengine describes them, such as ``dict(type="Kaiming",
             layer="Conv2d")``. They run before those of the children, ``type="Pretrained"`` after everything else.
             The dict is copied.
     """

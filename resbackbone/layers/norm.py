@@ -1,4 +1,4 @@
-"""Normalisation layers built from a config, and the batch norm whose statistics never move."""
+"""Normalization layers built from a config, and the batch norm whose statistics never move."""
 
 from __future__ import annotations
 

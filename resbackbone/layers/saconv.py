@@ -28,7 +28,7 @@ torch.fx.wrap("_mirror")
 class SAConv2d(ConvAWS2d, nn.Conv2d):
     """A convolution that decides at every pixel between its dilation and three times that.
 
-    Both convolutions share a standardised weight but for ``weight_diff``, which starts at zero. What the whole map
+    Both convolutions share a standardized weight but for ``weight_diff``, which starts at zero. What the whole map
     holds on average is added before and after them. A new layer uses the nearer convolution only.
 
     Args:

@@ -35,13 +35,13 @@ class SelectiveKernelConv2d(FormatKeeper):
         min_channels: The fewest channels that the attention has, the paper's L.
         split_input: Give each path its share of the channels that come in, instead of all.
         conv_cfg: Config of the paths' convolutions, deformable ones included.
-        norm_cfg: Config of the norms. That of the attention normalises maps of one pixel.
+        norm_cfg: Config of the norms. That of the attention normalizes maps of one pixel.
 
     Shapes:
         ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H/stride), ceil(W/stride))``.
 
     Raises:
-        ValueError: If the paths cannot share the channels, or the attention's norm would have one number to normalise.
+        ValueError: If the paths cannot share the channels, or the attention's norm would have one number to normalize.
 
     Source: Li et al., Selective Kernel Networks, arXiv:1903.06586, section 3.1; ``split_input`` is timm's.
 

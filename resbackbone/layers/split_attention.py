@@ -32,14 +32,14 @@ class SplitAttentionConv2d(Module):
         radix: How many convolutions; with 1 the weights are gates from 0 to 1, otherwise they sum to 1 over the radix.
         reduction_factor: The attention has ``in_channels * radix // reduction_factor`` channels, but 32 at least.
         conv_cfg: Config of ``conv``, deformable ones included; the attention's convolutions are plain.
-        norm_cfg: Config of both norms. The second normalises maps of one pixel.
+        norm_cfg: Config of both norms. The second normalizes maps of one pixel.
 
     Shapes:
         ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``, as a convolution of these arguments.
 
     Raises:
         ValueError: If ``groups`` does not divide the attention's channels, or its norm would have one number to
-            normalise, as instance norm has on one pixel.
+            normalize, as instance norm has on one pixel.
 
     Source: Zhang et al., ResNeSt: Split-Attention Networks, arXiv:2004.08955, figure 2 and section 3.1.
 

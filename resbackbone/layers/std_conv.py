@@ -1,4 +1,4 @@
-"""Weight standardisation as BiT has it."""
+"""Weight standardization as BiT has it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolutions whose weights are standardised, filter by filter, each time they are used."""
+"""Convolutions whose weights are standardized, filter by filter, each time they are used."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class ConvAWS2d(nn.Conv2d):
         _check_filters(cls.__name__, in_channels, kernel_size, groups)
 
     def init_weights(self) -> None:
-        """Let the standardised filters be the filters; mmengine calls this after a parent's ``init_cfg`` drew them."""
+        """Let the standardized filters be the filters; mmengine calls this after a parent's ``init_cfg`` drew them."""
         mean, deviation = _mean_and_deviation(self.weight.detach())
         self.weight_beta.copy_(mean)
         self.weight_gamma.copy_(deviation)

@@ -19,7 +19,7 @@ def fold_frozen_norms(net: Net, enabled: bool = True) -> Net:
     A batch norm in eval mode (``norm_eval=True``, frozen stages, ``net.eval()``) and :class:`FrozenBatchNorm2d
     <resbackbone.layers.FrozenBatchNorm2d>` are affine maps. Folded into the convolution they cost nothing, and what
     goes in between is not kept for the backward pass. Gradients of weight, gamma and beta are the same up to rounding.
-    Each norm is asked in each pass: one in train mode normalises by the batch, as ever.
+    Each norm is asked in each pass: one in train mode normalizes by the batch, as ever.
 
     Modules, parameters and keys stay what they are, so that optimizers, checkpoints, ``with_cp``, autocast,
     ``torch.compile`` and wrappers for several processes see the same net. What relies on a layer being called, such as

@@ -120,12 +120,12 @@ class ImageClassifier(BaseModel):
         self._follows_weights = given is None
 
     def init_weights(self) -> None:
-        """Initialise the weights, and take over what pretrained ones expect of a picture."""
+        """Initialize the weights, and take over what pretrained ones expect of a picture."""
         initialize(self, super().init_weights)
         self._follow_weights()
 
     def load_weights(self, source: str | Path) -> None:
-        """Load all weights, of backbone and ``fc``: of a run of this library, or of anybody who publishes both.
+        """Load all weights, of backbone and ``fc``: of a run of this library, or of a third party that publishes both.
 
         Args:
             source: As for :func:`~resbackbone.checkpoints.load_checkpoint`.

@@ -35,7 +35,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         transforms: Configs of transforms, or callables of a picture and a ``random.Random``. They must make all
             pictures of one size.
         classes: The subfolders that count, in the order of their labels; None for all, sorted by name.
-        channels: 3 for colour, 1 for grayscale.
+        channels: 3 for color, 1 for grayscale.
         allow_empty: Whether those of ``classes`` without a folder or pictures keep their labels, and have no pictures.
         unreadable: What becomes of a picture that cannot be read: "raise" ends the run with its name; "replace" warns
             with its name and shows the next one that can be read.

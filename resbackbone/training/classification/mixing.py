@@ -62,7 +62,7 @@ def _beta(alpha: float) -> float:
 
 
 def _cutmix(images: Tensor, share: float) -> tuple[Tensor, float]:
-    """Put a rectangle of the other picture, with that share of the area, where its centre falls; cut at the border."""
+    """Put a rectangle of the other picture, with that share of the area, where its center falls; cut at the border."""
     height, width = images.shape[2:]
     side = math.sqrt(share)
     top, bottom = _span(height, side)

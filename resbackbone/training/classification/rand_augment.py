@@ -1,4 +1,4 @@
-"""RandAugment: a few strong changes of geometry and colour, drawn from a list."""
+"""RandAugment: a few strong changes of geometry and color, drawn from a list."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class FSDP2(nn.Module):
     For ``model_wrapper_cfg = dict(type="FSDP2")``. Checkpoints are the same as without it.
 
     Args:
-        module: The model. Its weights are initialised, as tensors that are spread out cannot be drawn.
+        module: The model. Its weights are initialized, as tensors that are spread out cannot be drawn.
         **options: As for ``torch.distributed.fsdp.fully_shard``.
 
     Source: Zhao et al., PyTorch FSDP, VLDB 2023.

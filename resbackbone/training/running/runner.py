@@ -188,7 +188,7 @@ class ResumableRunner(Runner):
         return loader
 
     def prepare(self) -> None:
-        """Find the data and initialise the weights: where most mistakes of a config show, before training begins."""
+        """Find the data and initialize the weights: where most mistakes of a config show, before training begins."""
         _ = self.train_loop, self.val_loop
         self._init_model_weights()
 

@@ -28,7 +28,7 @@ class Draw(NamedTuple):
 
 
 def derive_seed(*parts: int) -> int:
-    """Make one seed of several numbers, such that neighbours have nothing in common.
+    """Make one seed of several numbers, such that neighbors have nothing in common.
 
     Returns:
         A number below 2**32, the most that NumPy takes.

@@ -1,4 +1,4 @@
-"""Synchronised batch norms in mmengine's runner."""
+"""Synchronized batch norms in mmengine's runner."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ class SyncBatchNormHook(Hook):
     """
 
     def before_train(self, runner: Any) -> None:
-        """Synchronise the batch norms, or make them plain where there is one process."""
+        """Synchronize the batch norms, or make them plain where there is one process."""
         sync_batch_norms(runner.model)
