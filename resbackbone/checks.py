@@ -146,15 +146,21 @@ def check_int(name: str, value: object, *, low: int, high: int | None = None) ->
 
 
 def check_number(
-    name: str, value: object, *, low: float, high: float = math.inf, above: bool = False, below: bool = False
+    name: str,
+    value: object,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+    below: bool = False,
 ) -> float:
     """Return ``value`` as a Python number.
 
     Args:
         name: The argument's name.
         value: An integer or a floating-point number, of Python or of numpy; no bool.
-        low: The least that it may be.
-        high: The most that it may be.
+        low: The least that it may be, if there is one.
+        high: The most that it may be, if there is one.
         above: Whether ``low`` itself is too little.
         below: Whether ``high`` itself is too much.
 
@@ -162,19 +168,27 @@ def check_number(
         TypeError: If it is no number.
         ValueError: If it is out of range, infinite or NaN.
     """
-    bounds = [f"above {low:g}" if above else f"at least {low:g}"]
-    if high != math.inf:
-        bounds.append(f"below {high:g}" if below else f"at most {high:g}")
-    allowed = " and ".join(bounds)
-    check_type(name, value, numbers.Real, f"a number, {allowed}")
+    allowed = _range_in_words(low, high, above, below)
+    check_type(name, value, numbers.Real, ", ".join(filter(None, ("a number", allowed))))
     try:
         number = float(value)  # type: ignore[arg-type]
     except OverflowError:
         number = math.inf
     fits = math.isfinite(number) and low <= number <= high
     if not fits or (above and number == low) or (below and number == high):
-        raise ValueError(f"`{name}` must be {allowed}, got {value}")
+        raise ValueError(f"`{name}` must be {allowed or 'finite'}, got {value}")
     return number
+
+
+def _range_in_words(low: float, high: float, above: bool, below: bool) -> str:
+    if math.isfinite(low) and math.isfinite(high) and not (above or below):
+        return f"from {low:g} to {high:g}"
+    bounds = []
+    if math.isfinite(low):
+        bounds.append(f"above {low:g}" if above else f"at least {low:g}")
+    if math.isfinite(high):
+        bounds.append(f"below {high:g}" if below else f"at most {high:g}")
+    return " and ".join(bounds)
 
 
 def check_count(name: str, value: object, *, most: int, low: int = 1) -> int:
@@ -226,9 +240,14 @@ def check_sequence(name: str, value: object, *, length: int | None = None, why: 
     return tuple(entries)
 
 
-def check_ints(name: str, value: object, *, low: int, length: int | None = None, why: str = "") -> tuple[int, ...]:
-    """Return ``value`` as a tuple of integers, each at least ``low``; raises as the checks above do."""
+def check_ints(
+    name: str, value: object, *, low: int, most: int | None = None, length: int | None = None, why: str = ""
+) -> tuple[int, ...]:
+    """Return ``value`` as a tuple of integers, each in ``low..most``; raises as the checks above do."""
     numbers = check_sequence(name, value, length=length, why=why)
     for index, number in enumerate(numbers):
-        check_int(f"{name}[{index}]", number, low=low)
+        if most is None:
+            check_int(f"{name}[{index}]", number, low=low)
+        else:
+            check_count(f"{name}[{index}]", number, low=low, most=most)
     return numbers

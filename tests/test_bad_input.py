@@ -13,9 +13,12 @@ from torch import nn
 from resbackbone import ResNet, build_backbone
 from resbackbone.blocks import Bottle2neck, ResNeXtBottleneck, SplitAttentionBottleneck
 from resbackbone.checkpoints import load_checkpoint
-from resbackbone.layers import DropPath
+from resbackbone.layers import DropPath, ECALayer
 from resbackbone.layers.arguments import parameters_of
+from resbackbone.layers.dry_run import is_about_meta
 from resbackbone.necks import FPN
+from resbackbone.training.classification import BinaryCrossEntropy, CrossEntropy
+from resbackbone.training.classification.mixing import Mixing
 
 DCN = {"type": "DCN", "deform_groups": 1}
 STUB = {"type": "Stub"}
@@ -554,3 +557,39 @@ def test_errors_in_a_yaml_file_name_the_argument_as_a_dict_does(tmp_path):
     path.write_text(yaml.safe_dump({"type": "ResNet", "depth": 18, "out_indices": [0, 4]}))
     with pytest.raises(ValueError, match=r"`out_indices` must be below `num_stages` \(=4\), got \(0, 4\)"):
         build_backbone(path)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda: CrossEntropy(label_smoothing="a"),
+            "`label_smoothing` must be a number, at least 0 and below 1, got 'a'",
+        ),
+        (lambda: BinaryCrossEntropy(threshold="a"), "`threshold` must be a number, got 'a'"),
+        (lambda: Mixing(mixup="a"), "`mixup` must be a number, from 0 to 1000, got 'a'"),
+        (lambda: ECALayer(8, offset="a"), "`offset` must be a number, got 'a'"),
+    ],
+)
+def test_a_number_without_bounds_has_none_in_its_error(call, words):
+    with pytest.raises(TypeError, match=re.escape(words)):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("message", "about_meta"),
+    [
+        ("Cannot copy out of meta tensor; no data!", True),
+        ("Tensor.item() cannot be called on meta tensors", True),
+        ("Expected all tensors to be on the same device, but found at least two devices, meta and cpu!", True),
+        ("Expected all tensors to be on the same device, but found at least two devices, cpu and meta!", True),
+        ("deform_conv_forward_impl: implementation for device meta:0 not found.\n", True),
+        ("Could not run 'aten::x' with arguments from the 'Meta' backend", True),
+        ("the metadata of this tensor has no 'channels'", False),
+        ("metaclass conflict: the metaclass of a derived class must be a subclass of its bases'", False),
+        ("unknown key 'img_meta', for a tensor", False),
+        ("num_channels must be divisible by num_groups", False),
+    ],
+)
+def test_only_errors_about_the_meta_device_are_let_pass_in_a_dry_run(message, about_meta):
+    assert is_about_meta(RuntimeError(message)) == about_meta

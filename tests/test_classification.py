@@ -358,8 +358,15 @@ def test_rand_augment_applies_as_many_as_it_should(photograph, monkeypatch):
         (lambda: RandomResizedCrop(5, scale=(0.5, 2)), "`scale` must rise from above 0 to at most 1.0, got"),
         (lambda: RandomHorizontalFlip(2), "`probability` must be from 0 to 1, got 2"),
         (lambda: RandAugment(magnitude=11), "`magnitude` must be from 0 to 10"),
-        (lambda: Mixing(), "`mixup` and `cutmix` must not be negative nor both 0"),
-        (lambda: CrossEntropy(label_smoothing=1), "`label_smoothing` must be in"),
+        (lambda: Mixing(), "`mixup` and `cutmix` must not both be 0"),
+        (lambda: Mixing(mixup=-1), "`mixup` must be from 0 to 1000, got -1"),
+        (lambda: Mixing(cutmix=1001), "`cutmix` must be from 0 to 1000, got 1001"),
+        (lambda: CrossEntropy(label_smoothing=1), "`label_smoothing` must be at least 0 and below 1, got 1"),
+        (
+            lambda: BinaryCrossEntropy(label_smoothing=-0.1),
+            "`label_smoothing` must be at least 0 and below 1",
+        ),
+        (lambda: BinaryCrossEntropy(threshold=float("nan")), "`threshold` must be finite, got nan"),
         (lambda: LAMB([nn.Parameter(torch.ones(1))], lr=-1), "`lr`, `eps` and `weight_decay` must not be negative"),
     ],
 )

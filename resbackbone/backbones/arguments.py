@@ -103,7 +103,7 @@ def resolve_out_indices(out_indices: Sequence[OutIndex], num_stages: int) -> tup
                 "and only the stem's map has a name, 'stem'"
             )
     numbers = [(index, entry) for index, entry in enumerate(given) if not isinstance(entry, str)]
-    stages = [_check_stage(f"out_indices[{index}]", entry, num_stages) for index, entry in numbers]
+    stages = [check_int(f"out_indices[{index}]", entry, low=-num_stages) for index, entry in numbers]
     if stages and max(stages) >= num_stages:
         raise ValueError(f"`out_indices` must be below `num_stages` (={num_stages}), got {given}")
     stem: list[OutIndex] = ["stem" for entry in given if isinstance(entry, str)]
@@ -113,34 +113,20 @@ def resolve_out_indices(out_indices: Sequence[OutIndex], num_stages: int) -> tup
     return resolved
 
 
-def _check_stage(name: str, stage: Any, num_stages: int) -> int:
-    check_int(name, stage, low=-num_stages)
-    return int(stage)
-
-
 def _check_stages(given: Mapping[str, Any], default_blocks: Sequence[int]) -> None:
     num_stages = given["num_stages"]
     per_stage = f"one per stage, `num_stages`={num_stages}"
-    _check_pixels("strides", given["strides"], length=num_stages, why=per_stage)
-    _check_pixels("dilations", given["dilations"], length=num_stages, why=per_stage)
+    for name in ("strides", "dilations"):
+        check_ints(name, given[name], low=1, most=MOST_PIXELS, length=num_stages, why=per_stage)
     stage_blocks = default_blocks
     if given["stage_blocks"] is not None:
-        stage_blocks = check_ints("stage_blocks", given["stage_blocks"], low=1, length=num_stages, why=per_stage)
-        _check_most("stage_blocks", stage_blocks, MOST_BLOCKS)
+        own = given["stage_blocks"]
+        stage_blocks = check_ints("stage_blocks", own, low=1, most=MOST_BLOCKS, length=num_stages, why=per_stage)
     if given["multi_grid"] is not None:
-        length = stage_blocks[num_stages - 1]
-        _check_pixels("multi_grid", given["multi_grid"], length=length, why="one per block of the last stage")
+        length, why = stage_blocks[num_stages - 1], "one per block of the last stage"
+        check_ints("multi_grid", given["multi_grid"], low=1, most=MOST_PIXELS, length=length, why=why)
     resolve_out_indices(given["out_indices"], num_stages)
     check_int("frozen_stages", given["frozen_stages"], low=-1, high=num_stages)
-
-
-def _check_pixels(name: str, value: Any, *, length: int, why: str) -> None:
-    _check_most(name, check_ints(name, value, low=1, length=length, why=why), MOST_PIXELS)
-
-
-def _check_most(name: str, numbers: Sequence[int], most: int) -> None:
-    for index, number in enumerate(numbers):
-        check_count(f"{name}[{index}]", number, most=most)
 
 
 def _check_layer_configs(given: Mapping[str, Any]) -> None:

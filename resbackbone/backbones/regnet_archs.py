@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from resbackbone.checks import UnknownKeyError, check_choice, check_count, check_type, nearest
+from resbackbone.checks import UnknownKeyError, check_choice, check_count, check_number, check_type, nearest
 from resbackbone.layers.arguments import MOST_BLOCKS, MOST_CHANNELS
 
 Arch = Mapping[str, Any]
@@ -16,11 +16,11 @@ REQUIRED = ("w0", "wa", "wm", "group_w", "depth")
 OPTIONAL: Arch = {"bot_mul": 1.0, "se_ratio": 0.0, "rounding": "pycls"}
 QUANTUM = 8  # widths are multiples of it, before they become whole groups
 
-_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "wa": ("at least 0", lambda slope: slope >= 0),
-    "wm": ("above 1", lambda factor: factor > 1),
-    "bot_mul": ("above 0", lambda factor: factor > 0),
-    "se_ratio": ("from 0 to 1", lambda ratio: 0 <= ratio <= 1),
+_RANGES: dict[str, dict[str, Any]] = {
+    "wa": {"low": 0},
+    "wm": {"low": 1, "above": True},
+    "bot_mul": {"low": 0, "above": True},
+    "se_ratio": {"low": 0, "high": 1},
 }
 
 # Figures 15 (X) and 16 (Y) of arXiv:2003.13678, to the digits of facebookresearch/pycls; names as in mmdet.
@@ -99,21 +99,10 @@ def _check_values(settings: Arch) -> None:
         check_count(f"arch['{key}']", settings[key], low=low, most=most)
     if settings["w0"] % QUANTUM:
         raise ValueError(f"`arch['w0']` must be a multiple of {QUANTUM}, got {settings['w0']}")
-    for key, (allowed, fits) in _RANGES.items():
-        value = settings[key]
-        check_type(f"arch['{key}']", value, (int, float), f"a number, {allowed}")
-        if not (_is_finite(value) and fits(value)):
-            raise ValueError(f"`arch['{key}']` must be {allowed}, got {value}")
-        if value > MOST_CHANNELS:
-            raise ValueError(f"`arch['{key}']` must be at most {MOST_CHANNELS}, got {value}")
+    for key, limits in _RANGES.items():
+        if check_number(f"arch['{key}']", settings[key], **limits) > MOST_CHANNELS:
+            raise ValueError(f"`arch['{key}']` must be at most {MOST_CHANNELS}, got {settings[key]}")
     check_choice("arch['rounding']", settings["rounding"], ("pycls", "torchvision"))
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond all floating-point numbers
-        return False
 
 
 def plan_stages(settings: Arch) -> tuple[tuple[int, int], ...]:

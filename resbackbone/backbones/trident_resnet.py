@@ -96,9 +96,9 @@ class TridentResNet(ResNet):
         check_count("num_branch", num_branch, most=MOST_PARTS)
         check_int("test_branch_idx", test_branch_idx, low=-1, high=num_branch - 1)
         why = f"one per branch, `num_branch`={num_branch}"
-        self.trident_dilations = check_ints("trident_dilations", trident_dilations, low=1, length=num_branch, why=why)
-        for index, trident_dilation in enumerate(self.trident_dilations):
-            check_count(f"trident_dilations[{index}]", trident_dilation, most=MOST_PIXELS)
+        self.trident_dilations = check_ints(
+            "trident_dilations", trident_dilations, low=1, most=MOST_PIXELS, length=num_branch, why=why
+        )
         check_int("num_stages", num_stages, low=1)
         if num_stages != 3:
             raise ValueError(f"`num_stages` of TridentResNet must be 3, the last with branches, got {num_stages!r}")

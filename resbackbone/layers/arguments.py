@@ -43,8 +43,6 @@ def layer_type(cfg: Any, argument: str, kind: str) -> tuple[Any, dict[str, Any]]
         layer_class = find_type(type_, kind)
     except (KeyError, TypeError) as error:
         raise type(error)(f"`{argument}`: {error.args[0]}") from error
-    if not (inspect.isclass(layer_class) and issubclass(layer_class, nn.Module)):
-        raise TypeError(f"`{argument}`: `type` of a {kind} must be a class of layers, got {type_!r}")
     for key in rest:
         check_type(f"{argument} key", key, str, "text")
     return layer_class, rest

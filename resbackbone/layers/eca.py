@@ -48,7 +48,7 @@ class ECALayer(nn.Module):
         super().__init__()
         check_int("in_channels", in_channels, low=1)
         check_number("slope", slope, low=0, above=True)
-        check_number("offset", offset, low=-math.inf)
+        check_number("offset", offset)
         if kernel_size is None:
             nearest = int(min(abs(math.log2(in_channels) + offset) / slope, MOST_CHANNELS))
             kernel_size = max(nearest + 1 - nearest % 2, 3)

@@ -87,9 +87,7 @@ class FPN(Module):
         if init_cfg is not XAVIER:
             check_init_cfg(init_cfg)
         super().__init__(init_cfg)
-        self.in_channels = check_ints("in_channels", in_channels, low=1)
-        for index, channels in enumerate(self.in_channels):
-            check_count(f"in_channels[{index}]", channels, most=MOST_CHANNELS)
+        self.in_channels = check_ints("in_channels", in_channels, low=1, most=MOST_CHANNELS)
         if not self.in_channels:
             raise ValueError("`in_channels` must name at least one feature map, got (); it is `net.out_channels`")
         for name, value, most in (("out_channels", out_channels, MOST_CHANNELS), ("num_outs", num_outs, MOST_OUTS)):

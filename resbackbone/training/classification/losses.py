@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resbackbone.checks import check_number
 from resbackbone.registry import MODELS, of_kind
-
-
-def _check_label_smoothing(value: float) -> float:
-    number = check_number("label_smoothing", value, low=-math.inf)
-    if not 0 <= number < 1:
-        raise ValueError(f"`label_smoothing` must be in [0, 1), got {value}")
-    return number
 
 
 @of_kind("loss")
@@ -30,7 +21,7 @@ class CrossEntropy(nn.Module):
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.label_smoothing = _check_label_smoothing(label_smoothing)
+        self.label_smoothing = check_number("label_smoothing", label_smoothing, low=0, high=1, below=True)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Compute the mean over the batch.
@@ -56,8 +47,8 @@ class BinaryCrossEntropy(nn.Module):
 
     def __init__(self, label_smoothing: float = 0.0, threshold: float | None = None) -> None:
         super().__init__()
-        self.label_smoothing = _check_label_smoothing(label_smoothing)
-        self.threshold = None if threshold is None else check_number("threshold", threshold, low=-math.inf)
+        self.label_smoothing = check_number("label_smoothing", label_smoothing, low=0, high=1, below=True)
+        self.threshold = None if threshold is None else check_number("threshold", threshold)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Compute the mean over batch and classes; arguments as for :class:`CrossEntropy`."""

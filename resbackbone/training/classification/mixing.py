@@ -28,10 +28,10 @@ class Mixing:
     """
 
     def __init__(self, *, mixup: float = 0.0, cutmix: float = 0.0) -> None:
-        self.mixup = check_number("mixup", mixup, low=-math.inf, high=_MOST)
-        self.cutmix = check_number("cutmix", cutmix, low=-math.inf, high=_MOST)
-        if min(mixup, cutmix) < 0 or mixup == cutmix == 0:
-            raise ValueError(f"`mixup` and `cutmix` must not be negative nor both 0, got {mixup} and {cutmix}")
+        self.mixup = check_number("mixup", mixup, low=0, high=_MOST)
+        self.cutmix = check_number("cutmix", cutmix, low=0, high=_MOST)
+        if self.mixup == self.cutmix == 0:
+            raise ValueError("`mixup` and `cutmix` must not both be 0; without any mixing, give none")
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mix a batch.
