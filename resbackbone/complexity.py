@@ -1,4 +1,4 @@
-"""What a backbone costs: parameters and multiply-accumulates of each part, counted without computing anything."""
+"""Count parameters and multiply-accumulates of each part of a backbone, without computing anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a name, a file or a dict to a backbone: loading configs, checking them, building from them."""
+"""Load and check configs (a name, a file or a dict) and build backbones from them."""
 
 from __future__ import annotations
 

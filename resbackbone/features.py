@@ -1,4 +1,4 @@
-"""What a backbone promises to whatever stands behind it: name, channels and stride of each feature map."""
+"""The description of a backbone's outputs: name, channels and stride of each feature map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other libraries call the architectures and arguments that are here, and guesses for names that nobody has."""
+"""The names of architectures and arguments in other libraries, and suggestions for unknown names."""
 
 from __future__ import annotations
 

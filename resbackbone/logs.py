@@ -1,4 +1,4 @@
-"""Lines for the log of a run: mmengine's where there is one, else the logger "resbackbone"; by one process."""
+"""Log a line in one process: to mmengine's logger where there is one, else to the logger "resbackbone"."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class Contestant:
         return list(outs.values()) if isinstance(outs, dict) else list(outs)
 
     def step(self, net: nn.Module, images: Tensor) -> None:
-        """Run a forward and a backward pass, from gradients as a head hands them back."""
+        """Run a forward and a backward pass, from gradients as a head returns them."""
         net.zero_grad()
         outs = [out for out in self.forward(net, images) if out.requires_grad]
         torch.autograd.backward(outs, [out.detach() for out in outs])

@@ -244,7 +244,7 @@ def _train(net: nn.Module, images: Tensor) -> Sequence[Tensor]:
 
 
 def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)  # a shared head hands out one feature map
+    return outputs if isinstance(outputs, tuple) else (outputs,)  # a shared head returns one feature map
 
 
 def gradients_of(net: nn.Module) -> dict[str, Tensor]:

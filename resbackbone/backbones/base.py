@@ -1,4 +1,4 @@
-"""What every backbone here does beside its layers: describe its outputs, freeze, keep norms in eval, check images."""
+"""The base class of all backbones: output description, freezing, norms in eval mode, checks of the images."""
 
 from __future__ import annotations
 

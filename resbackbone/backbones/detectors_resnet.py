@@ -1,4 +1,4 @@
-"""DetectoRS: ResNet and ResNeXt that look twice, at two dilations and with features fed back."""
+"""DetectoRS: ResNet and ResNeXt with switchable atrous convolutions and features fed back from the pyramid."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DetectoRS_ResNet(ResNet):
         stage_with_sac: Which stages have it.
         rfp_inplanes: Channels of the features that :meth:`rfp_forward` feeds back into the first block of every stage
             but the first; None for a backbone without :meth:`rfp_forward`.
-        output_img: Hand out the images themselves before the feature maps, for mmdet's ``RFP`` neck. Then
+        output_img: Return the images themselves before the feature maps, for mmdet's ``RFP`` neck. Then
             ``feature_info`` begins with ``FeatureInfo(name="image", stage=-1, channels=in_channels, stride=1)``, and
             a neck that takes the feature maps alone wants ``out_channels[1:]``.
         kwargs: As for :class:`~resbackbone.ResNet`; DetectoRS has ``conv_cfg=dict(type="ConvAWS")``. ``avg_down``
@@ -76,7 +76,7 @@ class DetectoRS_ResNet(ResNet):
 
     @property
     def feature_info(self) -> tuple[FeatureInfo, ...]:
-        """What each output is, in output order; the images, if they are handed out, come first."""
+        """What each output is, in output order; the images, if they are returned, come first."""
         images = (FeatureInfo("image", -1, self.in_channels, 1),) if self.output_img else ()
         return images + super().feature_info
 

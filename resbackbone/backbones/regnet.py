@@ -29,7 +29,7 @@ class RegNet(ResNet):
         arch: A key of ``arch_settings``; or a dict of ``w0`` (width of the first block, a multiple of 8), ``wa`` (how
             much the width grows per block), ``wm`` (factor from one stage's width to the next), ``group_w`` (channels
             per group of the 3x3) and ``depth`` (number of blocks), and optionally of ``bot_mul`` (channels of the 3x3
-            per channel that its block hands out, 1.0), ``se_ratio`` (0) and ``rounding`` (how widths become whole
+            per output channel of its block, 1.0), ``se_ratio`` (0) and ``rounding`` (how widths become whole
             groups: "pycls" as in the paper, "torchvision" as there).
         in_channels: Channels of the images.
         stem_channels: Channels after the stem; None for those of the first stage.

@@ -1,4 +1,4 @@
-"""Which RegNets there are, and how the few numbers that describe one become stages."""
+"""The published RegNets, and the widths and depths of stages that follow from a RegNet's parameters."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def plan_stages(settings: Arch) -> tuple[tuple[int, int], ...]:
         settings: What :func:`resolve_arch` returns.
 
     Returns:
-        The width (channels handed out) and the number of blocks of each stage.
+        The width (output channels) and the number of blocks of each stage.
 
     Raises:
         ValueError: If there are more than four stages, or one whose 3x3 cannot have whole groups.

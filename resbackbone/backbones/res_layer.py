@@ -1,4 +1,4 @@
-"""The stage: residual blocks in a row, of which one changes resolution and channels."""
+"""A stage of a ResNet: a sequence of residual blocks, of which one changes resolution and channels."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class ResNet(Backbone):
         project_first_block: Give the first block of every stage a projection, a 1x1 convolution and a norm, in its
             shortcut, also where the shapes agree: in the first stage of depth 18 and 34. RT-DETR's and
             PaddleDetection's nets have it.
-        fold_frozen_norms: Fold norms that stand still into the convolutions before them while training, too, as
+        fold_frozen_norms: Fold frozen norms into the convolutions before them while training, too, as
             :func:`~resbackbone.training.fold_frozen_norms` does.
 
     Raises:

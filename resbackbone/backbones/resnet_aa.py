@@ -1,4 +1,4 @@
-"""Anti-aliased ResNets: whatever strides, but for the shortcuts, filters first."""
+"""Anti-aliased ResNets: a low-pass filter at each stride, except in shortcuts."""
 
 from __future__ import annotations
 

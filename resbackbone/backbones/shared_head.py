@@ -1,4 +1,4 @@
-"""The last stage of a ResNet as a head: what a C4 detector runs on each region instead of on the image."""
+"""The last stage of a ResNet as the shared head of a C4 detector, which runs it on each region."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SharedHead(NormEvalModule):
 
     Args:
         depth: A depth of :class:`~resbackbone.ResNet`.
-        stage: The stage, counted from 0, at least 1: it takes what the stage before it hands out.
+        stage: The stage, counted from 0, at least 1: its input is the output of the stage before it.
         stride: Step of the stage in pixels.
         dilation: Dilation of the stage, in pixels.
         style: Where a bottleneck strides: "pytorch" in the 3x3, "caffe" in the first 1x1.

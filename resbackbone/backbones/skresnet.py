@@ -1,4 +1,4 @@
-"""SK-ResNet and SK-ResNeXt: the 3x3 that may stride selects between near and far."""
+"""SK-ResNet and SK-ResNeXt: the first 3x3 of each block is a selective-kernel convolution."""
 
 from __future__ import annotations
 

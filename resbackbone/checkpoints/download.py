@@ -1,4 +1,4 @@
-"""Files of weights from the web into torch's cache: checked, and under their name only once they are whole.
+"""Download checkpoints into torch's cache: atomic, resumable, checked against the hash in the name.
 
 The cache is ``checkpoints/`` in ``torch.hub.get_dir()``, which ``TORCH_HOME`` moves. A file whose name carries the
 first digits of its SHA-256, such as ``resnet50-11ad3fa6.pth``, has that name there, as with torch.hub, torchvision,

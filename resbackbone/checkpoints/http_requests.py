@@ -1,4 +1,4 @@
-"""HTTP requests that come to an end: to well-formed addresses, with limits on size and on stalling."""
+"""HTTP requests to well-formed addresses, with limits on size and on stalling."""
 
 from __future__ import annotations
 

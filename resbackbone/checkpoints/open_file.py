@@ -1,4 +1,4 @@
-"""A checkpoint's file while it is read: each part once, into memory of its own."""
+"""An open checkpoint file, each part of which is read once, into its own memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names that are read in pickles of checkpoints, and the function that stands for each."""
+"""The allowlist of names in pickles of checkpoints, each with the function that replaces it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what a pickle was read as to tensors and plain values, as a tree of bounded size and depth."""
+"""Convert what was read from a pickle to tensors and plain values, a tree of bounded size and depth."""
 
 from __future__ import annotations
 

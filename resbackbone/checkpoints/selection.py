@@ -1,4 +1,4 @@
-"""Which backbone of a checkpoint is meant, where it has several: raw and averaged weights, student and teacher, ..."""
+"""Choose one backbone of a checkpoint that has several: raw and averaged weights, student and teacher, ..."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what users write where a checkpoint is expected to a local file."""
+"""Resolve the source of a checkpoint (path, URL, catalog name, scheme of a library) to a local file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands for the objects of a pickle: descriptions of tensors and arrays, and inert objects for all else."""
+"""Placeholders for the objects of a pickle: descriptions of tensors and arrays, and inert objects for all else."""
 
 from __future__ import annotations
 

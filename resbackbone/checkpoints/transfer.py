@@ -1,4 +1,4 @@
-"""One file over HTTP, piece by piece: an unfinished file is gone on with where it ends, if it is still the same one."""
+"""Resumable download of one file over HTTP; it resumes only if the file on the server is still the same."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def _read(response: HTTPResponse) -> bytes:
 
 @contextlib.contextmanager
 def _watch(name: str, start: int, length: int | None) -> Iterator[Callable[[int], None]]:
-    """Draw a bar where somebody watches; the block tells of the bytes that came."""
+    """Draw a progress bar on a terminal; the block tells of the bytes that came."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

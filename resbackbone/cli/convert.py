@@ -1,4 +1,4 @@
-"""``resbackbone convert``: a checkpoint in another library's names."""
+"""``resbackbone convert``: a checkpoint in another library's key layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From pictures to their feature maps, for ``resbackbone extract``."""
+"""Compute the feature maps of pictures, for ``resbackbone extract``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``resbackbone load-report``: whether a checkpoint fits a backbone, and what becomes of it."""
+"""``resbackbone load-report``: the checkpoint loading report for a backbone."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a picture.
+    """The outcome for one picture.
 
     Attributes:
         job: Which one.
@@ -98,7 +98,7 @@ class Pipeline:
         self.warn = warn
 
     def run(self, jobs: Iterable[Job]) -> Generator[Outcome]:
-        """Yield what became of each picture, once its files are written."""
+        """Yield the outcome for each picture, once its files are written."""
         Image.init()  # loads Pillow's plugins, which threads cannot do at the same time
         threads = usable_threads()
         loaded = read_ahead(jobs, self._load, threads=threads, limit=AHEAD_BYTES, weigh=_loaded_bytes)

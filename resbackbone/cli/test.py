@@ -1,4 +1,4 @@
-"""``resbackbone test``: how good weights are, by a config's test set."""
+"""``resbackbone test``: the accuracy of a checkpoint on a config's test set."""
 
 from __future__ import annotations
 

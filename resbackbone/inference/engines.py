@@ -1,4 +1,4 @@
-"""Modules that stand in for a backbone: the same images in, the same feature maps out."""
+"""The modules that `optimize` and `quantize` return, called as the backbone is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A net as a file that runs without this library, checked against the net before it is there."""
+"""Export a net to a file that runs without this library; its outputs are compared with the net's first."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def export(
         path: The file: ``.onnx``, or ``.pt2`` for the others. An earlier one is replaced.
         to: "onnx"; "torch-export", which ``torch.export.load`` reads; or "aoti", compiled for this machine's kind of
             processor, which ``torch._inductor.aoti_load_package`` reads.
-        dtype: What the file takes, computes in and hands out.
+        dtype: Of the file's input, computation and outputs.
         size: Height and width in pixels, to fix them; the batch varies still.
         levels: Name, channels and stride of each output. Unless given, they are the backbone's ``feature_info``, or
             read off the outputs: called as the keys of a dict, or p2 for stride 4, p3 for stride 8 and so on.

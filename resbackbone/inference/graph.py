@@ -22,7 +22,7 @@ _UNTRACEABLE = (fx.proxy.TraceError, TypeError)
 _ADD = {operator.add, operator.iadd, torch.add}
 _CONVOLUTIONS = (nn.Conv2d, ConvWS2d, StdConv2d, ConvAWS2d)  # these, but not what is derived from them
 _WHOLE = (*_CONVOLUTIONS, DeformConv2d, SAConv2d, FrozenBatchNorm2d)
-# What hands out no view of what it is given, nor changes that; what is derived from it may.
+# What returns no view of its input, nor changes that; what is derived from it may.
 _ANEW = {*_WHOLE, nn.BatchNorm2d, nn.SyncBatchNorm, nn.MaxPool2d, nn.AvgPool2d}
 
 
@@ -163,7 +163,7 @@ def _behind(traced: fx.GraphModule, node: fx.Node, wanted: Callable[[fx.Node], b
 
 
 def _erase(graph: fx.Graph, node: fx.Node, stop: set[fx.Node | None]) -> None:
-    """Erase a node that nobody uses any more, and what it alone used."""
+    """Erase a node that has no users, and what it alone used."""
     inputs = [source for source in node.all_input_nodes if source not in stop]
     graph.erase_node(node)
     for source in inputs:
@@ -218,7 +218,7 @@ def _is_anew(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _let_overwrite(traced: fx.GraphModule, fused: Sequence[FoldedConv2d]) -> None:
-    """Let sums be written over a tensor that nobody looks at later: neither the caller, nor through a view."""
+    """Let sums be written over a tensor that is not used later: neither the caller, nor through a view."""
     order = {node: position for position, node in enumerate(traced.graph.nodes)}
     anew = {node for node in order if _is_anew(traced, node)}
     for call in order:

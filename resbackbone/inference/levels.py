@@ -1,4 +1,4 @@
-"""The outputs of what is exported: how a model is called, and what its feature maps are."""
+"""The outputs of an exported model: names, channels and strides of its feature maps, and how it is called."""
 
 from __future__ import annotations
 

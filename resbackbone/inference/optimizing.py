@@ -1,4 +1,4 @@
-"""A net that computes the same, faster."""
+"""Optimize a net for inference: the same feature maps, faster."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def optimize(
     *,
     pack_bytes: int = PACK_BYTES,
 ) -> nn.Module:
-    """Return a net for inference that takes and hands out the same, and is faster.
+    """Return a net for inference with the same inputs and outputs that is faster.
 
     Norms are folded into convolutions, and everything lies in channels_last. On CPUs convolutions, sums and ReLUs are
     operators of oneDNN, which PyTorch ships: nothing is compiled, and a new image size costs nothing. A size that comes

@@ -1,4 +1,4 @@
-"""The steps of an export that take long: what is said meanwhile, and what other libraries say that is not passed on."""
+"""Progress lines for the long steps of an export, and filters for the log lines of other libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Putting our classes under plain names into the registry of an OpenMMLab host."""
+"""Register this library's classes under their plain names in an OpenMMLab host."""
 
 from __future__ import annotations
 

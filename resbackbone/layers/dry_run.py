@@ -1,4 +1,4 @@
-"""Dry runs of constructors: all layers are checked at their real widths, before memory is taken for any of them."""
+"""Dry runs of constructors: check all layers at their real widths before memory is allocated for any of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A convolution and a norm whose statistics stand still, as one convolution that trains."""
+"""A convolution with a frozen norm folded into it, as one convolution that trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Computing activations again in the backward pass instead of keeping them: all of them, or all that are cheap."""
+"""Activation checkpointing: recompute all activations in the backward pass, or only those that are cheap."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from resbackbone.layers.tracing import is_tracing
 
 WithCp = bool | Literal["norms"]
 
-# Convolutions, and the pooling of the stem, which takes as long as several norms and hands out a quarter.
+# Convolutions, and the pooling of the stem, which takes as long as several norms and outputs a quarter.
 _KEPT = {
     "aten::convolution",
     "aten::max_pool2d_with_indices",
@@ -46,7 +46,7 @@ def needs_backward(x: Any, modules: Sequence[nn.Module]) -> bool:
 
 
 def recompute_norms(function: Callable[[Tensor], Tensor], x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
-    """Run ``function(x)``, and of its activations keep only ``x`` and what convolutions and max pooling hand out.
+    """Run ``function(x)``, and of its activations keep only ``x`` and the outputs of convolutions and max pooling.
 
     The backward pass computes the others, those of norms, ReLUs and sums, once more, to the same bits.
     A compiler decides for itself what it keeps; under it, and where nothing is kept or there is no norm but such as are
@@ -96,7 +96,7 @@ def _is_kept(operator: torch._ops.OpOverload[..., Any]) -> bool:
 
 
 class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what such operators hand out."""
+    """Records the outputs of such operators."""
 
     def __init__(self, kept: _Kept) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -114,7 +114,7 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Reuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Hands out again what they handed out before, unless it was overwritten since."""
+    """Returns the recorded outputs again, unless they were overwritten since."""
 
     def __init__(self, kept: _Kept) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

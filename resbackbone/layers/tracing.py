@@ -1,4 +1,4 @@
-"""Whether a forward pass runs or is being recorded, which some layers must know."""
+"""Detect whether a forward pass runs or is being traced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layout is: tables of names, and what happens to the values beside."""
+"""The base class of key layouts: tables of names, and conversions of values."""
 
 from __future__ import annotations
 

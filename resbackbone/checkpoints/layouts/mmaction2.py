@@ -1,4 +1,4 @@
-"""mmaction2, and whoever else makes every convolution a ``ConvModule``, which holds its norm.
+"""The key layout of mmaction2 and other nets in which every convolution is a ``ConvModule``, which holds its norm.
 
 Source: open-mmlab/mmaction2, ``mmaction/models/backbones/resnet.py``.
 """

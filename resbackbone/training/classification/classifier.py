@@ -1,4 +1,4 @@
-"""A backbone that says what a picture shows: global average pooling and one linear layer."""
+"""The image classifier: a backbone, global average pooling and one linear layer."""
 
 from __future__ import annotations
 

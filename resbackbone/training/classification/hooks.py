@@ -1,4 +1,4 @@
-"""Seeing before it begins that a run's classes fit together."""
+"""Check before a run begins that the classes of its data sets and model agree."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ClassesDoNotFit(ValueError):
 
 @HOOKS.register_module()
 class ClassesHook(Hook):
-    """Compares the classes of data sets and model, which otherwise show as accuracies that nobody understands."""
+    """Compares the classes of data sets and model, whose mismatch would otherwise only show as a wrong accuracy."""
 
     def before_train(self, runner: Any) -> None:
         """Look at both data sets.

@@ -1,4 +1,4 @@
-"""What turns mmengine's training into one that survives crashes; its registries import this when they need it."""
+"""Crash-safe training in mmengine's runner; mmengine's registries import this when they need it."""
 
 from resbackbone.training.running.checkpointing import (
     CheckpointDoesNotFit,

@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: whole or not there, of plain values and tensors only, found again after a crash."""
+"""Write checkpoints atomically, of plain values and tensors only, and find them again after a crash."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class NonFiniteWeights(ArithmeticError):
 
 
 class CheckpointDoesNotFit(ValueError):
-    """A checkpoint cannot be gone on with: it is damaged, of something else, or the config has changed."""
+    """A checkpoint cannot be resumed: it is damaged, of something else, or the config has changed."""
 
 
 def save_checkpoint(content: Any, path: Path) -> None:
-    """Write a checkpoint, which appears under its name only when it is on the disk as a whole.
+    """Write a checkpoint atomically.
 
     Args:
         content: What ``torch.save`` takes.
@@ -62,7 +62,7 @@ def save_checkpoint(content: Any, path: Path) -> None:
 
 
 def _check(content: Any, path: Path) -> None:
-    """Raise unless everything in it can be read again and gone on with."""
+    """Raise unless everything in it can be read again and resumed."""
     for keys, value in _entries(content):
         name = ".".join(map(str, keys))
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The curves of a training, over all the runs that it was broken into: lines of JSON, and a picture."""
+"""Training curves over all resumed runs: lines of JSON, and a picture."""
 
 from __future__ import annotations
 

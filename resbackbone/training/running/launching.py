@@ -1,4 +1,4 @@
-"""From a config file and what the command line adds to it to a runner."""
+"""Build a runner from a config file and the options of the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: mmengine's, by epochs, that goes on in the middle of one as if nothing had happened."""
+"""mmengine's training loop by epochs, which can be resumed exactly, also within an epoch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_too_small(error: ValueError) -> bool:
 
 @LOOPS.register_module()
 class ResumableTrainLoop(EpochBasedTrainLoop):
-    """Trains by epochs; resumed from any checkpoint it takes the same steps as a run that was not broken off.
+    """Trains by epochs; resumed from any checkpoint it takes the same steps as a run that was not interrupted.
 
     What mmengine's loop lacks for that: it begins a resumed epoch from its first batch, draws on random states that no
     checkpoint has, and leaves out a validation that was due when the run ended. Here every iteration seeds PyTorch,

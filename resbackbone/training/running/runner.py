@@ -1,4 +1,4 @@
-"""mmengine's runner with checkpoints that are whole, safe to read, and enough to go on as if nothing had happened."""
+"""mmengine's runner with checkpoints that are atomic, safe to read, and sufficient for an exact resume."""
 
 from __future__ import annotations
 

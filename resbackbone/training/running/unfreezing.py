@@ -17,7 +17,7 @@ from resbackbone.training.freezing import backbones_of, freeze
 class UnfreezeHook(Hook):
     """Sets ``frozen_stages`` of the model's backbones by a schedule; until it begins, they are as they were built.
 
-    A resumed run does as one that was not broken off. The optimizer must have from the beginning whatever is to train,
+    A resumed run does as one that was not interrupted. The optimizer must have from the beginning whatever is to train,
     as those of mmengine's constructor and of ours do.
 
     Args:
