@@ -291,6 +291,11 @@ def _known_names(registry: Registry) -> set[str]:
     return {*registry.module_dict, *registry.root.module_dict}
 
 
+def is_ours(thing: Any) -> bool:
+    """Return whether a class, function or method is defined in this package, and not by a user or another library."""
+    return str(thing.__module__).partition(".")[0] == __name__.partition(".")[0]
+
+
 def _look_up(name: str, registry: Registry) -> Any:
     found = look_up(name, registry)
     if found is None and (current := default_registry(registry)) is not None:

@@ -15,7 +15,7 @@ from resbackbone.features import FeatureInfo, OutIndex
 from resbackbone.layers.module import InitConfig
 from resbackbone.layers.tracing import is_tracing
 from resbackbone.logs import log_info, write_waiting
-from resbackbone.registry import of_kind
+from resbackbone.registry import is_ours, of_kind
 
 
 @of_kind("backbone")
@@ -66,7 +66,7 @@ class Backbone(NormEvalModule):
     @property
     def has_stock_forward(self) -> bool:
         """Whether ``forward`` is this library's, and no subclass's own; a wrapper around it does not count."""
-        return type(self).forward.__module__.partition(".")[0] == __name__.partition(".")[0]
+        return is_ours(type(self).forward)
 
     @property
     def required_channels(self) -> int | None:

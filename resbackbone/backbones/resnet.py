@@ -24,7 +24,7 @@ from resbackbone.layers.dry_run import check_memory, dry_run
 from resbackbone.layers.init_cfg import check_overrides
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.recomputing import WithCp, recompute_norms
-from resbackbone.registry import MODELS, find_type
+from resbackbone.registry import MODELS, find_type, is_ours
 
 __all__ = ["BasicBlock", "Bottleneck", "ResLayer", "ResNet"]
 
@@ -189,7 +189,7 @@ class ResNet(Backbone):
     def _check_layers(self) -> None:
         """Raise unless every layer can be built; the hooks of a subclass in another package are left to run once."""
         hooks = (self._make_stem_layer, self._make_stages, self.make_res_layer, self.stage_planes, self.block)
-        if not all(hook.__module__.startswith("resbackbone.") for hook in hooks):
+        if not all(map(is_ours, hooks)):
             return
         in_memory = torch.get_default_device().type != "meta"
         trial: ResNet = type(self).__new__(type(self))

@@ -16,7 +16,7 @@ from resbackbone.checks import check_type
 from resbackbone.layers.arguments import check_entries, layer_type
 from resbackbone.layers.dry_run import check_layer_runs, current_dry_run, is_tried, make_foreign
 from resbackbone.layers.module import Config
-from resbackbone.registry import construct
+from resbackbone.registry import construct, is_ours
 
 
 def build_plugin_layer(
@@ -40,7 +40,7 @@ def build_plugin_layer(
     plugin_class, own = check_plugin_cfg(cfg, "plugin cfg")
     own.pop("postfix", None)
     run = current_dry_run()
-    if run is None or plugin_class.__module__.startswith("resbackbone."):
+    if run is None or is_ours(plugin_class):
         return plugin_name(cfg, postfix), construct(plugin_class, in_channels=in_channels, **kwargs, **own)
     arguments = {"in_channels": in_channels, **kwargs, **own}
     layer = run.once((plugin_class, arguments), partial(_try_foreign, plugin_class, arguments))
