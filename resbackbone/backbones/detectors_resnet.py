@@ -52,6 +52,8 @@ class DetectoRS_ResNet(ResNet):
         depth: (DetectorsBottleneck, ResNet.arch_settings[depth][1]) for depth in (50, 101, 152)
     }
 
+    _sizes: ClassVar[tuple[str, ...]] = ("rfp_inplanes",)
+
     @plain_arguments
     def __init__(
         self,

@@ -56,6 +56,8 @@ class RegNet(ResNet):
     arch_settings: ClassVar[dict[str, dict[str, Any]]] = ARCHS  # type: ignore[assignment]  # by name, as in mmdet
     stage_widths: tuple[int, ...]
 
+    _sizes: ClassVar[tuple[str, ...]] = ("stage_widths", "bot_mul")
+
     @plain_arguments
     def __init__(
         self,

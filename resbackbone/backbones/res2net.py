@@ -44,6 +44,8 @@ class Res2Net(ResNetV1d):
         depth: (Bottle2neck, ResNet.arch_settings[depth][1]) for depth in (50, 101, 152)
     }
 
+    _sizes: ClassVar[tuple[str, ...]] = ("groups", "base_width", "scales")
+
     @plain_arguments
     def __init__(
         self,

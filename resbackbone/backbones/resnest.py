@@ -52,6 +52,8 @@ class ResNeSt(ResNeXt, ResNetV1d):
         269: (SplitAttentionBottleneck, (3, 30, 48, 8)),
     }
 
+    _sizes: ClassVar[tuple[str, ...]] = ("radix",)
+
     @plain_arguments
     def __init__(
         self,

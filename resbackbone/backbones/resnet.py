@@ -29,10 +29,6 @@ from resbackbone.registry import MODELS, find_type, is_ours
 __all__ = ["BasicBlock", "Bottleneck", "ResLayer", "ResNet"]
 
 BATCH_NORM: Config = {"type": "BN", "requires_grad": True}  # read, never written to
-_SIZES = (  # what makes layers wide or many, in this class or a variant
-    *("in_channels", "stem_channels", "base_channels", "widening_factor", "groups", "base_width", "scales", "radix"),
-    *("stage_blocks", "rfp_inplanes", "selective", "stage_widths", "bot_mul"),
-)
 
 
 @MODELS.register_module()
@@ -96,6 +92,8 @@ class ResNet(Backbone):
     [(2, 64, 16, 16), (2, 512, 2, 2)]
     """
 
+    # Attributes that make layers wide or many; a variant names those that it has beside its bases'.
+    _sizes: ClassVar[tuple[str, ...]] = ("in_channels", "stem_channels", "base_channels", "stage_blocks")
     with_cp: WithCp = False  # for constructors of subclasses that do not call this one
     _stem_names: list[str] | None = None  # likewise: then all layers before the first stage
     arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
@@ -201,7 +199,8 @@ class ResNet(Backbone):
             trial._make_stages(stride=1)
         check_overrides(self.init_cfg, trial)
         if in_memory:
-            check_memory(run.num_weights, {name: getattr(self, name) for name in _SIZES if hasattr(self, name)})
+            names = [name for base in reversed(type(self).__mro__) for name in vars(base).get("_sizes", ())]
+            check_memory(run.num_weights, {name: getattr(self, name) for name in names})
 
     def _blocks_by_depth(self) -> Mapping[int, tuple[Any, tuple[int, ...]]]:
         """The block class and the number of blocks per stage of each depth that there is."""

@@ -33,6 +33,8 @@ class ResNeXt(ResNet):
         depth: (ResNeXtBottleneck, ResNet.arch_settings[depth][1]) for depth in (26, 50, 101, 152)
     }
 
+    _sizes: ClassVar[tuple[str, ...]] = ("groups", "base_width")
+
     @plain_arguments
     def __init__(self, depth: int, *, groups: int = 1, base_width: int = 4, **kwargs: Any) -> None:
         check_count("groups", groups, most=MOST_PARTS)

@@ -46,6 +46,8 @@ class SKResNet(ResNet):
         for depth, (block, blocks) in ResNet.arch_settings.items()
     }
 
+    _sizes: ClassVar[tuple[str, ...]] = ("selective",)
+
     @plain_arguments
     def __init__(
         self,

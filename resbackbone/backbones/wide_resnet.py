@@ -32,6 +32,8 @@ class WideResNet(ResNet):
         depth: ResNet.arch_settings[depth] for depth in (50, 101, 152)
     }
 
+    _sizes: ClassVar[tuple[str, ...]] = ("widening_factor",)
+
     @plain_arguments
     def __init__(self, depth: int, *, widening_factor: int = 2, **kwargs: Any) -> None:
         check_count("widening_factor", widening_factor, most=MOST_PARTS)
