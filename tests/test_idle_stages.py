@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import re
 
 import pytest
 import torch
@@ -65,11 +66,98 @@ def test_w10_a_hint_names_the_option(caplog, monkeypatch):
     monkeypatch.setattr("resbackbone.logs._mmengines_logger", lambda: None)  # that of a run in another test
     with caplog.at_level(logging.INFO, logger="resbackbone"):
         ResNet(**TINY, out_indices=(0, 1))
-    assert "`num_stages=2` leaves it out" in caplog.text
+    assert "`num_stages=2, strides=(1, 2), dilations=(1, 1)` leaves it out" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="resbackbone"):
         ResNet(**TINY, out_indices=(0, 3))
     assert caplog.text == ""
+
+
+GIVEN = {
+    "nothing": {},
+    "dilated": {"strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4)},
+    "dcn": {"dcn": {"type": "DCNv2", "backend": "torch"}, "stage_with_dcn": (False, True, True, True)},
+    "dcn_behind": {"dcn": {"type": "DCNv2", "backend": "torch"}, "stage_with_dcn": (False, False, False, True)},
+    "plugins": {
+        "plugins": [
+            {"cfg": {"type": "SELayer", "ratio": 4}, "position": "after_conv2", "stages": (False, True, True, False)},
+            {"cfg": {"type": "SELayer", "ratio": 4, "postfix": "_a"}, "position": "after_conv2"},
+        ]
+    },
+    "multi_grid": {"depth": 50, "multi_grid": (1, 2, 4)},
+    "stage_blocks": {"stage_blocks": (1, 2, 1, 1)},
+    "stage_blocks_and_multi_grid": {"stage_blocks": (1, 2, 1, 2), "multi_grid": (1, 2)},
+    "drop_path_rate": {"drop_path_rate": 0.2},
+    "frozen_stages": {"frozen_stages": 4},
+}
+
+
+def named_arguments(caplog, make_net):
+    """Build a net; return it and the arguments that the line in the log names."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="resbackbone"):
+        net = make_net()
+    found = re.search(r"; `(.*)` leaves it out", caplog.text)
+    return net, eval(f"dict({found[1]})") if found else {}
+
+
+def assert_same_outputs(shake, images, net, shorter):
+    shake(net).eval()
+    kept = shorter.state_dict().keys()
+    shorter.load_state_dict({name: value for name, value in net.state_dict().items() if name in kept})
+    assert len(shorter.res_layers) < len(net.res_layers)
+    assert shorter.feature_info == net.feature_info
+    for out, reference in zip(shorter.eval()(images), net(images), strict=True):
+        assert torch.equal(out, reference)
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("out_indices", [(0, 1), (1,), (-3, -4), ("stem", 0), ("stem",)], ids=str)
+def test_w10_the_hint_can_be_followed(shake, images, caplog, monkeypatch, given, out_indices):
+    monkeypatch.setattr("resbackbone.logs._mmengines_logger", lambda: None)
+    if given == "plugins" and out_indices != (0, 1):
+        pytest.skip("one is enough")
+    config = {**TINY, **GIVEN[given], "out_indices": out_indices}
+    if given == "plugins":
+        config["depth"] = 50
+    net, arguments = named_arguments(caplog, lambda: ResNet(**config))
+    assert arguments["num_stages"] == max([index % 4 for index in out_indices if index != "stem"], default=0) + 1
+    shorter, further = named_arguments(caplog, lambda: ResNet(**config | arguments))
+    assert not further
+    assert shorter.frozen_stages == min(net.frozen_stages, arguments["num_stages"])
+    assert_same_outputs(shake, images, net, shorter)
+    for name in shorter.res_layers:
+        rates = [[getattr(block, "drop_path_rate", 0) for block in getattr(one, name)] for one in (shorter, net)]
+        assert rates[0] == pytest.approx(rates[1])
+
+
+@every_class
+def test_w10_the_hint_can_be_followed_with_every_class(shake, images, caplog, monkeypatch, case):
+    monkeypatch.setattr("resbackbone.logs._mmengines_logger", lambda: None)
+    net, arguments = named_arguments(caplog, lambda: make(case, out_indices=(0, 1)))
+    assert "neither run nor trained" in caplog.text
+    assert bool(arguments) is (case not in ("RegNet", "TridentResNet"))  # which have no fewer stages
+    if arguments:
+        assert_same_outputs(shake, images, net, make(case, out_indices=(0, 1), **arguments))
+
+
+@pytest.mark.parametrize("flags", [(False, True, True, True), (False, False, True, True)])
+def test_w10_the_hint_can_be_followed_with_switchable_convolutions(shake, images, caplog, monkeypatch, flags):
+    monkeypatch.setattr("resbackbone.logs._mmengines_logger", lambda: None)
+    sac = {"type": "SAC", "use_deform": False}
+    config = {"base_channels": 8, "out_indices": (0, 1), "sac": sac, "stage_with_sac": flags}
+    net, arguments = named_arguments(caplog, lambda: DetectoRS_ResNet(50, **config))
+    assert_same_outputs(shake, images, net, DetectoRS_ResNet(50, **config | arguments))
+
+
+def test_w10_no_hint_names_what_a_constructor_does_not_take(caplog, monkeypatch):
+    class Fixed(ResNet):
+        def __init__(self, width):
+            super().__init__(18, base_channels=width, out_indices=(0,))
+
+    monkeypatch.setattr("resbackbone.logs._mmengines_logger", lambda: None)
+    assert named_arguments(caplog, lambda: Fixed(8))[1] == {}
+    assert caplog.messages[-1].endswith("neither run nor trained")
 
 
 def test_w10_the_features_that_are_fed_back_end_there_too(images):

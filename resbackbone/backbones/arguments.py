@@ -113,6 +113,40 @@ def resolve_out_indices(out_indices: Sequence[OutIndex], num_stages: int) -> tup
     return resolved
 
 
+def shorten(given: Mapping[str, Any], num_stages: int) -> dict[str, Any]:
+    """Return the arguments of a ResNet that must change for it to end after its first stages.
+
+    Args:
+        given: Its arguments by name, resolved or as they were given; beside them ``drop_path_rates``, for each stage
+            its last block's, or None.
+        num_stages: How many stages to keep; all outputs must be theirs.
+
+    Returns:
+        The arguments by name; always ``num_stages``, ``strides`` and ``dilations``.
+    """
+    arguments: dict[str, Any] = {"num_stages": num_stages}
+    for name in ("strides", "dilations", "stage_blocks"):
+        if given[name] is not None:
+            arguments[name] = tuple(given[name][:num_stages])
+    if given["dcn"]:
+        flags = tuple(given["stage_with_dcn"][:num_stages])
+        arguments |= {"stage_with_dcn": flags} if any(flags) else {"dcn": None}
+    if any(plugin.get("stages") is not None for plugin in given["plugins"] or ()):
+        arguments["plugins"] = [
+            {name: tuple(value[:num_stages]) if name == "stages" and value else value for name, value in plugin.items()}
+            for plugin in given["plugins"]
+        ]
+    if given["multi_grid"] is not None:  # of the last stage
+        arguments["multi_grid"] = None
+    if given["drop_path_rates"] is not None:
+        arguments["drop_path_rate"] = given["drop_path_rates"][num_stages - 1]
+    if given["frozen_stages"] > num_stages:
+        arguments["frozen_stages"] = num_stages
+    if any(index != "stem" and index < 0 for index in given["out_indices"]):
+        arguments["out_indices"] = resolve_out_indices(given["out_indices"], len(given["strides"]))
+    return arguments
+
+
 def _check_stages(given: Mapping[str, Any], default_blocks: Sequence[int]) -> None:
     num_stages = given["num_stages"]
     per_stage = f"one per stage, `num_stages`={num_stages}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from resbackbone.backbones.norm_eval import NormEvalModule
 from resbackbone.checks import check_int
 from resbackbone.features import FeatureInfo, OutIndex
+from resbackbone.layers.arguments import parameters_of
 from resbackbone.layers.module import InitConfig
 from resbackbone.layers.tracing import is_tracing
 from resbackbone.logs import log_info, write_waiting
@@ -142,11 +143,33 @@ class Backbone(NormEvalModule):
         """End construction: keep norms in eval, and exempt from training what no output needs."""
         super().complete()
         if self._rest_idle_modules():
-            needed = max((index for index in self.out_indices if index != "stem"), default=0) + 1
             log_info(
                 f"{type(self).__name__} ends at the last of `out_indices` {self.out_indices}: what comes after it is "
-                f"neither run nor trained; `num_stages={needed}` leaves it out"
+                f"neither run nor trained{self._how_to_leave_out()}"
             )
+
+    def first_stages(self, num_stages: int) -> dict[str, Any]:
+        """Return the arguments that build the first stages alone, where the others stay as they were given.
+
+        Args:
+            num_stages: How many, at least 1.
+
+        Returns:
+            The arguments by name; none where the class has no fewer stages.
+        """
+        return {}
+
+    def _how_to_leave_out(self) -> str:
+        """Return the tail of a sentence about stages that no output needs: the arguments without them, if there are."""
+        num_stages = max((index for index in self.out_indices if index != "stem"), default=0) + 1
+        arguments = self.first_stages(num_stages) if num_stages < len(self.res_layers) else {}
+        own_class: Any = type(self)
+        names, takes_more = parameters_of(own_class)
+        if not arguments or (not takes_more and not arguments.keys() <= names.keys()):
+            return ""
+        written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        but = ", but for one stage, the least" if self.out_indices == ("stem",) else ""
+        return f"; `{written}` leaves it out{but}"
 
     def _idle_parameters(self) -> set[int]:
         """The parameters of modules that no output needs; none where a subclass's ``forward`` may use them."""

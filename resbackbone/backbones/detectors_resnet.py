@@ -76,6 +76,14 @@ class DetectoRS_ResNet(ResNet):
         self.output_img = output_img
         super().__init__(depth, **kwargs)
 
+    def first_stages(self, num_stages: int) -> dict[str, Any]:
+        """Return the arguments that build the first stages alone."""
+        arguments = super().first_stages(num_stages)
+        if arguments and self.sac is not None:
+            flags = self.stage_with_sac[:num_stages]
+            arguments |= {"stage_with_sac": flags} if any(flags) else {"sac": None}
+        return arguments
+
     @property
     def feature_info(self) -> tuple[FeatureInfo, ...]:
         """What each output is, in output order; the images, if they are returned, come first."""

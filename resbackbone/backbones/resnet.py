@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from resbackbone.backbones.arguments import check_resnet_arguments, resolve_out_indices
+from resbackbone.backbones.arguments import check_resnet_arguments, resolve_out_indices, shorten
 from resbackbone.backbones.base import Backbone, total_stride
 from resbackbone.backbones.initialisation import resolve_init_cfg
 from resbackbone.backbones.res_layer import DilationStyle, ResLayer
@@ -95,6 +95,7 @@ class ResNet(Backbone):
     # Attributes that make layers wide or many; a variant names those that it has beside its bases'.
     _sizes: ClassVar[tuple[str, ...]] = ("in_channels", "stem_channels", "base_channels", "stage_blocks")
     with_cp: WithCp = False  # for constructors of subclasses that do not call this one
+    _given: Config | None = None  # of `stage_blocks` and `out_indices`, which are resolved; likewise
     _stem_names: list[str] | None = None  # likewise: then all layers before the first stage
     arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
         18: (BasicBlock, (2, 2, 2, 2)),
@@ -172,6 +173,7 @@ class ResNet(Backbone):
         self.project_first_block = project_first_block
         self.block, default_blocks = blocks_by_depth[depth]
         self.stage_blocks = default_blocks[:num_stages] if stage_blocks is None else tuple(stage_blocks)
+        self._given = {"stage_blocks": stage_blocks, "out_indices": tuple(out_indices)}
         self.inplanes = self.stem_channels
 
         self._check_layers()
@@ -201,6 +203,15 @@ class ResNet(Backbone):
         if in_memory:
             names = [name for base in reversed(type(self).__mro__) for name in vars(base).get("_sizes", ())]
             check_memory(run.num_weights, {name: getattr(self, name) for name in names})
+
+    def first_stages(self, num_stages: int) -> dict[str, Any]:
+        """Return the arguments that build the first stages alone; none if a subclass built its stages by hand."""
+        if self._given is None:
+            return {}
+        names = ("strides", "dilations", "dcn", "stage_with_dcn", "plugins", "multi_grid", "frozen_stages")
+        rates = [stage[-1] for stage in self._drop_path_rates()] if self.drop_path_rate else None
+        own = {name: getattr(self, name) for name in names}
+        return shorten({**own, "drop_path_rates": rates, **self._given}, num_stages)
 
     def _blocks_by_depth(self) -> Mapping[int, tuple[Any, tuple[int, ...]]]:
         """The block class and the number of blocks per stage of each depth that there is."""

@@ -119,6 +119,10 @@ class TridentResNet(ResNet):
         _check_frozen_stages(frozen_stages)
         super().freeze(frozen_stages)
 
+    def first_stages(self, num_stages: int) -> dict[str, Any]:
+        """Return nothing: the number of stages is fixed."""
+        return {}
+
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """Make one stage, the last with branches."""
         if len(self.res_layers) < self.num_stages - 1:
