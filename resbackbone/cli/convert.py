@@ -40,8 +40,8 @@ def convert(
         found = find_backbone(content.tensors, layout, prefix, swapped=content.swapped)
         converted = target.to_foreign(found.native)
         save_weights(converted, destination)
-    if found.prefixes:
-        others = ", ".join(map(repr, found.prefixes))
+    if found.copies:
+        others = ", ".join(map(repr, found.copies))
         say(f"took the backbone below {found.prefix!r}, not {others}; choose with --prefix", console=messages)
     say(f"{len(converted)} tensors, {found.layout.name} to {target.name}: {destination}", style="green")
     if found.others:
