@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from resbackbone.backbones import Backbone
-from resbackbone.backbones.initialisation import PretrainedModule
+from resbackbone.backbones.pretrained import PretrainedModule
 from resbackbone.checks import (
     UnknownKeyError,
     check_flag,

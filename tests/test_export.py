@@ -504,7 +504,7 @@ class TestCommand:
     def test_onnx_is_the_default(self, change):
         change("onnx", write=FORMATS["torch-export"].write, load=FORMATS["torch-export"].load)  # which is faster
         shown = run("export", "tiny.yaml").stdout.splitlines()
-        assert shown[0] == "weights: as the config initialises them (no checkpoint given)"
+        assert shown[0] == "weights: as the config initializes them (no checkpoint given)"
         assert shown[1:] == [
             "layer1: 8 channels, stride 4, at most 0.0e+00 from the backbone's",
             "tiny.onnx computes what the backbone does",

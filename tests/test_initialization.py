@@ -309,6 +309,30 @@ def test_an_initializer_of_a_user_is_tried_on_a_convolution():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_a_checkpoint_is_loaded_by_an_initializer_of_any_name(tmp_path, monkeypatch):
+    class Weights(PretrainedInit):
+        """A user's, by another name."""
+
+    class Pretrained:
+        """A user's that loads no checkpoint."""
+
+        def __init__(self, value):
+            self.value = value
+
+        def __call__(self, module):
+            for parameter in module.parameters():
+                nn.init.constant_(parameter, self.value)
+
+    monkeypatch.setattr(WEIGHT_INITIALIZERS, "_module_dict", {**WEIGHT_INITIALIZERS.module_dict, "Weights": Weights})
+    torch.save({key: torch.full_like(value, 5) for key, value in fpn(None).state_dict().items()}, tmp_path / "a.pth")
+    for init_cfg in ({"type": "Weights", "checkpoint": str(tmp_path / "a.pth")}, {"type": Pretrained, "value": 5}):
+        net = fpn(init_cfg)
+        net.init_weights()
+        assert all((parameter == 5).all() for parameter in net.parameters())
+    with pytest.raises(TypeError, match="takes `checkpoint`, `prefix`"):
+        fpn({"type": "Weights", "checkpoint": "a.pth", "strict": False})
+
+
 def test_s2_what_pretrained_takes(tmp_path):
     for wrong in ({}, {"checkpoint": "x.pth", "strict": False}):
         with pytest.raises(TypeError, match="takes `checkpoint`, `prefix`"):

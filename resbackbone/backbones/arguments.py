@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from resbackbone.backbones.initialisation import check_initialisation
+from resbackbone.backbones.pretrained import check_initialization
 from resbackbone.backbones.res_layer import DilationStyle
 from resbackbone.blocks.base import check_dcn, check_plugin_names, check_plugins
 from resbackbone.checks import (
@@ -63,7 +63,7 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
     _check_stages(given, default_blocks)
     _check_layer_configs(given)
     _check_plugins(given["plugins"], given["num_stages"], block)
-    check_initialisation(given["pretrained"], given["init_cfg"])
+    check_initialization(given["pretrained"], given["init_cfg"])
     check_type("drop_path_rate", given["drop_path_rate"], (int, float), "a number from 0 to 1 (1 excluded)")
     check_number("drop_path_rate", given["drop_path_rate"], low=0, high=1, below=True)
 

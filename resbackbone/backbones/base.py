@@ -28,7 +28,7 @@ class Backbone(NormEvalModule):
     freezing means, and calls :meth:`check_input` where its ``forward`` hands images to its first layer.
 
     Args:
-        init_cfg: As for :class:`~resbackbone.backbones.initialisation.PretrainedModule`.
+        init_cfg: As for :class:`~resbackbone.backbones.pretrained.PretrainedModule`.
     """
 
     out_indices: tuple[OutIndex, ...]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resbackbone.backbones.initialisation import PretrainedModule
+from resbackbone.backbones.pretrained import PretrainedModule
 
 
 class NormEvalModule(PretrainedModule):
@@ -19,7 +19,7 @@ class NormEvalModule(PretrainedModule):
     adds after our constructor, too, and without a line of code there.
 
     Args:
-        init_cfg: As for :class:`~resbackbone.backbones.initialisation.PretrainedModule`.
+        init_cfg: As for :class:`~resbackbone.backbones.pretrained.PretrainedModule`.
     """
 
     norm_eval: bool = False

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from resbackbone.backbones.arguments import check_resnet_arguments, resolve_out_indices, shorten
 from resbackbone.backbones.base import Backbone, total_stride
-from resbackbone.backbones.initialisation import resolve_init_cfg
+from resbackbone.backbones.pretrained import resolve_init_cfg
 from resbackbone.backbones.res_layer import DilationStyle, ResLayer
 from resbackbone.backbones.stem import make_deep_stem
 from resbackbone.blocks import BasicBlock, Bottleneck

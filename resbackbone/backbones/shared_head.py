@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from resbackbone.backbones.arguments import check_depth
-from resbackbone.backbones.initialisation import check_initialisation, resolve_init_cfg
 from resbackbone.backbones.norm_eval import NormEvalModule
+from resbackbone.backbones.pretrained import check_initialization, resolve_init_cfg
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks.base import check_dcn
@@ -128,4 +128,4 @@ def _check(given: dict[str, Any]) -> None:
     check_with_cp(given["with_cp"])
     check_norm_cfg(given["norm_cfg"], "norm_cfg")
     check_dcn(given["dcn"], None)
-    check_initialisation(given["pretrained"], given["init_cfg"])
+    check_initialization(given["pretrained"], given["init_cfg"])

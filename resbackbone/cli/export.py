@@ -66,7 +66,7 @@ def export(
         check_file("--out", out)
         pixels = None if size is None else parse_size(size)
         net = build_backbone(config)
-        weights = "as the config initialises them (no checkpoint given)"
+        weights = "as the config initializes them (no checkpoint given)"
         if checkpoint is not None:
             weights = f"{checkpoint} ({load_checkpoint(net, checkpoint).summary()})"
         name = config if config in config_files() else Path(config).stem

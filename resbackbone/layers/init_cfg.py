@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from resbackbone.checks import UnknownKeyError, check_number, check_type, message_of
+from resbackbone.checks import check_number, check_type, message_of
 from resbackbone.registry import find_initializer, split_type
 
-PRETRAINED = ("Pretrained", "PretrainedInit")
 _TRIED = nn.Conv2d(3, 3, 3, device="meta")  # of four dimensions, as a user's subclass may expect
 
 
@@ -26,8 +25,8 @@ def check_init_cfg(init_cfg: Any, argument: str = "init_cfg") -> None:
         argument: The argument that it is, for the errors.
 
     Raises:
-        TypeError: If it is none of these, or an entry is of the wrong type.
-        KeyError: If a ``type`` is missing or unknown, or a checkpoint is not named.
+        TypeError: If it is none of these, an entry is of the wrong type, or a checkpoint is not named.
+        KeyError: If a ``type`` is missing or unknown.
         ValueError: If an initializer fails, or draws what is not finite.
     """
     if init_cfg is None:
@@ -41,31 +40,49 @@ def check_init_cfg(init_cfg: Any, argument: str = "init_cfg") -> None:
 def _check_initializer(cfg: Any, name: str) -> None:
     type_, arguments = split_type(cfg, name)
     scope = arguments.pop("_scope_", None)
-    if str(getattr(type_, "__name__", type_)).rpartition(".")[2] in PRETRAINED:
-        _check_pretrained(arguments, name)
+    initializer_class = _find_initializer(type_, scope, name)
+    overrides = arguments.pop("override", None)
+    if loads_checkpoint(initializer_class):
+        check_pretrained(arguments, name)
         return
     _check_layers(arguments.pop("layer", None), f"{name}['layer']")
-    overrides = arguments.pop("override", None)
     for key, value in arguments.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             check_number(f"{name}['{key}']", value, low=-1e30, high=1e30)
-    _try(_find_initializer(type_, scope, name), arguments, name)
+    _try(initializer_class, arguments, name)
     if overrides is not None:
         check_type(f"{name}['override']", overrides, (Mapping, list), "a dict with `name`, or a list of such")
         for override in [overrides] if isinstance(overrides, Mapping) else overrides:
             _check_override(override, type_, arguments, f"{name}['override']")
 
 
-def _check_pretrained(arguments: Mapping[str, Any], name: str) -> None:
-    if "checkpoint" not in arguments:
-        raise UnknownKeyError(f"`{name}` of type 'Pretrained' needs a `checkpoint`: a path, a URL or a name")
+def loads_checkpoint(initializer: type) -> bool:
+    """Return whether an initializer is mmengine's that loads a checkpoint, by whatever name or subclass."""
+    from mmengine.model import PretrainedInit
+
+    return issubclass(initializer, PretrainedInit) and initializer.__call__ is PretrainedInit.__call__
+
+
+def check_pretrained(arguments: Mapping[str, Any], name: str) -> None:
+    """Raise unless an initializer that loads a checkpoint is given one, and nothing that it does not know.
+
+    Args:
+        arguments: Its config without ``type`` and ``override``.
+        name: What the config is called in the errors.
+
+    Raises:
+        TypeError: If an entry is missing, unknown or of the wrong type.
+        ValueError: If the checkpoint's name is empty.
+    """
+    if "checkpoint" not in arguments or arguments.keys() - {"checkpoint", "prefix", "map_location"}:
+        raise TypeError(
+            f"`{name}` of type 'Pretrained' takes `checkpoint`, `prefix` and `map_location`, which has no effect; got "
+            f"{', '.join(arguments) or 'none of them'}"
+        )
     check_type(f"{name}['checkpoint']", arguments["checkpoint"], (str, Path), "a path, a URL or a name")
     if not str(arguments["checkpoint"]):
         raise ValueError(f"`{name}['checkpoint']` must be a path, a URL or a name, got ''")
     check_type(f"{name}['prefix']", arguments.get("prefix"), (str, type(None)), "text or None")
-    for key in arguments:
-        if key not in ("checkpoint", "prefix", "map_location", "override"):
-            raise TypeError(f"`{name}` has the entry {key!r}, which 'Pretrained' does not know: checkpoint, prefix")
 
 
 def _check_layers(layers: Any, name: str) -> None:

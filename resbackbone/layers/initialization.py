@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from resbackbone.checks import check_mapping, check_type
+from resbackbone.layers.init_cfg import check_pretrained, loads_checkpoint
 from resbackbone.registry import find_initializer, split_type
 
 Step = Callable[[], object]
@@ -69,12 +70,12 @@ def _plan(module: nn.Module, init_cfg: Any) -> tuple[list[dict[str, Any]], list[
     for cfg in [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg:
         resolved = _resolve(cfg, "init_cfg")
         overrides = resolved.pop("override", None)
-        loads = _loads(resolved["type"])
+        loads = loads_checkpoint(resolved["type"])
         if loads:
             steps.append(partial(_load, module, resolved))
         kept = []
         for override, target in _overrides(module, overrides, resolved):
-            if loads or _loads(override["type"]):
+            if loads or loads_checkpoint(override["type"]):
                 steps.append(partial(_run, target, override))
             else:
                 kept.append({**override, "name": override["name"]})
@@ -98,16 +99,10 @@ def _resolve(cfg: Any, argument: str) -> dict[str, Any]:
     return {"type": find_initializer(type_, rest.pop("_scope_", None)), **copy.deepcopy(rest)}
 
 
-def _loads(initializer: Any) -> bool:
-    from mmengine.model import PretrainedInit
-
-    return issubclass(initializer, PretrainedInit) and initializer.__call__ is PretrainedInit.__call__
-
-
 def _run(module: nn.Module, cfg: dict[str, Any]) -> None:
     """Initialize a whole module, whose ``name`` stands in the config."""
     arguments = {key: value for key, value in cfg.items() if key != "name"}
-    if _loads(arguments["type"]):
+    if loads_checkpoint(arguments["type"]):
         _load(module, arguments)
         return
     initializer = arguments.pop("type")(**arguments)
@@ -116,11 +111,6 @@ def _run(module: nn.Module, cfg: dict[str, Any]) -> None:
 
 
 def _load(module: nn.Module, cfg: dict[str, Any]) -> None:
-    unknown = cfg.keys() - {"type", "checkpoint", "prefix", "map_location"}
-    if unknown or "checkpoint" not in cfg:
-        raise TypeError(
-            "init_cfg=dict(type='Pretrained', ...) takes `checkpoint`, `prefix` and `map_location`, which has no "
-            f"effect; got {', '.join(key for key in cfg if key != 'type') or 'none of them'}"
-        )
+    check_pretrained({key: value for key, value in cfg.items() if key != "type"}, "init_cfg")
     assert _loader is not None  # set when the package is imported
     _loader(module, cfg["checkpoint"], prefix=cfg.get("prefix"))

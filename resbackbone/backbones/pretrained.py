@@ -23,11 +23,11 @@ class PretrainedModule(Module):
     preprocessing: Preprocessing | None = None  # what the loaded weights expect of an image
 
 
-def check_initialisation(pretrained: Any, init_cfg: Any) -> None:
+def check_initialization(pretrained: Any, init_cfg: Any) -> None:
     """Raise unless at most one of the two is given, and is what it should be.
 
     Raises:
-        KeyError: If an initialiser has no ``type``.
+        KeyError: If an initializer has no ``type``.
         TypeError: If ``pretrained`` is no string, or ``init_cfg`` no dict or list of dicts.
         ValueError: If both are given.
     """
@@ -43,7 +43,7 @@ def check_initialisation(pretrained: Any, init_cfg: Any) -> None:
 
 
 def resolve_init_cfg(pretrained: str | None, init_cfg: InitConfig | None) -> InitConfig:
-    """Return the initialisers that were asked for; else He's normal for convolutions and ones for norms."""
+    """Return the initializers that were asked for; else He's normal for convolutions and ones for norms."""
     if pretrained is not None:
         warn_user(
             "`pretrained` is the old spelling; use init_cfg=dict(type='Pretrained', checkpoint=...)",
