@@ -38,12 +38,12 @@ from resbackbone.backbones import (
     TridentResNet,
     WideResNet,
 )
-from resbackbone.config import build_backbone, list_backbones, load_pretrained
+from resbackbone.config import build_backbone, list_backbones, load_pretrained, read_checkpoint
 from resbackbone.features import FeatureInfo
 from resbackbone.layers.initialization import set_loader
 from resbackbone.registry import MODELS
 
-set_loader(load_pretrained)  # layers lie below checkpoints, and do not import them
+set_loader(load_pretrained, read_checkpoint)  # layers lie below checkpoints, and do not import them
 
 __version__ = "0.1.0"
 

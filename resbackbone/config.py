@@ -27,6 +27,7 @@ from resbackbone.checks import (
 )
 from resbackbone.foreign_names import argument_hint, find_architecture, names_weights, nearest_architecture
 from resbackbone.layers.arguments import parameters_of
+from resbackbone.layers.initialization import initialize
 from resbackbone.lookup import allow_imported, import_modules, is_restricted
 from resbackbone.registry import construct, find_type, scoped, split_type
 
@@ -90,7 +91,7 @@ def build_backbone(
             f"checkpoint={config!r}, or another name of `resbackbone list --weights`, a file or a URL",
         )
     if hasattr(backbone, "init_weights") and not any(p.is_meta for p in backbone.parameters()):
-        backbone.init_weights()
+        initialize(backbone, backbone.init_weights)
     if checkpoint is not None:
         load_pretrained(backbone, checkpoint)
     return backbone
@@ -115,6 +116,13 @@ def load_pretrained(net: nn.Module, source: str | Path, *, prefix: str | None = 
         net.load_weights(source)  # type: ignore[operator]
     else:
         load_module(net, source, prefix=prefix)
+
+
+def read_checkpoint(source: str | Path) -> dict[str, Any]:
+    """Read what a checkpoint holds as :func:`resbackbone.checkpoints.load_checkpoint` does, and load it nowhere."""
+    from resbackbone.checkpoints.loading import read_content
+
+    return read_content(source)
 
 
 def construct_backbone(config: BackboneSource, **overrides: Any) -> Backbone:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules import activation, batchnorm, conv, loss
 
-from resbackbone.checks import UnknownKeyError, check_mapping, nearest, plain
+from resbackbone.checks import UnknownKeyError, check_mapping, message_of, nearest, plain
 
 try:
     from mmengine import registry as roots
@@ -198,12 +200,41 @@ def construct(builder: Callable[..., Built], *args: Any, **kwargs: Any) -> Built
     """Call a class with arguments from a config, and hold it to :func:`find_type` for the configs inside them.
 
     Raises:
-        TypeError: If one of them names anything but a class of layers.
+        TypeError: If one of them names anything but a class of layers, or as an initializer what is none.
         KeyError: If one of them names what is not registered.
     """
+    from resbackbone.layers.initialization import guard, read_safely
+
     _check_inner_types([args, kwargs])
-    with registered_only(_find_inner):
-        return builder(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+    if "mmengine.runner.checkpoint" in sys.modules:  # importing it takes long; who calls it here, has done so
+        read_safely()
+    with registered_types():
+        built = builder(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+    guard(built)
+    return built
+
+
+def registered_types() -> AbstractContextManager[None]:
+    """Let mmengine's registries find only what :func:`find_type` would, in a ``with`` statement."""
+    return registered_only(_find_inner)
+
+
+def check_initializers(init_cfg: Any) -> None:
+    """Raise unless every ``type`` in an ``init_cfg``, and in its overrides, names an initializer.
+
+    Raises:
+        KeyError: If one is missing or unknown.
+        TypeError: If one is no initializer, or an entry is no dict.
+    """
+    for cfg in [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg:
+        type_, rest = split_type(cfg, "init_cfg")
+        overrides = rest.pop("override", None) or ()
+        named = [one for one in ([overrides] if isinstance(overrides, Mapping) else overrides) if "type" in one]
+        for one in [{**rest, "type": type_}, *named]:
+            try:
+                find_initializer(one["type"], one.get("_scope_"))
+            except (KeyError, TypeError) as error:
+                raise type(error)(f"`init_cfg`: {message_of(error)}") from error
 
 
 def _find_inner(name: str, registry: Registry) -> Any:
@@ -221,8 +252,10 @@ def _check_inner_types(value: Any) -> None:
         if "type" in value and callable(value["type"]):
             _check_kind(value["type"], value["type"], "layer", nn.Module)
         for key, item in value.items():
-            if key != "init_cfg":  # has initializers in it
+            if key != "init_cfg":
                 _check_inner_types(item)
+            elif item and isinstance(item, (Mapping, list, tuple)):
+                check_initializers(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
             _check_inner_types(item)

@@ -1,15 +1,21 @@
 """``init_cfg`` of every module: which initializers it may name, and that checkpoints go through the safe reader."""
 
+import contextlib
+import copy
 import math
 import pickle
+from functools import partial
 from pathlib import Path
 
+import mmengine.model
 import pytest
 import torch
 from hostile_configs import EVIL, SPELLINGS, TINY, evil_module
 from mmengine.logging import MMLogger
 from mmengine.model import BaseInit, BaseModule, PretrainedInit
+from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import WEIGHT_INITIALIZERS
+from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
 
 from resbackbone import MODELS, ResNet, SharedHead, build_backbone, logs
@@ -33,6 +39,14 @@ class ForeignPlugin(BaseModule):
 
     def forward(self, x):
         return x + self.conv(x)
+
+
+class ForeignHolder(BaseModule):
+    """A module that has mmengine build another one."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = ROOT_MODELS.build(inner)
 
 
 def plugged(init_cfg):
@@ -381,3 +395,102 @@ def test_u8_no_line_from_other_processes(tmp_path, caplog, monkeypatch):
     with caplog.at_level("INFO", logger="resbackbone"):
         fpn({"type": "Pretrained", "checkpoint": str(tmp_path / "fpn.pth")}).init_weights()
     assert not caplog.records
+
+
+# Foreign modules, built by our registry from a config with an `init_cfg` in it.
+FOREIGN = {
+    "module": lambda init_cfg: {"type": "mmengine.model.Sequential", "init_cfg": init_cfg},
+    "module list": lambda init_cfg: {"type": "mmengine.model.ModuleList", "init_cfg": init_cfg},
+    "layer of mmcv": lambda init_cfg: {
+        "type": "mmcv.cnn.DepthwiseSeparableConvModule",
+        **{"in_channels": 4, "out_channels": 4, "kernel_size": 1},
+        "norm_cfg": {"type": "mmengine.model.Sequential", "init_cfg": init_cfg},
+    },
+    "class of a user": lambda init_cfg: {"type": ForeignPlugin, "in_channels": 4, "init_cfg": init_cfg},
+    "what is in such a class": lambda init_cfg: {
+        "type": ForeignHolder,
+        "inner": {"type": "mmengine.model.Sequential", "init_cfg": init_cfg},
+    },
+    "plugin": lambda init_cfg: {
+        **TINY,
+        "plugins": [{"cfg": {"type": ForeignPlugin, "init_cfg": init_cfg}, "position": "after_conv2"}],
+    },
+}
+
+
+@pytest.mark.parametrize("place", ["type", "list", "override", "scope"])
+@pytest.mark.parametrize("module", FOREIGN)
+def test_s1_an_initializer_of_a_foreign_module_is_refused_before_it_is_built(mark, module, place):
+    for spelling in NO_INITIALIZERS:
+        init_cfg = {
+            "type": {"type": spelling, "layer": "Conv2d"},
+            "list": [{"type": "Constant", "val": 0}, {"type": spelling}],
+            "override": {"type": "Constant", "val": 0, "override": {"name": "conv", "type": spelling}},
+            "scope": {"type": "Constant", "val": 0, "_scope_": spelling or EVIL},
+        }[place]
+        with pytest.raises((KeyError, TypeError), match=r"init_cfg|scope"):
+            MODELS.build(FOREIGN[module](init_cfg))
+        assert not mark.exists()
+
+
+def test_s1_an_initializer_that_a_foreign_class_chooses_is_looked_up_when_it_is_built(mark):
+    class Chosen(BaseModule):
+        def __init__(self):
+            super().__init__({"type": f"{EVIL}.Layer"})
+
+    with pytest.raises(KeyError, match="unknown initializer type"):
+        MODELS.build({"type": Chosen})
+
+
+@every_saying
+@pytest.mark.parametrize("module", ["module", "module list", "class of a user", "what is in such a class"])
+def test_s2_a_foreign_module_that_we_build_runs_nothing_of_a_file(payload, module, saying):
+    net = MODELS.build(FOREIGN[module](SAYINGS[saying](payload)))
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), net):
+        with pytest.raises(ValueError):  # noqa: PT011  # in various words
+            copied.init_weights()
+
+
+def test_s2_a_foreign_module_within_another_ones_runs_nothing_of_a_file(payload):
+    for outer in (mmengine.model.Sequential(), mmengine.model.ModuleList()):
+        outer.append(MODELS.build(FOREIGN["module"]({"type": "Pretrained", "checkpoint": payload})))
+        with pytest.raises(ValueError):  # noqa: PT011
+            outer.init_weights()
+
+
+def test_s2_a_foreign_class_that_reads_a_file_itself_reads_it_as_we_do(payload):
+    class Reading(BaseModule):
+        def init_weights(self):
+            for read in (CheckpointLoader.load_checkpoint, partial(load_checkpoint, self)):
+                with contextlib.suppress(ValueError):
+                    read(payload)
+            mmengine.model.initialize(self, {"type": "Constant", "val": 0, "layer": "Conv2d"})
+
+    net = ResNet(18, base_channels=4)
+    net.reading = Reading()
+    net.init_weights()
+    MODELS.build({"type": Reading, "init_cfg": {"type": "Constant", "val": 0}}).init_weights()
+
+
+def test_s2_weights_of_a_foreign_module_load(tmp_path):
+    config = {"type": ForeignPlugin, "in_channels": 4}
+    given = MODELS.build(config)
+    torch.save(given.state_dict(), tmp_path / "plugin.pth")
+    init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "plugin.pth")}
+    net = MODELS.build({**config, "init_cfg": init_cfg})
+    net.init_weights()
+    assert net.init_cfg == init_cfg
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in given.state_dict().items())
+
+
+def test_s2_initializers_of_a_foreign_module_give_mmengines_numbers():
+    init_cfg = [{"type": "Normal", "layer": "Conv2d", "std": 3}, {"type": "Constant", "layer": "ReLU", "val": 2}]
+    states = []
+    for net in (
+        MODELS.build({"type": ForeignPlugin, "in_channels": 4, "init_cfg": init_cfg}),
+        ForeignPlugin(4, init_cfg),
+    ):
+        torch.manual_seed(0)
+        net.init_weights()
+        states.append(net.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])

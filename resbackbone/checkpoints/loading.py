@@ -248,6 +248,15 @@ def read_tensors(source: str | Path) -> CheckpointTensors:
     return CheckpointTensors(tensors, known, left, swapped, class_names(content))
 
 
+def read_content(source: str | Path) -> dict[str, Any]:
+    """Read a checkpoint's tensors and plain values as its file nests them, without the optimizer's state.
+
+    Args:
+        source: As for :func:`load_checkpoint`, which says what is raised, too.
+    """
+    return read_file(locate(source)[0], skipped=_NO_WEIGHTS)
+
+
 def class_names(checkpoint: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Return the names of the classes that a checkpoint of mmengine's kind notes; None if it notes none."""
     names: Any = checkpoint

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 from torch import nn
 
 from resbackbone.checks import check_mapping, check_type
 from resbackbone.layers.init_cfg import check_pretrained, loads_checkpoint
-from resbackbone.registry import find_initializer, split_type
+from resbackbone.lookup import is_restricted
+from resbackbone.registry import check_initializers, find_initializer, registered_types, split_type
 
 Step = Callable[[], object]
 Loader = Callable[..., object]
+Reader = Callable[[Any], dict[str, Any]]
 _loader: Loader | None = None
+_reader: Reader | None = None
 
 
-def set_loader(loader: Loader) -> None:
-    """Say what loads a checkpoint: a function of a module, a source and ``prefix``, which lies above the layers."""
-    global _loader
-    _loader = loader
+def set_loader(loader: Loader, reader: Reader) -> None:
+    """Say what loads checkpoints, which lies above the layers.
+
+    Args:
+        loader: A function of a module, a source and ``prefix``.
+        reader: A function of a source; it returns what is there, as the file nests it.
+    """
+    global _loader, _reader
+    _loader, _reader = loader, reader
 
 
 def initialize(module: nn.Module, init_weights: Callable[[], None]) -> None:
@@ -48,18 +56,67 @@ def initialize(module: nn.Module, init_weights: Callable[[], None]) -> None:
     try:
         for part in reversed(list(module.modules())):
             init_cfg = vars(part).get("init_cfg")
-            if init_cfg and not getattr(part, "is_init", False):
+            guarded = part is not module and "init_weights" in vars(part)  # and does the same for itself
+            if init_cfg and not guarded and not getattr(part, "is_init", False):
                 others, steps = _plan(part, init_cfg)
                 given.append((part, init_cfg))
-                part.init_cfg = others  # type: ignore[assignment]
+                part.init_cfg = others or None  # type: ignore[assignment]
                 loading += [(part, step) for step in steps]
-        init_weights()
+        if any(_is_foreign(part) for part in module.modules()):
+            read_safely()
+        with registered_types():
+            init_weights()
     finally:
         for part, init_cfg in given:
             part.init_cfg = init_cfg
     for part, step in loading:
-        if getattr(part, "is_init", True):  # mmengine passes over what lies in modules that are not its own
+        # mmengine passes over what lies in modules that are not its own.
+        if part is module or getattr(part, "is_init", True):
             step()
+
+
+def guard(built: object) -> None:
+    """Make ``init_weights()`` of every foreign module that was built safe, whoever calls it, as :func:`initialize` is.
+
+    Args:
+        built: A module of any class; modules without an ``init_cfg`` stay as they are, and so do other objects.
+
+    Raises:
+        KeyError, TypeError: If an ``init_cfg`` names what is no initializer.
+    """
+    for part in built.modules() if isinstance(built, nn.Module) else ():
+        init_cfg = vars(part).get("init_cfg")
+        if init_cfg and _is_foreign(part):
+            check_initializers(init_cfg)
+            part.init_weights = partial(_initialize_foreign, part)  # type: ignore[assignment]
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    """Return whether a module has an ``init_weights()`` that is not ours."""
+    method = getattr(type(module), "init_weights", None)
+    return callable(method) and not method.__module__.startswith("resbackbone.")
+
+
+def _initialize_foreign(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    method: Any = type(module).init_weights  # type: ignore[attr-defined]
+    initialize(module, partial(method, module, *args, **kwargs))
+
+
+@lru_cache(maxsize=1)
+def read_safely() -> None:
+    """Let mmengine's reading of checkpoints, which foreign classes call, be ours where registered types alone count."""
+    from mmengine.runner.checkpoint import CheckpointLoader
+
+    read = CheckpointLoader.load_checkpoint
+
+    @wraps(read)
+    def read_as_ours(filename: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_restricted():
+            return read(filename, *args, **kwargs)
+        assert _reader is not None  # set when the package is imported
+        return _reader(filename)
+
+    CheckpointLoader.load_checkpoint = staticmethod(read_as_ours)
 
 
 def _plan(module: nn.Module, init_cfg: Any) -> tuple[list[dict[str, Any]], list[Step]]:

@@ -1,5 +1,7 @@
 """Weights and initializers that a host's config names for our modules: nothing in a file runs, in either stack."""
 
+import contextlib
+import warnings
 from importlib.util import find_spec
 
 import pytest
@@ -9,6 +11,8 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from sweep_hosts import config_tree
 from test_initialization import MODULES, SAYINGS, Payload
+
+from resbackbone import MODELS, build_backbone
 
 HOSTS = [host for host in ("mmdet", "mmseg") if find_spec(host)]
 pytestmark = pytest.mark.skipif(not HOSTS, reason="no host is installed; tools/test_hosts.sh installs them")
@@ -67,6 +71,42 @@ def test_s1_initializers_in_the_registry_of_a_host(tmp_path, host):
             with pytest.raises((KeyError, TypeError)):  # before anything is built
                 registry.build({"type": "ResNet", **BACKBONE, "init_cfg": {"type": spelling, "layer": "Conv2d"}})
         assert not mark.exists()
+
+
+FOREIGN = {  # each reads files in a way of its own
+    "mmdet": ["CSPDarknet", "DetectoRS_ResNet", "PyramidVisionTransformer"],
+    "mmseg": ["MixVisionTransformer"],
+    "mmpretrain": ["ResNet"],
+}
+CLASSES = [(host, name) for host, names in FOREIGN.items() if find_spec(host) for name in names]
+
+
+@pytest.fixture
+def foreign(host, name):
+    """The config of a host's own backbone."""
+    extra = {"depth": 50} if name.endswith("ResNet") else {}
+    return {"type": f"{host}.{name}", **extra}
+
+
+@pytest.mark.parametrize(("host", "name"), CLASSES)
+def test_s1_an_initializer_of_a_hosts_backbone_is_refused_before_it_is_built(tmp_path, foreign):
+    with evil_module(tmp_path) as mark:
+        for spelling in (f"{EVIL}.Layer", "os.system", "torch.load"):
+            for init_cfg in ({"type": spelling}, [{"type": "Constant", "val": 0}, {"type": spelling}]):
+                for build in (build_backbone, MODELS.build):
+                    with pytest.raises((KeyError, TypeError), match="init_cfg"):
+                        build({**foreign, "init_cfg": init_cfg})
+        assert not mark.exists()
+
+
+@pytest.mark.parametrize("build", [build_backbone, MODELS.build])
+@pytest.mark.parametrize(("host", "name"), CLASSES)
+def test_s2_a_hosts_backbone_runs_nothing_of_a_file(payload, foreign, build):
+    for given in ({"init_cfg": {"type": "Pretrained", "checkpoint": payload}}, {"pretrained": payload}):
+        # Some pass over what does not fit, and warn of the old spelling.
+        with contextlib.suppress(ValueError, TypeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            build({**foreign, **given}).init_weights()
 
 
 @pytest.mark.parametrize("host", HOSTS)
