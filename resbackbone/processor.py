@@ -1,4 +1,4 @@
-"""Which number formats the CPU computes in hardware."""
+"""Which number formats the CPU computes in hardware, and what to compute in where it does not."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ def computes_natively(dtype: torch.dtype) -> bool:
     if dtype is torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _has_bfloat16_instructions()
+
+
+def computed_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what to compute in on this CPU, where ``dtype`` is asked for: float32 if that is faster."""
+    return dtype if computes_natively(dtype) else torch.float32
+
+
+def reason(dtype: torch.dtype) -> str:
+    """Return why not to compute in a dtype on this CPU, as the first clause of a sentence."""
+    return f"this processor has no instructions for {str(dtype).removeprefix('torch.')}"
 
 
 def _has_bfloat16_instructions() -> bool:

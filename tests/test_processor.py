@@ -105,7 +105,7 @@ def test_w8_extract_computes_in_float32_and_writes_bfloat16(tmp_path, monkeypatc
 def test_w8_bench_skips_it_and_says_what_it_does(tmp_path, float32_only):
     out = tmp_path / "speed.json"
     lines = run("bench", "resnet18", "--size", "32", "--runs", 1, "--out", out).stdout.splitlines()
-    assert lines[0].startswith("resnet18, 1 images of 32x32 on cpu, 1 runs each: as it is; optimize, float32;")
+    assert lines[0] == "resnet18, 1 image of 32x32 on cpu, 1 run each: as it is; optimize, float32; quantize, int8"
     assert any("bfloat16 is skipped" in line for line in lines)
     figures = json.loads(out.read_text())
     assert list(figures["ways"]) == ["as it is", "optimize, float32", "quantize, int8"]

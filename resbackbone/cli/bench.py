@@ -54,16 +54,17 @@ def bench(
             torch.set_num_threads(threads)
         check_device(device)
         load_config(config)
-        names = _names(device, compiled)
-        say(f"{config}, {batch} images of {height}x{width} on {device}, {runs} runs each: {'; '.join(names)}")
+        dtypes = ["float32", "bfloat16"]
+        if device == "cpu" and processor.computed_dtype(torch.bfloat16) is not torch.bfloat16:
+            dtypes.remove("bfloat16")
+        names = _names(device, compiled, dtypes)
+        shown = f"{_counted(batch, 'image')} of {height}x{width} on {device}, {_counted(runs, 'run')} each"
+        say(f"{config}, {shown}: {'; '.join(names)}")
+        if "bfloat16" not in dtypes:
+            say(f"bfloat16 is skipped: {processor.reason(torch.bfloat16)}, and `optimize` computes in float32")
         net = build_backbone(config).to(device)
         net.eval()
         images = torch.randn(batch, net.in_channels, height, width, device=device)
-        dtypes = ["float32", "bfloat16"]
-        if device == "cpu" and not processor.computes_natively(torch.bfloat16):
-            names.remove("optimize, bfloat16")
-            dtypes.remove("bfloat16")
-            say("bfloat16 is skipped: this processor has no instructions for it, and `optimize` computes in float32")
         say("{:<20}{:>10}{:>12}{:>16}{:>10}{:>14}".format("way", *_COLUMNS))
         operations = 2 * batch * measure(net, size=(height, width)).macs
         figures = {}
@@ -81,10 +82,14 @@ def bench(
                 path.write_text(json.dumps(about | {"ways": figures}, indent=1))
 
 
-def _names(device: str, compiled: bool) -> list[str]:
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _names(device: str, compiled: bool, dtypes: list[str]) -> list[str]:
     """What is timed; the first is the net itself."""
     last = "optimize, float16" if device.startswith("cuda") else "quantize, int8"
-    names = ["as it is", "optimize, float32", "optimize, bfloat16", last]
+    names = ["as it is", *(f"optimize, {dtype}" for dtype in dtypes), last]
     return [*names, "torch.compile"] if compiled else names
 
 

@@ -102,15 +102,13 @@ class Extractor:
 
     def _choose_dtype(self) -> torch.dtype:
         """Return what to compute in: float32 where a CPU has no instructions for the dtype."""
-        if self.device.type != "cpu" or processor.computes_natively(self.dtype):
-            return self.dtype
-        name = str(self.dtype).removeprefix("torch.")
-        self.settings["computed dtype"] = "float32"
-        self.about.append(
-            f"computed in float32 and written in {name}: this processor has no instructions for {name}, and would be "
-            "several times slower in it"
-        )
-        return torch.float32
+        computed = processor.computed_dtype(self.dtype) if self.device.type == "cpu" else self.dtype
+        if computed is not self.dtype:
+            self.settings["computed dtype"] = "float32"
+            name = str(self.dtype).removeprefix("torch.")
+            reason = f"{processor.reason(self.dtype)}, and would be several times slower in it"
+            self.about.append(f"computed in float32 and written in {name}: {reason}")
+        return computed
 
     def _prepare(self, model: nn.Module, backend: Any) -> nn.Module:
         """Return what computes: the model optimized, or as it is in the dtype."""

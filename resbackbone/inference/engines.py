@@ -70,11 +70,8 @@ class Optimized(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         on_cpu = all(tensor.device.type == "cpu" for tensor in self.state_dict().values())
         if on_cpu and not processor.computes_natively(self.dtype):  # of a file from another machine
-            name = str(self.dtype).removeprefix("torch.")
-            warn_user(
-                f"this processor has no instructions for {name} and is several times slower in it than in float32; "
-                "optimize the original anew, here",
-            )
+            slow = "and is several times slower in it than in float32; optimize the original anew, here"
+            warn_user(f"{processor.reason(self.dtype)} {slow}")
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuse ``torch.jit.script``, which asks here first."""

@@ -103,8 +103,8 @@ def export(
     _check_packages(form)
     if to == "aoti" and not processor.computes_natively(getattr(torch, dtype)):
         warn_user(
-            f"this processor has no instructions for {dtype}: the compiled file, which is for processors like it, will "
-            "be several times slower than in float32; pass dtype='float32'",
+            f"{processor.reason(getattr(torch, dtype))}: the compiled file, which is for processors like it, will be "
+            "several times slower than in float32; pass dtype='float32'"
         )
     backbone = backbone_of(net)
     if levels is not None:

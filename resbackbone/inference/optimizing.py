@@ -66,15 +66,15 @@ def optimize(
 
 def _computed_dtype(net: nn.Module, dtype: torch.dtype) -> torch.dtype:
     """Return what to compute in: float32, with a warning, where a CPU has no instructions for the dtype."""
-    if not _is_on_cpu(net) or processor.computes_natively(dtype):
-        return dtype
-    name = str(dtype).removeprefix("torch.")
-    warn_user(
-        f"this processor has no instructions for {name} and would be several times slower in it than in float32: "
-        f"{type(net).__name__} computes in float32 and returns feature maps in {name}; "
-        "pass dtype='float32' if those may be float32",
-    )
-    return torch.float32
+    computed = processor.computed_dtype(dtype) if _is_on_cpu(net) else dtype
+    if computed is not dtype:
+        name = str(dtype).removeprefix("torch.")
+        warn_user(
+            f"{processor.reason(dtype)} and would be several times slower in it than in float32: "
+            f"{type(net).__name__} computes in float32 and returns feature maps in {name}; "
+            "pass dtype='float32' if those may be float32"
+        )
+    return computed
 
 
 def _optimize(net: nn.Module, dtype: torch.dtype, backend: Backend, pack_bytes: int) -> Optimized:
