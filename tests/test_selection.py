@@ -328,6 +328,16 @@ def test_u1_the_commands_choose_by_prefix(tmp_path, monkeypatch):
         assert re.search(r"below prefix 'encoder\.'.*'ema\.module\.' .*'model\.'", result.output)
 
 
+def test_u1_convert_names_copies_alone(tmp_path, monkeypatch):
+    """A backbone of the same role is another part of one model, where there is nothing to choose."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(below("backbone.", tiny(1)) | below("img_backbone.", tiny(2)), "m.pth")
+    result = CliRunner().invoke(app, ["convert", "m.pth", "out.pth", "--to", "native"])
+    assert result.exit_code == 0, result.output
+    assert "--prefix" not in result.output
+    assert (torch.load("out.pth")["conv1.weight"] == 1).all()
+
+
 def test_u1_parametrized_weights_are_named_as_that(tmp_path):
     net = ResNet(18, **SIZE)
     torch.nn.utils.parametrizations.weight_norm(net.layer1[1].conv1)
