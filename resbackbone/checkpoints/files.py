@@ -17,10 +17,10 @@ from torch import Tensor
 from resbackbone.checkpoints import torch_files
 from resbackbone.checkpoints.open_file import OpenFile
 from resbackbone.checkpoints.pickles import SafeUnpickler
-from resbackbone.checkpoints.plain_values import plain
+from resbackbone.checkpoints.plain_values import to_tree
 from resbackbone.checkpoints.safetensors_files import read_safetensors
 from resbackbone.checkpoints.shards import find_in_folder, read_shards
-from resbackbone.checkpoints.stand_ins import ADVICE, Inert, UnreadableError, View, printable
+from resbackbone.checkpoints.stand_ins import ADVICE, Inert, UnreadableError, View, excerpt
 
 _KINDS = "PyTorch's .pth, pickles of numpy arrays, .npz, .safetensors, the index of shards, a folder of these"
 _PICKLE = re.compile(rb"\x80|[(\]}]|c[\w.]+\n[\w.]+\n")  # of any protocol; the first ones are text
@@ -66,7 +66,7 @@ def read_file(path: str | Path, *, skipped: Collection[str] = ()) -> dict[str, A
     except Exception as error:  # damage makes zip, struct, json, numpy and the unpickler raise errors of many kinds
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which places outside of the file lead to
             raise
-        reason = printable(str(error), 200)
+        reason = excerpt(str(error), 200)
         raise ValueError(
             f"{str(path)!r} is damaged, download or copy it again ({type(error).__name__}: {reason})"
         ) from error
@@ -80,7 +80,7 @@ def not_loaded(content: Mapping[str, Any]) -> tuple[str, ...]:
     notes = []
     for name, found in places.items():
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        notes.append(f"{name} at {printable(found[0], 60)!r}{more}")
+        notes.append(f"{name} at {excerpt(found[0], 60)!r}{more}")
     return (*notes[:_SHOWN], *([f"{len(notes) - _SHOWN} more classes"] if len(notes) > _SHOWN else []))
 
 
@@ -145,7 +145,7 @@ def _read_opened(opened: OpenFile, path: Path, skipped: Collection[str], *, inde
         return read_safetensors(opened)
     if _PICKLE.match(head):
         opened.file.seek(0)
-        return plain(SafeUnpickler(opened.file, opened.size).load(), _refuse_view, skipped)
+        return to_tree(SafeUnpickler(opened.file, opened.size).load(), _refuse_view, skipped)
     if is_text:
         return _read_text(opened, path, index=index)
     if head[257:262] == b"ustar":
@@ -165,7 +165,7 @@ def _named(content: object) -> dict[str, Any]:
     for mapping in pending:  # grows by the mappings inside
         for key, value in mapping.items():
             if not isinstance(key, str) and isinstance(value, Tensor):
-                raise UnreadableError(f"has the key {printable(str(key))} where a name should be")
+                raise UnreadableError(f"has the key {excerpt(str(key))} where a name should be")
             if isinstance(value, dict):
                 pending.append(value)
     return content
@@ -197,7 +197,7 @@ def _read_zip(opened: OpenFile, skipped: Collection[str]) -> Any:
             raise UnreadableError(f"would grow from {opened.size:,} to {grown:,} bytes; nothing was unpacked")
         return {member.filename.removesuffix(".npy"): _read_npy(archive, member) for member in members}
     raise UnreadableError(
-        f"is a zip file of neither PyTorch nor numpy, of {printable(', '.join(names[:5]), 200) or 'no members'}"
+        f"is a zip file of neither PyTorch nor numpy, of {excerpt(', '.join(names[:5]), 200) or 'no members'}"
     )
 
 
@@ -208,7 +208,7 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Tensor | Ine
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(file)
-        name = printable(member.filename, 50)
+        name = excerpt(member.filename, 50)
         if dtype.kind in "SUmM":
             return Inert("numpy.ndarray")
         if dtype.hasobject or dtype.kind not in "biufc":

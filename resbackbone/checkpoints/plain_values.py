@@ -18,7 +18,7 @@ MAX_DEPTH = 100
 """Mappings and lists inside one another."""
 
 
-class _Plain:
+class _Tree:
     """Makes a tree of values of an unpickler's object.
 
     Args:
@@ -84,7 +84,7 @@ class _Plain:
                 raise UnreadableError(f"holds {type(value).__name__} where a tensor or a plain value should be")
 
 
-def plain(content: object, tensor_of: Callable[[View], Tensor], skipped: Collection[str] = ()) -> Any:
+def to_tree(content: object, tensor_of: Callable[[View], Tensor], skipped: Collection[str] = ()) -> Any:
     """Return an unpickler's object with tensors in place of stand-ins, as a tree.
 
     Args:
@@ -99,7 +99,7 @@ def plain(content: object, tensor_of: Callable[[View], Tensor], skipped: Collect
         UnreadableError: If it is not a tree of reasonable depth and size, holds something that is no value, or has
             tensors in objects that are not loaded and nowhere else.
     """
-    reader = _Plain(tensor_of, skipped)
+    reader = _Tree(tensor_of, skipped)
     result = reader.walk(content)
     seen: set[int] = set()
     for inert in reader.inert.values():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from resbackbone.checkpoints.open_file import OpenFile
-from resbackbone.checkpoints.stand_ins import UnreadableError, printable
+from resbackbone.checkpoints.stand_ins import UnreadableError, excerpt
 
 _MAX_HEADER = 100_000_000  # bytes, as in the library
 _TYPES = {
@@ -41,12 +41,12 @@ def read_safetensors(opened: OpenFile) -> dict[str, Tensor]:
         header = json.loads(opened.read(8, length))
         entries = [(name, *_entry(entry)) for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _damaged(f"{type(error).__name__} in the header: {printable(str(error))}") from error
+        raise _damaged(f"{type(error).__name__} in the header: {excerpt(str(error))}") from error
     entries.sort(key=lambda entry: (entry[3], entry[4]))
     end = 0
     for name, dtype, shape, start, stop in entries:
         if start != end or stop - start != math.prod(shape) * dtype.itemsize:
-            raise _damaged(f"{printable(name)!r} does not lie behind the tensor before it, or is of another size")
+            raise _damaged(f"{excerpt(name)!r} does not lie behind the tensor before it, or is of another size")
         end = stop
     if 8 + length + end != opened.size:
         raise _damaged("the header does not describe as many bytes as there are")
@@ -59,7 +59,7 @@ def read_safetensors(opened: OpenFile) -> dict[str, Tensor]:
 
 def _entry(entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     if entry["dtype"] not in _TYPES:
-        raise ValueError(f"unknown type {printable(str(entry['dtype']))!r}")
+        raise ValueError(f"unknown type {excerpt(str(entry['dtype']))!r}")
     start, stop = entry["data_offsets"]
     numbers = (*entry["shape"], start, stop)
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from resbackbone.checkpoints.open_file import OpenFile
-from resbackbone.checkpoints.stand_ins import UnreadableError, printable
+from resbackbone.checkpoints.stand_ins import UnreadableError, excerpt
 
 _MAX_INDEX = 1 << 26  # bytes
 _WEIGHTS = (  # in the order in which transformers looks for them
@@ -66,7 +66,7 @@ def read_shards(index: OpenFile, folder: Path, read: Callable[[Path], Any]) -> d
             raise UnreadableError(f"lists the shard {name!r}, which holds a tensor of another shard again")
         tensors |= shard
     if weight_map.keys() - tensors.keys():
-        missing = printable(min(weight_map.keys() - tensors.keys()))
+        missing = excerpt(min(weight_map.keys() - tensors.keys()))
         raise UnreadableError(f"lists {missing!r}, which its shard does not hold")
     return tensors
 
@@ -75,7 +75,7 @@ def _path_of(name: object, folder: Path) -> Path:
     """Return the path of a shard, which lies beside the index, or where the cache of huggingface_hub has its files."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.(safetensors|bin|pth|pt)", name):
         raise UnreadableError(
-            f"lists the shard {printable(repr(name))}; a shard is a .safetensors or .bin file beside it"
+            f"lists the shard {excerpt(repr(name))}; a shard is a .safetensors or .bin file beside it"
         )
     path, real = folder / name, folder.resolve()
     if not path.is_file():

@@ -35,7 +35,7 @@ class Inert:
     __slots__ = ("content", "name")
 
     def __init__(self, name: str, *content: object) -> None:
-        self.name = printable(name)
+        self.name = excerpt(name)
         self.content = list(content)
 
     def __repr__(self) -> str:
@@ -148,7 +148,7 @@ class Array(Inert):
                 raise UnreadableError("holds a damaged array")
 
 
-def printable(text: str, length: int = 100) -> str:
+def excerpt(text: str, length: int = 100) -> str:
     """Return a text of the file's as it can be shown in a line: shortened, and without control characters."""
     text = text if len(text) <= length else f"{text[: length - 3]}..."
     return text if text.isprintable() else ascii(text)[1:-1]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from resbackbone.checkpoints.open_file import OpenFile
 from resbackbone.checkpoints.pickles import SafeUnpickler
-from resbackbone.checkpoints.plain_values import plain
-from resbackbone.checkpoints.stand_ins import Storage, UnreadableError, View, printable
+from resbackbone.checkpoints.plain_values import to_tree
+from resbackbone.checkpoints.stand_ins import Storage, UnreadableError, View, excerpt
 
 LEGACY_MAGIC = re.compile(rb"\x80[\2-\5](\x95.{8})?\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\.", re.DOTALL)
 """How a file from before PyTorch 1.6 begins: with a number, pickled."""
@@ -44,7 +44,7 @@ class _Storages:
             self._made[storage.key] = self._bytes(storage)
         raw = self._made[storage.key]
         if (storage.start + storage.count) * storage.dtype.itemsize > len(raw):
-            raise UnreadableError(f"declares more numbers in storage {printable(storage.key)!r} than are there")
+            raise UnreadableError(f"declares more numbers in storage {excerpt(storage.key)!r} than are there")
         offset = view.offset + storage.start * storage.dtype.itemsize // view.dtype.itemsize
         empty = torch.empty(0, dtype=view.dtype, device="cpu")
         return empty.set_(raw.untyped_storage(), offset, view.size, view.stride)
@@ -53,7 +53,7 @@ class _Storages:
         try:
             raw = self._read(storage.key)
         except KeyError:
-            raise UnreadableError(f"lacks the storage {printable(storage.key)!r}; download or copy it again") from None
+            raise UnreadableError(f"lacks the storage {excerpt(storage.key)!r}; download or copy it again") from None
         if not self._swapped:
             return raw
         real = storage.dtype.itemsize // (2 if storage.dtype.is_complex else 1)
@@ -67,7 +67,7 @@ def read_zip(opened: OpenFile, archive: zipfile.ZipFile, root: str, skipped: Col
         opened: The file.
         archive: The same.
         root: The folder in it.
-        skipped: See :func:`~resbackbone.checkpoints.plain_values.plain`.
+        skipped: See :func:`~resbackbone.checkpoints.plain_values.to_tree`.
 
     Raises:
         UnreadableError: If it is not as PyTorch writes it, or has tensors that are not read.
@@ -83,18 +83,18 @@ def read_zip(opened: OpenFile, archive: zipfile.ZipFile, root: str, skipped: Col
 
     order = opened.read(*member("byteorder")).decode() if f"{root}byteorder" in members else "little"
     if order not in ("little", "big"):
-        raise UnreadableError(f"was written in the byte order {printable(order)!r}; it can be 'little' or 'big'")
+        raise UnreadableError(f"was written in the byte order {excerpt(order)!r}; it can be 'little' or 'big'")
     pickled = opened.read(*member("data.pkl"))
     content = SafeUnpickler(io.BytesIO(pickled), len(pickled)).load()
     storages = _Storages(lambda key: opened.read_tensor(*member(f"data/{key}")), swapped=order != sys.byteorder)
-    return plain(content, storages.tensor_of, skipped)
+    return to_tree(content, storages.tensor_of, skipped)
 
 
 def _place(opened: OpenFile, member: zipfile.ZipInfo) -> tuple[int, int]:
     """Return where the bytes of a member begin, and how many they are."""
     signature, name, extra = _LOCAL_HEADER.unpack(opened.read(member.header_offset, _LOCAL_HEADER.size))
     if signature != b"PK\3\4":
-        raise UnreadableError(f"is damaged at {printable(member.filename)!r}; download or copy it again")
+        raise UnreadableError(f"is damaged at {excerpt(member.filename)!r}; download or copy it again")
     return member.header_offset + _LOCAL_HEADER.size + name + extra, member.file_size
 
 
@@ -103,7 +103,7 @@ def read_legacy(opened: OpenFile, skipped: Collection[str] = ()) -> Any:
 
     Args:
         opened: The file.
-        skipped: See :func:`~resbackbone.checkpoints.plain_values.plain`.
+        skipped: See :func:`~resbackbone.checkpoints.plain_values.to_tree`.
 
     Raises:
         UnreadableError: If it is not as PyTorch wrote it, or has tensors that are not read.
@@ -112,7 +112,7 @@ def read_legacy(opened: OpenFile, skipped: Collection[str] = ()) -> Any:
     unpickler = SafeUnpickler(opened.file, opened.size)
     _magic, _version, _system, content, keys = (unpickler.load() for _ in range(5))
     places = _legacy_places(opened, keys, unpickler.storages)
-    return plain(content, _Storages(lambda key: opened.read_tensor(*places[key])).tensor_of, skipped)  # little-endian
+    return to_tree(content, _Storages(lambda key: opened.read_tensor(*places[key])).tensor_of, skipped)  # little-endian
 
 
 def _legacy_places(opened: OpenFile, keys: Any, types: Mapping[str, torch.dtype]) -> dict[str, tuple[int, int]]:
