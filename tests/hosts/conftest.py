@@ -19,6 +19,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 HOST_WARNINGS = (
     "ignore:``build_loss`` would be deprecated soon:UserWarning",  # mmseg's decode heads build their losses with it
+    "ignore:The arguments `dropout` in MultiheadAttention:DeprecationWarning",  # mmdet's DETRs set it
+    "ignore:torch.meshgrid:UserWarning",  # mmdet's generator of points calls it without `indexing`; said once a process
     "ignore:Default ``avg_non_ignore`` is False:UserWarning",  # the maintained mmseg says so of every cross entropy
 )
 
