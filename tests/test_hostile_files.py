@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from weight_files import WRITERS, weights
 
+from resbackbone.checkpoints.conversion import find_backbone
 from resbackbone.checkpoints.files import not_loaded, read_file
+from resbackbone.checkpoints.loading import read_tensors
 from resbackbone.checkpoints.pickle_names import NAMES
 
 
@@ -698,3 +700,86 @@ def test_random_programs_of_the_unpickler_read_or_are_refused(parts, tmp_path):
     for container in (pickled, torch_zip, torch_legacy):
         (tmp_path / "hostile").write_bytes(container(b"".join(parts)))
         read_or_refuse(tmp_path / "hostile")
+
+
+# Small files that repeat something long
+
+
+def memoized(*fragments):
+    """Return pickle code that keeps fragments, and how each is repeated."""
+    kept = b"".join(fragment + b"q" + bytes([number]) + b"0" for number, fragment in enumerate(fragments))
+    return kept, *(b"h" + bytes([number]) for number in range(len(fragments)))
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ("_codecs.encode", text("a" * 100_000) + text("latin1") + b"\x86"),
+        ("collections.deque", b"](" + b"N" * 100_000 + b"e\x85"),
+        ("builtins.tuple", b"](" + b"N" * 100_000 + b"e\x85"),
+        ("torch._tensor._rebuild_from_type_v2", b"(NN)Nt"),
+        ("torch._utils._rebuild_tensor_v2", b"(" + b"N" * 100_000 + b"t"),
+    ],
+)
+def test_calls_inside_of_a_call_copy_nothing(function, arguments, tmp_path):
+    kept, rebuild, inner = memoized(
+        name("torch._tensor._rebuild_from_type_v2"), b"(" + name(function) + b"N" + arguments + b"Nt"
+    )
+    (tmp_path / "a.pth").write_bytes(torch_zip(kept + mapping(x=b"](" + (rebuild + inner + b"R") * 5000 + b"e")))
+    tracemalloc.start()
+    try:
+        read_or_refuse(tmp_path / "a.pth")
+        assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_long_key_of_many_mappings_makes_no_long_names(tmp_path):
+    kept, key, leaf = memoized(text("k" * 60_000), tensor())
+    leaves = b"}(" + b"".join(text(str(index)) + leaf for index in range(2000)) + b"u"
+    (tmp_path / "a.pth").write_bytes(torch_zip(kept + (b"}" + key) * 90 + leaves + b"s" * 90))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="has a tensor with a name of 5,400,092 characters") as caught:
+            read_tensors(tmp_path / "a.pth")
+        assert len(str(caught.value)) < 500
+        assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_long_keys_of_plain_objects_are_shortened_in_notes(tmp_path):
+    kept, key = memoized(text("k" * 60_000))
+    (tmp_path / "a.pth").write_bytes(torch_zip(kept + (b"}" + key) * 90 + name("a.B") + b"s" * 90))
+    (note,) = not_loaded(read_file(tmp_path / "a.pth"))
+    assert note.startswith("a.B at 'kkk")
+    assert len(note) < 100
+
+
+def test_errors_show_only_the_beginning_of_names(tmp_path):
+    tensors = {f"{'n' * 900}.{number}": torch.ones(1) for number in range(50)}
+    for prefix in (None, "backbone."):
+        with pytest.raises(ValueError, match="no known backbone is") as caught:
+            find_backbone(tensors, prefix=prefix)
+        assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("size", [1, 2**62, 10**5000], ids=["ones", "large", "huge"])
+def test_safetensors_of_many_dimensions_are_refused_before_their_product(size, tmp_path):
+    shape = [2**62] * 100_000 if size == 2**62 else [1] * 100_000 if size == 1 else [1]
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}})
+    header = header if size != 10**5000 else header.replace("[1]", f"[1{'0' * 5000}]")
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(4))
+    assert_refused(tmp_path / "a.safetensors", "in the header: (a tensor of 100,000 dimensions|Exceeds the limit)")
+
+
+def test_more_backbones_than_a_checkpoint_has_are_refused():
+    tensors = dict.fromkeys((f"p{number}.layer1.0.conv1.weight" for number in range(8000)), torch.ones(1))
+    with pytest.raises(ValueError, match="8,000 backbones are among the keys, below 'p0"):
+        find_backbone(tensors)
+
+
+def test_long_names_of_classes_are_refused(tmp_path):
+    kept, long = memoized(text("m" * 1_000_000))
+    (tmp_path / "a.pth").write_bytes(torch_zip(kept + mapping(x=b"](" + (long + long + b"\x93") * 20_000 + b"e")))
+    assert_refused(tmp_path / "a.pth", "names a class in 2,000,000 characters; at most 2,000 are read")

@@ -19,6 +19,7 @@ from resbackbone.checkpoints.selection import (
     unwrap,
     warn_of_copies,
 )
+from resbackbone.checkpoints.stand_ins import excerpt
 from resbackbone.checks import UnknownKeyError, check_type, nearest
 
 
@@ -157,15 +158,21 @@ def _none_found(names: Iterable[str], layout: str | None, prefix: str | None) ->
     """Say what was looked for in vain, and what is there."""
     found = sorted(find_candidates(names, list(LAYOUTS.values())), key=lambda one: one.prefix)
     there = ", ".join(
-        f"below {one.prefix!r} ({one.layout.name} keys)" if one.prefix else f"without a prefix ({one.layout.name} keys)"
-        for one in found
+        f"below {excerpt(one.prefix, 100)!r} ({one.layout.name} keys)"
+        if one.prefix
+        else f"without a prefix ({one.layout.name} keys)"
+        for one in found[:10]
     )
     what = "known" if layout is None else layout
     where = "" if prefix is None else f" below prefix {prefix!r}"
     if there:
         return f"no {what} backbone is{where} among the keys; there is one {there}"
-    some = ", ".join(list(names)[:5]) or "none"
+    some = ", ".join(excerpt(name, 100) for name in list(names)[:5]) or "none"
     tops = list(dict.fromkeys(name.partition(".")[0] + "." for name in names if "." in name))
-    start = f"; their prefixes are: {', '.join(tops[:10])}" if prefix is not None and tops else ""
+    start = (
+        f"; their prefixes are: {', '.join(excerpt(top, 50) for top in tops[:10])}"
+        if prefix is not None and tops
+        else ""
+    )
     known = ", ".join(LAYOUTS)
     return f"no {what} backbone is{where} among the keys, the first of which are: {some}{start}; known layouts: {known}"

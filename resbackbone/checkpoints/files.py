@@ -28,6 +28,7 @@ _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")  # what text has none of
 # Weights hardly shrink when they are compressed: a file that grows by more than this is a bomb.
 _MAX_GROWTH = 20
 _SHOWN = 5
+_PLACE = 60  # characters
 
 
 def read_file(path: str | Path, *, skipped: Collection[str] = ()) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def not_loaded(content: Mapping[str, Any]) -> tuple[str, ...]:
     notes = []
     for name, found in places.items():
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        notes.append(f"{name} at {excerpt(found[0], 60)!r}{more}")
+        notes.append(f"{name} at {excerpt(found[0], _PLACE)!r}{more}")
     return (*notes[:_SHOWN], *([f"{len(notes) - _SHOWN} more classes"] if len(notes) > _SHOWN else []))
 
 
@@ -89,7 +90,7 @@ def _inert(value: Any, place: str) -> Iterator[tuple[str, str]]:
         yield value.name, place
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            below = f"{place}.{key}" if place else str(key)
+            below = _below(place, key)
             if not isinstance(key, str):
                 yield from _inert(key, below)
             yield from _inert(item, below)
@@ -98,13 +99,26 @@ def _inert(value: Any, place: str) -> Iterator[tuple[str, str]]:
             yield from _inert(item, place)
 
 
+def _below(place: str, key: object) -> str:
+    """Join a place and a key, of which no more is kept than can be shown."""
+    text = excerpt(key, _PLACE) if isinstance(key, str) else _short(key)
+    return place if len(place) > _PLACE else f"{place}.{text}" if place else text
+
+
+def _short(key: object) -> str:
+    """Show a key that is no text; long ones by their type alone."""
+    if isinstance(key, (Inert, float, complex)) or key is None or (isinstance(key, int) and abs(key) < 2**63):
+        return excerpt(str(key), _PLACE)
+    return type(key).__name__
+
+
 def check_weights(tensors: Mapping[str, Tensor]) -> None:
     """Raise unless all tensors are dense and real, and all their values finite.
 
     Raises:
         ValueError: If some are not, naming the first five.
     """
-    unsound = [f"{key} ({problem})" for key, tensor in tensors.items() if (problem := _problem(tensor))]
+    unsound = [f"{excerpt(key, 200)} ({problem})" for key, tensor in tensors.items() if (problem := _problem(tensor))]
     if unsound:
         more = f" and {len(unsound) - 5} more" if len(unsound) > 5 else ""
         raise ValueError(f"weights must be finite real numbers, but not so {', '.join(unsound[:5])}{more}")
@@ -165,7 +179,7 @@ def _named(content: object) -> dict[str, Any]:
     for mapping in pending:  # grows by the mappings inside
         for key, value in mapping.items():
             if not isinstance(key, str) and isinstance(value, Tensor):
-                raise UnreadableError(f"has the key {excerpt(str(key))} where a name should be")
+                raise UnreadableError(f"has the key {_short(key)} where a name should be")
             if isinstance(value, dict):
                 pending.append(value)
     return content

@@ -18,7 +18,7 @@ from resbackbone.checkpoints.layouts import Tensors
 from resbackbone.checkpoints.report import LoadReport
 from resbackbone.checkpoints.selection import is_swapped, role, unwrap, warn_of_copies
 from resbackbone.checkpoints.sources import locate
-from resbackbone.checkpoints.stand_ins import ADVICE
+from resbackbone.checkpoints.stand_ins import ADVICE, excerpt
 from resbackbone.checks import check_choice
 from resbackbone.layers.plugins import plugin_name
 from resbackbone.logs import log_info
@@ -35,6 +35,7 @@ _NO_WEIGHTS = {
     "scaler",
 }
 _WRAPPING = "state_dict."  # of mmengine's checkpoints
+_MAX_NAME = 1000  # characters in the name of a tensor
 _COUNTER = "num_batches_tracked"  # old files lack it, frozen norms do not have it, and it influences nothing
 
 
@@ -111,7 +112,7 @@ def load_checkpoint(
     if wrong := problems(report, strict):
         raise ValueError(
             f"{str(source)!r} does not fit {type(net).__name__}, nothing was changed: {report.summary()}: "
-            + ", ".join(wrong[:5])
+            + _first(wrong)
             + _advice(report)
         )
     weights = {key: adapted.tensors[key] for key in report.loaded}
@@ -120,6 +121,11 @@ def load_checkpoint(
     net.preprocessing = adapted.expected  # type: ignore[assignment]
     log_info(f"{type(net).__name__}: {report.source}: {report.summary()}")
     return report
+
+
+def _first(wrong: Iterable[str]) -> str:
+    """Show the first of what does not fit."""
+    return ", ".join(excerpt(text, 200) for text in list(wrong)[:5])
 
 
 def _advice(report: LoadReport) -> str:
@@ -173,7 +179,7 @@ def load_module(net: nn.Module, source: str | Path, *, prefix: str | None = None
     if wrong := problems(report) or ([] if alike else ["nothing fits"]):
         raise ValueError(
             f"{str(source)!r} does not fit {type(net).__name__}, nothing was changed: {report.summary()}: "
-            + ", ".join(wrong[:5])
+            + _first(wrong)
         )
     weights = {key: found[key] for key in alike}
     check_weights(weights)
@@ -199,7 +205,9 @@ def _own_prefix(tensors: Tensors, own: Mapping[str, Tensor], source: str, *, swa
     if len(whole) > 1 and (plain := [prefix for prefix in whole if prefix in ("", _WRAPPING)]):
         return plain[0]
     if len(whole) > 1:
-        raise ValueError(f"{source!r} has these weights below {' and '.join(map(repr, whole))}; choose by `prefix`")
+        places = " and ".join(repr(excerpt(prefix, 100)) for prefix in whole[:10])
+        more = f" and {len(whole) - 10} more" if len(whole) > 10 else ""
+        raise ValueError(f"{source!r} has these weights below {places}{more}; choose by `prefix`")
     counts = {prefix: sum(f"{prefix}{key}" in tensors for key in needed) for prefix in prefixes}
     return whole[0] if whole else max(counts, key=lambda prefix: counts[prefix], default="")
 
@@ -241,7 +249,11 @@ def read_tensors(source: str | Path) -> CheckpointTensors:
     """
     path, known = locate(source)
     content = read_file(path, skipped=_NO_WEIGHTS)
-    tensors, left = dict(_flatten(content)), not_loaded(content)
+    try:
+        tensors = dict(_flatten(content))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} {error}") from error
+    left = not_loaded(content)
     if left and not tensors:
         raise ValueError(f"{str(path)!r} has no tensors by name, and of what it has was not loaded {left[0]}; {ADVICE}")
     swapped = "ema_state_dict" in content and "meta" in content
@@ -266,13 +278,36 @@ def class_names(checkpoint: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(names) if well_formed else None
 
 
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor with the keys that lead to it; a file's wrappings are prefixes like any other."""
-    for key, value in content.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+def _flatten(content: Mapping[Any, Any], keys: tuple[str, ...] = (), length: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor with the keys that lead to it; a file's wrappings are prefixes like any other.
+
+    Keys are joined only at a tensor and after their length was checked: small files can repeat a long key without end.
+
+    Raises:
+        ValueError: If a name is longer than names of tensors are.
+    """
+    for position, (key, value) in enumerate(content.items()):
+        if not isinstance(value, (Tensor, Mapping)):
+            continue
+        text = _key_text(key, position)
+        below = length + len(text) + 1
+        if isinstance(value, Mapping):
+            yield from _flatten(value, (*keys, text), below)
+        elif below > _MAX_NAME:
+            start = excerpt(keys[0] if keys else text, 40)
+            raise ValueError(
+                f"has a tensor with a name of {below:,} characters, which begins with {start!r}; "
+                f"names of at most {_MAX_NAME:,} are read"
+            )
+        else:
+            yield ".".join((*keys, text)), value
+
+
+def _key_text(key: object, position: int) -> str:
+    """What a mapping's key adds to the names below it; for what is neither text nor a number, where it stands."""
+    if isinstance(key, str):
+        return key
+    return str(key) if isinstance(key, int) and abs(key) < 2**63 else f"{type(key).__name__} {position}"
 
 
 def _compare(

@@ -23,6 +23,7 @@ from resbackbone.checkpoints.stand_ins import (
 
 _MAX_KEY = 64  # objects in a key that is a tuple
 _MAX_COLLISIONS = 100  # keys of one mapping that have the same hash
+_MAX_NAME = 2000  # characters; a pickle may repeat a long one for two bytes each
 
 _Mapping = TypeVar("_Mapping", bound=dict[Any, Any])
 
@@ -71,8 +72,12 @@ def _parameter(data: object, *_: object) -> View:
 
 
 def _tensor_of_a_class(function: object, kind: object, arguments: object, state: object) -> object:
-    """Stand for how tensors are pickled that have attributes or a class of their own: the tensor alone is read."""
-    if not isinstance(function, Function) or not isinstance(arguments, tuple):
+    """Stand for how tensors are pickled that have attributes or a class of their own: the tensor alone is read.
+
+    No other function is called, as what one copies is counted where the pickle calls it.
+    """
+    known = isinstance(function, Function) and function.call in _REBUILDERS
+    if not known or not isinstance(function, Function) or not isinstance(arguments, tuple):
         return Inert(kind.name if isinstance(kind, Inert) else "torch.Tensor", function, arguments)
     return function.call(*arguments)
 
@@ -209,6 +214,7 @@ def _reconstruct(kind: object, base: object = None, state: object = None) -> Ine
     return Inert(kind.name if isinstance(kind, (Inert, Function)) else "object", base, state)
 
 
+_REBUILDERS = (_view, _typed_view, _parameter)
 _HASHED = (
     str, bytes, int, float, complex, type(None), torch.dtype, torch.device,
     Inert, Function, View,  # by their identity
@@ -266,6 +272,14 @@ _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # since Python 2
 
 
 def find(module: str, name: str) -> torch.dtype | Function | Inert:
-    """Return what stands for a name: one of `NAMES`, or something inert."""
+    """Return what stands for a name: one of `NAMES`, or something inert.
+
+    Raises:
+        UnreadableError: If it is longer than names of classes are.
+    """
+    if len(module) + len(name) > _MAX_NAME:
+        raise UnreadableError(
+            f"names a class in {len(module) + len(name):,} characters; at most {_MAX_NAME:,} are read"
+        )
     full_name = f"{_RENAMED.get(module, module)}.{name}"
     return NAMES.get(full_name) or Inert(full_name)

@@ -227,7 +227,8 @@ class SafeUnpickler(pickle._Unpickler):
     def _spend(self, arguments: object) -> None:
         """Count what a call may copy; a small pickle could have one large argument copied a million times."""
         if isinstance(arguments, tuple):
-            self._budget -= sum(len(value) for value in arguments if hasattr(value, "__len__"))
+            inner = (value for argument in arguments if isinstance(argument, tuple) for value in argument)
+            self._budget -= sum(len(value) for value in (*arguments, *inner) if hasattr(value, "__len__"))
         if self._budget < 0:
             raise UnreadableError("copies its content over and over; a checkpoint holds it once")
 

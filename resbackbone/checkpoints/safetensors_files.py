@@ -19,6 +19,7 @@ from resbackbone.checkpoints.open_file import OpenFile
 from resbackbone.checkpoints.stand_ins import UnreadableError, excerpt
 
 _MAX_HEADER = 100_000_000  # bytes, as in the library
+_MAX_DIMENSIONS = 64  # as in PyTorch
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
@@ -61,6 +62,8 @@ def _entry(entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     if entry["dtype"] not in _TYPES:
         raise ValueError(f"unknown type {excerpt(str(entry['dtype']))!r}")
     start, stop = entry["data_offsets"]
+    if len(entry["shape"]) > _MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(entry['shape']):,} dimensions")
     numbers = (*entry["shape"], start, stop)
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise ValueError("a shape or place that is impossible")

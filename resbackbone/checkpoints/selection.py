@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from resbackbone.checkpoints.layouts import Layout, is_native
+from resbackbone.checkpoints.stand_ins import excerpt
 from resbackbone.checks import warn_user
 
 # Tensors that nearly every net of the family has: where one of them is found, a backbone begins.
@@ -39,6 +40,7 @@ _MOMENTUM_LETTERS = {"k", "m"}  # MoCo's `encoder_k`, ALBEF's `visual_encoder_m`
 _LIGHTNING_RAW = "current_model_state"  # beside `state_dict`, where its callback puts the averaged weights
 _MMENGINE_RAW = "ema_state_dict"  # mmengine's hook swaps when it saves, so this holds the raw weights
 _MMENGINE_MARKS = ("ema_state_dict.module.", "ema_state_dict.steps")
+_MAX_CANDIDATES = 100  # each is compared with every other one
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
@@ -73,12 +75,22 @@ def _is_no_wrapper(part: str) -> bool:
 
 
 def find_candidates(names: Iterable[str], layouts: Sequence[Layout]) -> list[Candidate]:
-    """Find every backbone, each with the layout that fits it best, of equals the first."""
+    """Find every backbone, each with the layout that fits it best, of equals the first.
+
+    Raises:
+        ValueError: If there are more than any checkpoint has.
+    """
     bare = {name: unwrap(name) for name in names}
     prefixes: dict[str, list[Layout]] = defaultdict(list)
     for layout in layouts:
         for prefix in _prefixes(bare, layout):
             prefixes[prefix].append(layout)
+    if len(prefixes) > _MAX_CANDIDATES:
+        some = ", ".join(repr(excerpt(prefix, 50)) for prefix in list(prefixes)[:3])
+        raise ValueError(
+            f"{len(prefixes):,} backbones are among the keys, below {some}, ...; at most {_MAX_CANDIDATES} are read: "
+            "save the weights of one alone"
+        )
     inside = _group(bare, prefixes)
     found = []
     for prefix, fitting in prefixes.items():
@@ -236,7 +248,8 @@ def below(prefix: str, candidates: Sequence[Candidate]) -> list[Candidate]:
 def warn_of_copies(what: str, prefix: str, copies: Sequence[str]) -> None:
     """Warn that a checkpoint holds copies of a backbone in other roles, and how to get them."""
     if copies:
-        choices = " or ".join(f"prefix={other!r}" for other in copies)
+        choices = " or ".join(f"prefix={other!r}" for other in copies[:10])
+        choices += f" or one of {len(copies) - 10} more" if len(copies) > 10 else ""
         warn_user(
             f"{what} has {len(copies) + 1} copies of these weights: the one below {prefix!r} is taken; for another one "
             f"give {choices}",
