@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from resbackbone.backbones import Backbone
 from resbackbone.backbones.base import total_stride
+from resbackbone.backbones.shapes import shapes_only
 from resbackbone.checks import check_int, check_ints, check_type
 from resbackbone.config import BackboneSource, construct_backbone
 from resbackbone.layers import DeformConv2d, SAConv2d
@@ -110,7 +109,9 @@ def measure(net: Backbone, *, size: int | tuple[int, int] = 224) -> Complexity:
     """
     check_type("net", net, Backbone, "a backbone of resbackbone")
     height, width = _pair(size)
-    net = _shapes_only(net)
+    net = shapes_only(net)
+    stem_out = (index for index in net.out_indices if index == "stem")
+    net.out_indices = (*stem_out, *range(len(net.res_layers)))
     names = [*_pooling_behind_an_output(net), *net.res_layers]
     layers: list[nn.Module] = [getattr(net, name) for name in names]
     macs: Counter[nn.Module] = Counter()
@@ -150,21 +151,6 @@ def _num_params(module: nn.Module) -> int:
 
 def _with_stem(total: int, layers: list[int]) -> list[int]:
     return [total - sum(layers), *layers]
-
-
-def _shapes_only(net: Backbone) -> Backbone:
-    """Copy a backbone onto the meta device, in eval mode, all stages outputs, without copying its weights."""
-    memo: dict[int, Any] = {id(parameter): nn.Parameter(parameter.to("meta"), False) for parameter in net.parameters()}
-    memo |= {id(buffer): buffer.to("meta") for buffer in net.buffers()}
-    shapes = copy.deepcopy(net, memo)
-    shapes.eval()  # whose value is None in a subclass with mmdet's `train`
-    modules: Iterable[Any] = shapes.modules()
-    for module in modules:
-        if hasattr(module, "backend"):
-            module.backend = "torch"  # compiled operators of deformable convolution want memory
-    stem = (index for index in net.out_indices if index == "stem")
-    shapes.out_indices = (*stem, *range(len(shapes.res_layers)))
-    return shapes
 
 
 def _strides(net: Backbone, names: list[str]) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from resbackbone.backbones.norm_eval import NormEvalModule
 from resbackbone.checks import check_int
@@ -45,9 +46,9 @@ class Backbone(NormEvalModule):
 
     @property
     def in_channels(self) -> int:
-        """Channels of the images: those of the first convolution, also if another was put in its place by hand."""
+        """Channels of the images: those of the first convolution, also if it or its weight was replaced by hand."""
         conv = self._first_convolution()
-        return self._in_channels if conv is None else conv.in_channels
+        return self._in_channels if conv is None else input_channels(conv)
 
     @in_channels.setter
     def in_channels(self, channels: int) -> None:
@@ -73,7 +74,7 @@ class Backbone(NormEvalModule):
     def required_channels(self) -> int | None:
         """Channels that images must have; None if ``forward``, or the layer that they enter, takes what it likes."""
         conv = self._first_convolution() if self.has_stock_forward else None
-        return None if conv is None else conv.in_channels
+        return None if conv is None else input_channels(conv)
 
     def check_input(self, images: Any) -> None:
         """Refuse in words what the first convolution would refuse in its own; take anything if it was replaced.
@@ -85,7 +86,7 @@ class Backbone(NormEvalModule):
         """
         conv = self._first_convolution()
         if conv is not None and not isinstance(images, torch.fx.Proxy) and not is_tracing():
-            check_images(images, type(self).__name__, conv.in_channels)
+            check_images(images, type(self).__name__, input_channels(conv))
 
     def set_stem(self, *, channels: int, stride: int) -> None:
         """Set what the map of ``"stem"`` in ``out_indices`` is: the stem's, before its pooling.
@@ -238,6 +239,19 @@ class Backbone(NormEvalModule):
             self._wake_modules()
         self._freeze_stages()
         return self
+
+
+def input_channels(conv: nn.Conv2d) -> int:
+    """Return how many channels a convolution accepts: as its weight says, which may have been replaced."""
+    # Not `conv.weight`, which a parametrization would compute, with a spectral norm even another one each time.
+    weight = conv._parameters.get("weight")
+    if weight is not None and weight.dim() == 4:  # no shard of it
+        return weight.shape[1] * conv.groups
+    stored = [conv._parameters.get("weight_orig")]  # of a pruned one
+    if is_parametrized(conv, "weight"):
+        stored = list(conv.parametrizations["weight"]._parameters.values())  # type: ignore[index,union-attr]
+    whole = [tensor for tensor in stored if tensor is not None and tuple(tensor.shape[2:]) == conv.kernel_size]
+    return max([conv.in_channels, *(tensor.shape[1] * conv.groups for tensor in whole)])
 
 
 def total_stride(modules: Iterable[nn.Module]) -> int:

@@ -14,6 +14,7 @@ from resbackbone.backbones.arguments import check_resnet_arguments, resolve_out_
 from resbackbone.backbones.base import Backbone, total_stride
 from resbackbone.backbones.pretrained import resolve_init_cfg
 from resbackbone.backbones.res_layer import DilationStyle, ResLayer
+from resbackbone.backbones.shapes import fingerprint, measure_maps, shapes_only
 from resbackbone.backbones.stem import make_deep_stem
 from resbackbone.blocks import BasicBlock, Bottleneck
 from resbackbone.checks import plain_arguments
@@ -97,6 +98,8 @@ class ResNet(Backbone):
     with_cp: WithCp = False  # for constructors of subclasses that do not call this one
     _given: Config | None = None  # of `stage_blocks` and `out_indices`, which are resolved; likewise
     _stem_names: list[str] | None = None  # likewise: then all layers before the first stage
+    _built: str | None = None
+    _measured: tuple[str, dict[OutIndex, FeatureInfo]] | None = None
     arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
         18: (BasicBlock, (2, 2, 2, 2)),
         26: (Bottleneck, (2, 2, 2, 2)),
@@ -185,6 +188,7 @@ class ResNet(Backbone):
         if fold_frozen_norms:
             set_folding(self, True)
         self.feat_dim = self.block.expansion * self.stage_planes(num_stages - 1)
+        self._built = fingerprint(self._measured_parts())
 
     def _check_layers(self) -> None:
         """Raise unless every layer can be built; the hooks of a subclass in another package are left to run once."""
@@ -309,7 +313,37 @@ class ResNet(Backbone):
         return None
 
     def _levels(self) -> dict[OutIndex, FeatureInfo]:
-        """Describe every map as the layers are now: what was replaced by hand may stride otherwise."""
+        """Describe every map as the layers are now: what was replaced by hand may have other channels and strides."""
+        now = fingerprint(self._measured_parts())
+        if self._built in (None, now) or not self.has_stock_forward:
+            return self._levels_as_told()
+        if self._measured is None or self._measured[0] != now:
+            self._measured = now, self._measure_levels() or self._levels_as_told()
+        return dict(self._measured[1])
+
+    def _measured_parts(self) -> Iterable[tuple[str, nn.Module]]:
+        """What :meth:`_measure_levels` runs, by name."""
+        yield from ((f"stem{index}", layer) for index, layer in enumerate(self._stem()))
+        yield from ((name, getattr(self, name)) for name in self.res_layers)
+
+    def _measure_levels(self) -> dict[OutIndex, FeatureInfo] | None:
+        """Describe every map by running a copy without memory; None where layers of somebody's do not run so."""
+        try:
+            shapes = shapes_only(self)
+        except Exception:  # whatever the copy of a layer of somebody's raises
+            return None
+        pool = getattr(shapes, "maxpool", nn.Identity())
+        stages = [getattr(shapes, name) for name in shapes.res_layers]
+        measured = measure_maps([shapes._run_before_pool, pool, *stages], shapes, self.in_channels)
+        if measured is None:
+            return None
+        stem, _, *maps = measured
+        named = enumerate(zip(self.res_layers, maps, strict=True))
+        levels: dict[OutIndex, FeatureInfo] = {"stem": FeatureInfo("stem", -1, *stem)}
+        return levels | {index: FeatureInfo(name, index, *shape) for index, (name, shape) in named}
+
+    def _levels_as_told(self) -> dict[OutIndex, FeatureInfo]:
+        """Describe every map by what stages say of themselves, or by what was built."""
         built = super()._levels()
         channels = built["stem"].channels if "stem" in built else getattr(self, "stem_channels", self.inplanes)
         stride = total_stride(self._stem())
