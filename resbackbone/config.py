@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -20,7 +21,6 @@ from resbackbone.checks import (
     check_sequence,
     check_type,
     message_of,
-    nearest,
     plain,
     plain_argument,
     warn_user,
@@ -29,7 +29,7 @@ from resbackbone.foreign_names import argument_hint, find_architecture, names_we
 from resbackbone.layers.arguments import parameters_of
 from resbackbone.layers.initialization import initialize
 from resbackbone.lookup import allow_imported, import_modules, is_restricted
-from resbackbone.registry import construct, find_type, scoped, split_type
+from resbackbone.registry import MODELS, construct, find_type, scoped, split_type
 
 _SUFFIXES = (".yaml", ".yml", ".py")  # of the files that hold configs
 _MAX_ENTRIES = 100_000  # of a YAML file, a few lines of which can otherwise stand for billions
@@ -211,13 +211,33 @@ def check_arguments(target: type, arguments: Mapping[str, Any]) -> None:
     known, open_ended = parameters_of(target)
     unknown = [] if open_ended else [name for name in arguments if name not in known]
     if unknown:
-        hint = argument_hint(unknown[0]) or nearest(unknown[0], known)
+        hint = argument_hint(unknown[0], known, _arguments_of_others(target))
         raise TypeError(f"{target.__name__} has no argument {unknown[0]!r}{hint}")
     missing = [
         name for name, parameter in known.items() if parameter.default is parameter.empty and name not in arguments
     ]
     if missing:
         raise TypeError(f"{target.__name__} needs `{missing[0]}`, got only {', '.join(arguments) or 'no arguments'}")
+
+
+def _arguments_of_others(target: type) -> dict[str, set[str]]:
+    """Map the backbones that are not ``target`` to the arguments that they themselves have, for a backbone's errors."""
+    if not issubclass(target, Backbone):
+        return {}
+    classes = [other for other in MODELS.module_dict.values() if inspect.isclass(other) and other is not target]
+    constructors = {
+        other.__name__: vars(other)["__init__"]
+        for other in classes
+        if issubclass(other, Backbone) and "__init__" in vars(other)
+    }
+    return {
+        name: {
+            parameter.name
+            for parameter in list(inspect.signature(init).parameters.values())[1:]
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        }
+        for name, init in constructors.items()
+    }
 
 
 def _pick_backbone(content: Any, path: Path) -> BackboneConfig:

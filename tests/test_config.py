@@ -359,6 +359,38 @@ def test_u2_names_of_other_libraries_are_what_their_owners_mean(name):
     assert str(build_backbone(name, out_indices=(1,))) == str(build_backbone(config, out_indices=(1,)))
 
 
+@pytest.mark.parametrize("depth", [18, 34, 50, 101])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rtdetr_r{}vd",
+        "PekingU/rtdetr_r{}vd",
+        "PekingU/rtdetr_r{}vd_coco_o365",
+        "PekingU/rtdetr_v2_r{}vd",
+        "rtdetrv2_r{}vd_6x_coco",
+        "resnet{}vd",
+        "resnet{}_vd",
+        "ResNet{}_vd",
+        "ResNet{}_vd_ssld",
+        "ResNet{}_vd_ssld_v2_pretrained",
+        "PResNet{}_vd",
+    ],
+)
+def test_u2_names_of_paddle_and_rt_detr(name, depth):
+    assert load_config(name.format(depth)) == load_config(f"rtdetr_r{depth}")
+
+
+@pytest.mark.parametrize("depth", [50, 101])
+@pytest.mark.usefixtures("on_meta")
+def test_u2_the_bottlenecks_of_rt_detr_are_resnet_d(depth):
+    """Whose first stage needs its projection anyway."""
+    nets = [build_backbone(name) for name in (f"rtdetr_r{depth}", f"resnet{depth}_v1d")]
+    assert str(nets[0]) == str(nets[1])
+    projecting = build_backbone(f"resnet{depth}_v1d", project_first_block=True)
+    assert str(projecting) == str(nets[0])
+    assert load_config("ResNet152_vd") == load_config("resnet152_v1d")
+
+
 def test_u2_a_name_in_the_catalog_brings_its_arguments():
     config = load_config("open-mmlab://jhu/resnet50_gn_ws").backbone
     assert config == {
@@ -463,6 +495,55 @@ def test_u2_an_argument_of_another_library_is_answered_with_ours(built_convs, ar
     }
     assert set(ours) <= parameters
     assert not built_convs
+
+
+@pytest.mark.parametrize(
+    ("argument", "answer"),
+    [
+        ("return_idx", "`out_indices`"),
+        ("act_cfg", "ReLU"),
+        ("freeze_norm", "`norm_eval`.*FrozenBN.*requires_grad=False"),
+        ("norm_freeze", "`norm_eval`"),
+        ("freeze_bn", "`norm_eval`"),
+        ("with_dcn", "`dcn`.*`stage_with_dcn`"),
+        ("num_features", "out_channels"),
+        ("hidden_sizes", "out_channels"),
+        ("downsample_in_first_stage", "`strides`"),
+        ("replace_stem_pool", "ResNetRS"),
+        ("variant", "ResNetV1d"),
+        ("lr_mult_list", "param_groups"),
+        ("encoder_name", "build_backbone"),
+        ("groups", "it is an argument of .*ResNeXt"),
+        ("base_width", "it is an argument of .*ResNeXt"),
+        ("cardinality", "ResNeXt"),
+        ("scales", "it is an argument of Res2Net"),
+        ("radix", "it is an argument of ResNeSt"),
+        ("arch", "it is an argument of RegNet"),
+    ],
+)
+def test_u2_an_argument_elsewhere_is_answered_with_ours_or_the_class(argument, answer):
+    for build in (build_backbone, lambda config: build_backbone("resnet18", **config)):
+        config = {argument: 1} if build is not build_backbone else {"type": "ResNet", "depth": 18, argument: 1}
+        with pytest.raises(TypeError, match=f"ResNet has no argument '{argument}'; .*{answer}") as caught:
+            build(config)
+        assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "argument", ["num_layers", "avg_pool", "out_strides", "data_format", "name", "kwargs", "self", "x", "stem"]
+)
+def test_u2_an_argument_that_is_near_to_none_is_answered_with_all(argument):
+    with pytest.raises(
+        TypeError, match=f"no argument '{argument}'; .*Known: avg_down, base_channels, .*zero_init"
+    ) as e:
+        build_backbone("resnet18", **{argument: 1})
+    assert argument == "stem" or "did you mean" not in str(e.value)
+
+
+@pytest.mark.parametrize(("argument", "guess"), [("dcnn", "dcn"), ("sytle", "style"), ("norm_evl", "norm_eval")])
+def test_u2_a_slip_of_the_fingers_is_guessed(argument, guess):
+    with pytest.raises(TypeError, match=f"did you mean '{guess}'"):
+        build_backbone("resnet18", **{argument: 1})
 
 
 @pytest.mark.parametrize("given", [True, False])
