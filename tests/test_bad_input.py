@@ -366,6 +366,72 @@ def test_u5_a_convolution_that_cannot_run_is_refused(refused, case, conv_cfg):
         CLASSES[case](**{**small(case), "conv_cfg": conv_cfg})
 
 
+NAN = float("nan")
+NESTED = {  # each with a name that the error has
+    "eps of a plugin's norm": ({"type": "NonLocal2d", "norm_cfg": {"type": "BN", "eps": NAN}}, "['norm_cfg']['eps']"),
+    "momentum": ({"type": "NonLocal2d", "norm_cfg": {"type": "BN", "momentum": 2}}, "['norm_cfg']['momentum']"),
+    "eps of zero": ({"type": "NonLocal2d", "norm_cfg": {"type": "BN", "eps": 0}}, "['norm_cfg']['eps']"),
+    "ratio": ({"type": "ContextBlock", "ratio": NAN}, "['ratio']"),
+    "slope": (
+        {"type": "mmcv.cnn.ConvModule", "act_cfg": {"type": "LeakyReLU", "negative_slope": NAN}},
+        "['act_cfg']['negative_slope']",
+    ),
+}
+
+
+@pytest.mark.parametrize("cfg", NESTED)
+def test_u5_a_plugin_that_cannot_run_is_refused(refused, cfg):
+    cfg, name = NESTED[cfg]
+    with refused(ValueError, name):
+        ResNet(18, base_channels=4, plugins=[{"cfg": cfg, "position": "after_conv1"}])
+
+
+@pytest.mark.parametrize("mode", ["gaussian", "embedded_gaussian", "dot_product"])
+def test_u5_a_plugin_that_cannot_be_initialized_is_refused(built_convs, mode):
+    cfg = {"type": "NonLocal2d", "sub_sample": True, "mode": mode}
+    with pytest.raises(ValueError, match="'sub_sample': True"):
+        ResNet(18, base_channels=4, plugins=[{"cfg": cfg, "position": "after_conv1"}])
+    assert all(conv.weight.is_meta for conv in built_convs)
+
+
+def test_u5_a_norm_in_a_convolution_is_checked(refused):
+    with refused(ValueError, "`conv_cfg['norm_cfg']['eps']`"):
+        ResNet(18, conv_cfg={"type": "mmcv.cnn.ConvModule", "norm_cfg": {"type": "BN", "eps": NAN}})
+
+
+def test_u5_a_process_group_is_one(refused):
+    for wrong in ("x", 1, [0]):
+        with refused(TypeError, "`norm_cfg['process_group']`"):
+            ResNet(18, norm_cfg={"type": "SyncBN", "process_group": wrong})
+    ResNet(18, base_channels=4, norm_cfg={"type": "SyncBN", "process_group": None})
+
+
+OTHER_ACTIVATIONS = [
+    *({"type": f"torch.nn.{name}", "dim": 7} for name in ("Softmax", "LogSoftmax", "Softmin", "GLU")),
+    *({"type": f"mmengine.model.{name}"} for name in ("BaseModule", "ImgDataPreprocessor", "ModuleList")),
+    *({"type": "PReLU", "num_parameters": number} for number in (3, 6, 10**12)),
+    {"type": "LeakyReLU", "negative_slope": NAN},
+    {"type": "torch.nn.Threshold", "threshold": 0, "value": float("inf")},
+]
+
+
+@pytest.mark.parametrize("act_cfg", OTHER_ACTIVATIONS, ids=str)
+def test_u5_an_activation_that_cannot_run_is_refused(refused, act_cfg):
+    with refused(ValueError, "`act_cfg"):
+        FPN([4, 8], 4, 2, act_cfg=act_cfg)
+
+
+@pytest.mark.parametrize("act_cfg", [{"type": "PReLU", "num_parameters": 4}, {"type": "torch.nn.Softmax", "dim": 1}])
+def test_u5_an_activation_that_fits_the_channels_runs(act_cfg):
+    state = torch.get_rng_state()
+    fpn = FPN([4], 4, 1, act_cfg=act_cfg)
+    again = torch.get_rng_state()
+    torch.set_rng_state(state)
+    FPN([4], 4, 1, act_cfg={"type": "ReLU"})
+    assert torch.equal(torch.get_rng_state(), again)  # trying an activation draws nothing
+    assert fpn((torch.randn(1, 4, 8, 8),))[0].isfinite().all()
+
+
 @every_class
 @pytest.mark.parametrize("stages", [("False", "True"), (1, 0), (None, True), (float("nan"), True)], ids=str)
 def test_u5_stages_of_plugins_are_flags(refused, case, stages):

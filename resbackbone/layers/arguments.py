@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from resbackbone.checks import check_flag, check_number, check_type, nearest
 from resbackbone.registry import find_type, split_type
@@ -17,6 +19,9 @@ MOST_CHANNELS = 2**16
 MOST_BLOCKS = 2**10  # of a stage
 MOST_PIXELS = 2**10  # of a stride or a dilation
 MOST_PARTS = 2**10  # groups, splits, paths or branches of a layer
+
+# Norms that have their arguments checked.
+CHECKED_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 # What a convolution is given by the net around it, and what a norm, so that a config cannot say it.
 GIVEN_TO_CONVOLUTIONS = (
@@ -45,7 +50,27 @@ def layer_type(cfg: Any, argument: str, kind: str) -> tuple[Any, dict[str, Any]]
         raise type(error)(f"`{argument}`: {error.args[0]}") from error
     for key in rest:
         check_type(f"{argument} key", key, str, "text")
+    _check_numbers(argument, rest)
     return layer_class, rest
+
+
+def _check_numbers(argument: str, value: Any) -> None:
+    """Raise where a number in a config is NaN, or a norm's config inside it does not fit."""
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"`{argument}` must be a number, got {value}")
+    entries = value.items() if isinstance(value, Mapping) else enumerate(value) if type(value) in (list, tuple) else ()
+    for key, item in entries:
+        name = f"{argument}[{key!r}]"
+        _check_numbers(name, item)
+        if isinstance(item, Mapping) and str(key).endswith("norm_cfg") and _is_known_norm(item.get("type")):
+            check_norm_entries(name, item)
+
+
+def _is_known_norm(type_or_name: Any) -> bool:
+    try:
+        return issubclass(find_type(type_or_name), CHECKED_NORMS)
+    except (KeyError, TypeError):  # which is for the layer to say
+        return False
 
 
 def check_entries(argument: str, layer_class: type, entries: Iterable[str], given: tuple[str, ...] = ()) -> None:
@@ -111,6 +136,7 @@ def check_norm_entries(argument: str, entries: Mapping[str, Any]) -> dict[str, A
         "affine": _check_flag,
         "track_running_stats": _check_flag,
         "bias": _check_flag,
+        "process_group": _check_process_group,
     }
     return {
         key: checks[key](f"{argument}['{key}']", value) if key in checks else value for key, value in entries.items()
@@ -119,6 +145,11 @@ def check_norm_entries(argument: str, entries: Mapping[str, Any]) -> dict[str, A
 
 def _check_flag(name: str, value: Any) -> Any:
     check_flag(name, value)
+    return value
+
+
+def _check_process_group(name: str, value: Any) -> Any:
+    check_type(name, value, (type(None), getattr(distributed, "ProcessGroup", type(None))), "a process group or None")
     return value
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from resbackbone.checks import check_choice
-from resbackbone.layers.arguments import GIVEN_TO_CONVOLUTIONS, check_entries, layer_type
+from resbackbone.layers.arguments import GIVEN_TO_CONVOLUTIONS, MOST_CHANNELS, check_entries, layer_type
 from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.dry_run import DryRun, check_layer_runs, current_dry_run, is_tried, make_foreign
 from resbackbone.layers.memory_format import FormatKeeper
@@ -149,7 +150,7 @@ class ConvNormAct(FormatKeeper):
             self.add_module(self.norm_name, norm)
         self.activate = None
         if act_cfg is not None:
-            self.activate = build_activation(act_cfg)
+            self.activate = build_activation(act_cfg, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
@@ -157,25 +158,37 @@ class ConvNormAct(FormatKeeper):
         return x if self.activate is None else self.activate(x)
 
 
-def build_activation(cfg: Config) -> nn.Module:
+def build_activation(cfg: Config, num_channels: int) -> nn.Module:
     """Build an activation.
 
     Args:
         cfg: A dict with the registered ``type`` and arguments of that type's own.
+        num_channels: Channels of the maps.
 
     Raises:
         TypeError, KeyError, ValueError: If it is no activation's config, or an entry does not fit.
     """
     act_class, own = layer_type(cfg, "act_cfg", "activation")
     check_entries("act_cfg", act_class, own, ("device", "dtype"))
-    if current_dry_run() is None:
+    run = current_dry_run()
+    if run is None:
         layer: nn.Module = construct(act_class, **own)
         return layer
-    if not is_tried(act_class):
-        return nn.Identity()
+    if is_tried(act_class):
+        run.once((act_class, own, num_channels), partial(_check_activation, act_class, own, num_channels))
+    return nn.Identity()
+
+
+def _check_activation(act_class: type[Any], own: dict[str, Any], num_channels: int) -> None:
+    """Raise unless an activation of this class can have these arguments: some fail on maps with numbers alone."""
     what = f"`act_cfg` of type {act_class.__name__}"
+    shape = (2, num_channels, 2, 3)
     tried = make_foreign(act_class, own, what)
-    if tried is None:
-        return nn.Identity()
-    check_layer_runs(tried.eval(), (2, 6, 3, 4), (2, 6, 3, 4), what)
-    return tried
+    if tried is not None:
+        check_layer_runs(tried.eval(), shape, shape, what)
+        if sum(parameter.numel() for parameter in tried.parameters()) > MOST_CHANNELS:
+            raise ValueError(f"{what} has more than {MOST_CHANNELS} weights")
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        tried = make_foreign(act_class, own, what)
+        if tried is not None:
+            check_layer_runs(tried.eval(), shape, shape, what, device="cpu")

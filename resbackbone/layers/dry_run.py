@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -59,33 +60,56 @@ def current_dry_run() -> DryRun | None:
     return _current.get()
 
 
-def check_layer_runs(layer: nn.Module, shape: tuple[int, ...], expected: tuple[int, ...], what: str) -> None:
-    """Raise unless a layer on the meta device maps a tensor of one shape to one of another.
+def check_layer_runs(
+    layer: nn.Module, shape: tuple[int, ...], expected: tuple[int, ...], what: str, *, device: str = "meta"
+) -> None:
+    """Raise unless a layer maps a tensor of one shape to one of another.
 
     Args:
         layer: The layer, of any class.
         shape: Of the input.
         expected: Of the output.
         what: The layer in words that name the argument, such as "`norm_cfg` of type 'LN'".
+        device: Where the layer is.
 
     Raises:
-        ValueError: If it does not run, or the shape is another. A layer that cannot run without memory is let pass.
+        ValueError: If it does not run, or the shape is another; or if it maps finite numbers to others, where the
+            device has numbers. A layer that cannot run on the meta device is let pass there.
     """
     try:
         with torch.no_grad():
-            out = layer(torch.empty(shape, device="meta"))
+            out = layer(torch.linspace(-2, 2, math.prod(shape), device=device).view(shape))
     except Exception as error:  # whatever a layer of somebody's raises
-        if is_about_meta(error):
+        if device == "meta" and is_about_meta(error):
             return
         raise ValueError(f"{what} does not run on {_words(shape)}: {type(error).__name__}: {error}") from error
     if not isinstance(out, Tensor) or tuple(out.shape) != expected:
         got = _words(tuple(out.shape)) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"{what} must map {_words(shape)} to {_words(expected)}, got {got}")
+    if device != "meta" and not out.isfinite().all():
+        raise ValueError(f"{what} maps finite numbers to infinite ones or NaN")
+
+
+def check_layer_initializes(layer: nn.Module, what: str) -> None:
+    """Raise ValueError unless a foreign layer on the meta device can be initialized once more, as its host will do."""
+    method: Any = getattr(type(layer), "init_weights", None)
+    if (
+        method is None
+        or method.__module__.startswith("mmengine.")
+        or any(vars(m).get("init_cfg") for m in layer.modules())
+    ):
+        return  # mmengine's works, and an `init_cfg` may name a checkpoint
+    try:
+        method(layer)
+    except Exception as error:  # whatever a layer of somebody's raises
+        if not is_about_meta(error):
+            raise ValueError(f"{what} cannot be initialized: {type(error).__name__}: {error}") from error
 
 
 def is_about_meta(error: Exception) -> bool:
     """Return whether an error says no more than that a tensor on the meta device has no numbers."""
-    return isinstance(error, NotImplementedError) or bool(_META_DEVICE.search(str(error)))
+    words = str(error)
+    return bool(_META_DEVICE.search(words)) or (isinstance(error, NotImplementedError) and "meta" in words.lower())
 
 
 def is_tried(layer_class: type) -> bool:

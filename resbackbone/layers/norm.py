@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from resbackbone.checks import check_flag, check_int
 from resbackbone.layers.arguments import (
+    CHECKED_NORMS,
     GIVEN_TO_NORMS,
     check_entries,
     check_eps,
@@ -34,9 +35,8 @@ for _name, _norm in {
 }.items():
     MODELS.register_module(_name, module=_norm)
 
-# Norms of feature maps, which need no trial; and those that have their arguments checked.
+# Norms of feature maps, which need no trial.
 _KNOWN = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
-_CHECKED = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 # The first that fits names the layer; instance norm before batch norm, which some versions derive it from.
 _ABBREVIATIONS: tuple[tuple[type, str], ...] = (
@@ -148,7 +148,7 @@ def check_norm_cfg(cfg: Any, argument: str) -> tuple[type[Any], dict[str, Any]]:
     check_flag(f"{argument}['requires_grad']", arguments.get("requires_grad", True))
     entries = [key for key in arguments if key not in ("requires_grad", "eps")]
     check_entries(argument, norm_class, entries, GIVEN_TO_NORMS)
-    if issubclass(norm_class, _CHECKED):
+    if issubclass(norm_class, CHECKED_NORMS):
         arguments = check_norm_entries(argument, arguments)
     if issubclass(norm_class, nn.GroupNorm):
         if "num_groups" not in arguments:

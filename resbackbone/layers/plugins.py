@@ -14,7 +14,13 @@ from torch import nn
 
 from resbackbone.checks import check_type
 from resbackbone.layers.arguments import check_entries, layer_type
-from resbackbone.layers.dry_run import check_layer_runs, current_dry_run, is_tried, make_foreign
+from resbackbone.layers.dry_run import (
+    check_layer_initializes,
+    check_layer_runs,
+    current_dry_run,
+    is_tried,
+    make_foreign,
+)
 from resbackbone.layers.module import Config
 from resbackbone.registry import construct, is_ours
 
@@ -58,6 +64,7 @@ def _try_foreign(plugin_class: type[Any], arguments: dict[str, Any]) -> nn.Modul
         return nn.Identity()
     shape = (2, arguments["in_channels"], 8, 9)
     check_layer_runs(layer.eval(), shape, shape, what)
+    check_layer_initializes(layer, f"{what} with {arguments}")
     return layer
 
 
