@@ -351,3 +351,41 @@ def test_u1_a_prefix_is_text(tmp_path, prefix):
     torch.save(tiny(1), tmp_path / "m.pth")
     with pytest.raises(TypeError, match="`prefix` must be"):
         load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", prefix=prefix)
+
+
+STATES = ["optim.exp_avg.", "optimizer_state_dict.exp_avg.", "optimizer_state.momentum_buffer.", "optimizerG.x."]
+STATES += ["exp_avg.", "exp_avg_sq.", "opt.max_exp_avg_sq.", "square_avg.", "opt_state.mu.", "acc_delta.", "velocity."]
+STATES += ["grads.", "grad.", "gradients.module.", "momentum_buffer."]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("state", STATES)
+def test_states_of_optimizers_and_gradients_are_no_weights(tmp_path, state, nested):
+    """They have the names and the shapes of the weights."""
+
+    def content(prefix, weights):
+        top, _, inner = prefix.removesuffix(".").partition(".")
+        return {top: {inner: weights} if inner else weights} if nested else below(prefix, weights)
+
+    net = ResNet(18, **SIZE)
+    torch.save(content(state, tiny(2)) | content("model.", tiny(1)), tmp_path / "m.pth")
+    load_checkpoint(net, tmp_path / "m.pth")  # and no warning
+    assert (net.conv1.weight == 1).all()
+    torch.save(content(state, tiny(2)) | {"epoch": 1}, tmp_path / "alone.pth")
+    with pytest.raises(ValueError, match=r"no known backbone is among the keys|no tensors"):
+        load_checkpoint(net, tmp_path / "alone.pth")
+
+
+def test_a_prefix_can_name_gradients():
+    found = find_backbone(below("model.", tiny(1)) | below("grads.", tiny(2)), prefix="grads.")
+    assert (found.native["conv1.weight"] == 2).all()
+
+
+@pytest.mark.parametrize("wrapper", ["module.", ""])
+def test_a_script_with_mmengines_words_does_not_swap(tmp_path, wrapper):
+    content = {"epoch": 3, "state_dict": below(wrapper, tiny(1)), "ema_state_dict": below(wrapper, tiny(2))}
+    torch.save(content, tmp_path / "m.pth")
+    net = ResNet(18, **SIZE)
+    with pytest.warns(UserWarning, match="2 copies of these weights: the one below 'ema_state_dict"):
+        load_checkpoint(net, tmp_path / "m.pth")
+    assert (net.conv1.weight == 2).all()

@@ -16,6 +16,7 @@ from resbackbone.checkpoints.selection import (
     differ,
     find_candidates,
     is_swapped,
+    is_training_state,
     unwrap,
     warn_of_copies,
 )
@@ -126,7 +127,10 @@ def find_backbone(
     if prefix is not None:
         check_type("prefix", prefix, str, "what stands before the backbone's keys, such as 'backbone.'")
     candidates = find_candidates(tensors, list(LAYOUTS.values()) if layout is None else [get_layout(layout)])
-    asked = candidates if prefix is None else below(prefix, candidates)
+    if prefix is None:
+        asked = [one for one in candidates if not is_training_state(one.prefix)]
+    else:
+        asked = below(prefix, candidates)
     if not asked:
         raise ValueError(_none_found(tensors, layout, prefix))
     swapped = swapped or is_swapped(tensors)
@@ -166,7 +170,11 @@ def _none_found(names: Iterable[str], layout: str | None, prefix: str | None) ->
     what = "known" if layout is None else layout
     where = "" if prefix is None else f" below prefix {prefix!r}"
     if there:
-        return f"no {what} backbone is{where} among the keys; there is one {there}"
+        state = any(is_training_state(one.prefix) for one in found)
+        advice = (
+            "; the states of optimizers and gradients are no weights: give their `prefix` if these are" if state else ""
+        )
+        return f"no {what} backbone is{where} among the keys; there is one {there}{advice}"
     some = ", ".join(excerpt(name, 100) for name in list(names)[:5]) or "none"
     tops = list(dict.fromkeys(name.partition(".")[0] + "." for name in names if "." in name))
     start = (

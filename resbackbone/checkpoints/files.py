@@ -6,7 +6,7 @@ import errno
 import math
 import re
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from resbackbone.checkpoints import torch_files
 from resbackbone.checkpoints.open_file import OpenFile
 from resbackbone.checkpoints.pickles import SafeUnpickler
-from resbackbone.checkpoints.plain_values import to_tree
+from resbackbone.checkpoints.plain_values import Skip, skip_nothing, to_tree
 from resbackbone.checkpoints.safetensors_files import read_safetensors
 from resbackbone.checkpoints.shards import find_in_folder, read_shards
 from resbackbone.checkpoints.stand_ins import ADVICE, Inert, UnreadableError, View, excerpt
@@ -27,11 +27,12 @@ _PICKLE = re.compile(rb"\x80|[(\]}]|c[\w.]+\n[\w.]+\n")  # of any protocol; the 
 _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")  # what text has none of
 # Weights hardly shrink when they are compressed: a file that grows by more than this is a bomb.
 _MAX_GROWTH = 20
+_NO_MEMORY = re.compile("can't allocate memory|not enough memory")  # what PyTorch's allocator says
 _SHOWN = 5
 _PLACE = 60  # characters
 
 
-def read_file(path: str | Path, *, skipped: Collection[str] = ()) -> dict[str, Any]:
+def read_file(path: str | Path, *, skipped: Skip = skip_nothing) -> dict[str, Any]:
     """Return what the file of a checkpoint holds.
 
     Its kind is told by its content, not by its suffix: PyTorch's zip files and its format before 1.6; pickles of numpy
@@ -43,7 +44,7 @@ def read_file(path: str | Path, *, skipped: Collection[str] = ()) -> dict[str, A
 
     Args:
         path: The file or folder.
-        skipped: Keys of mappings at any depth; mappings and lists under them are left out, and their tensors not read.
+        skipped: Whether mappings and lists below a key, at any depth, are left out, and their tensors not read.
 
     Returns:
         The names in it, each with a tensor, a plain value, or a mapping, list, tuple or set of these. Objects of other
@@ -64,9 +65,13 @@ def read_file(path: str | Path, *, skipped: Collection[str] = ()) -> dict[str, A
         return _named(_read(path, skipped))
     except UnreadableError as error:
         raise ValueError(f"{str(path)!r} {error}") from error
+    except MemoryError as error:
+        raise ValueError(f"{str(path)!r} needs more memory than there is") from error
     except Exception as error:  # damage makes zip, struct, json, numpy and the unpickler raise errors of many kinds
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which places outside of the file lead to
             raise
+        if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
+            raise ValueError(f"{str(path)!r} needs more memory than there is") from error
         reason = excerpt(str(error), 200)
         raise ValueError(
             f"{str(path)!r} is damaged, download or copy it again ({type(error).__name__}: {reason})"
@@ -139,14 +144,14 @@ def _problem(tensor: Tensor) -> str:
     return "NaN" if tensor.isnan().any() else "infinite"
 
 
-def _read(path: Path, skipped: Collection[str], *, index: bool = True) -> Any:
+def _read(path: Path, skipped: Skip, *, index: bool = True) -> Any:
     if not path.is_file():
         raise UnreadableError(f"is no regular file; give the path of one: {_KINDS}")
     with OpenFile(path) as opened:
         return _read_opened(opened, path, skipped, index=index)
 
 
-def _read_opened(opened: OpenFile, path: Path, skipped: Collection[str], *, index: bool) -> Any:
+def _read_opened(opened: OpenFile, path: Path, skipped: Skip, *, index: bool) -> Any:
     head = opened.read(0, min(512, opened.size))
     if not head:
         raise UnreadableError("is empty; download or copy it again")
@@ -189,7 +194,7 @@ def _refuse_view(view: View) -> Tensor:
     raise UnreadableError("refers to tensors outside of itself; save them with torch.save")
 
 
-def _read_zip(opened: OpenFile, skipped: Collection[str]) -> Any:
+def _read_zip(opened: OpenFile, skipped: Skip) -> Any:
     try:
         archive = zipfile.ZipFile(opened.file)
     except zipfile.BadZipFile as error:
@@ -247,4 +252,4 @@ def _read_text(opened: OpenFile, path: Path, *, index: bool) -> dict[str, Tensor
         raise UnreadableError(f"is text and no checkpoint; it begins with {start[:40]!r}")
     if not index:
         raise UnreadableError("is JSON and no checkpoint")
-    return read_shards(opened, path.parent, lambda shard: _read(shard, (), index=False))
+    return read_shards(opened, path.parent, lambda shard: _read(shard, skip_nothing, index=False))

@@ -16,7 +16,7 @@ from resbackbone.checkpoints.conversion import FoundBackbone, find_backbone
 from resbackbone.checkpoints.files import check_weights, not_loaded, read_file
 from resbackbone.checkpoints.layouts import Tensors
 from resbackbone.checkpoints.report import LoadReport
-from resbackbone.checkpoints.selection import is_swapped, role, unwrap, warn_of_copies
+from resbackbone.checkpoints.selection import is_optimizer, is_swapped, is_training_state, role, unwrap, warn_of_copies
 from resbackbone.checkpoints.sources import locate
 from resbackbone.checkpoints.stand_ins import ADVICE, excerpt
 from resbackbone.checks import check_choice
@@ -24,16 +24,8 @@ from resbackbone.layers.plugins import plugin_name
 from resbackbone.logs import log_info
 from resbackbone.preprocessing import CAFFE, DETECTRON, INCEPTION, TORCHVISION, UNIT_RANGE, Preprocessing
 
-# What a trainer saves beside weights, which is not read; mmengine's names, Lightning's and those of training scripts.
-_NO_WEIGHTS = {
-    "optimizer",
-    "optimizers",
-    "optimizer_states",
-    "message_hub",
-    "param_schedulers",
-    "lr_scheduler",
-    "scaler",
-}
+# What a trainer saves beside weights and optimizers, which is not read; mmengine's names and Lightning's.
+_NO_WEIGHTS = {"message_hub", "param_schedulers", "lr_scheduler", "scaler"}
 _WRAPPING = "state_dict."  # of mmengine's checkpoints
 _MAX_NAME = 1000  # characters in the name of a tensor
 _COUNTER = "num_batches_tracked"  # old files lack it, frozen norms do not have it, and it influences nothing
@@ -196,6 +188,7 @@ def _own_prefix(tensors: Tensors, own: Mapping[str, Tensor], source: str, *, swa
     first = next((key for key in own if not key.endswith(_COUNTER)), "")
     prefixes = [key[: len(key) - len(first)] for key in tensors if f".{key}".endswith(f".{first}")]
     needed = [key for key in own if not key.endswith(_COUNTER)]
+    prefixes = [prefix for prefix in prefixes if not is_training_state(prefix)]
     whole = [prefix for prefix in prefixes if all(f"{prefix}{key}" in tensors for key in needed)]
     roles = {prefix: role(prefix, swapped=swapped) for prefix in whole}
     if len(set(roles.values())) > 1:
@@ -248,7 +241,7 @@ def read_tensors(source: str | Path) -> CheckpointTensors:
         source: As for :func:`load_checkpoint`, which says what is raised, too.
     """
     path, known = locate(source)
-    content = read_file(path, skipped=_NO_WEIGHTS)
+    content = read_file(path, skipped=_is_skipped)
     try:
         tensors = dict(_flatten(content))
     except ValueError as error:
@@ -266,7 +259,7 @@ def read_content(source: str | Path) -> dict[str, Any]:
     Args:
         source: As for :func:`load_checkpoint`, which says what is raised, too.
     """
-    return read_file(locate(source)[0], skipped=_NO_WEIGHTS)
+    return read_file(locate(source)[0], skipped=_is_skipped)
 
 
 def class_names(checkpoint: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -276,6 +269,10 @@ def class_names(checkpoint: Mapping[str, Any]) -> tuple[str, ...] | None:
         names = names.get(key) if isinstance(names, Mapping) else None
     well_formed = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
     return tuple(names) if well_formed else None
+
+
+def _is_skipped(key: object) -> bool:
+    return key in _NO_WEIGHTS or is_optimizer(key)
 
 
 def _flatten(content: Mapping[Any, Any], keys: tuple[str, ...] = (), length: int = 0) -> Iterator[tuple[str, Tensor]]:

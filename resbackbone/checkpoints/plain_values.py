@@ -18,15 +18,23 @@ MAX_DEPTH = 100
 """Mappings and lists inside one another."""
 
 
+Skip = Callable[[object], bool]
+
+
+def skip_nothing(key: object) -> bool:
+    """Leave out nothing."""
+    return False
+
+
 class _Tree:
     """Makes a tree of values of an unpickler's object.
 
     Args:
         tensor_of: Makes a tensor of a view.
-        skipped: Keys of mappings whose values are left out.
+        skipped: Whether the values below a key of a mapping are left out.
     """
 
-    def __init__(self, tensor_of: Callable[[View], Tensor], skipped: Collection[str]) -> None:
+    def __init__(self, tensor_of: Callable[[View], Tensor], skipped: Skip) -> None:
         self._tensor_of = tensor_of
         self._skipped = skipped
         self._left = MAX_OBJECTS
@@ -54,7 +62,7 @@ class _Tree:
     def _mapping(self, mapping: dict[Any, Any], depth: int) -> dict[Any, Any]:
         result: dict[Any, Any] = type(mapping)()
         for key, item in mapping.items():
-            if key in self._skipped and isinstance(item, (dict, list)):
+            if isinstance(item, (dict, list)) and self._skipped(key):
                 continue
             result[key if type(key) is str else self.walk(key, depth)] = self.walk(item, depth)
         if isinstance(mapping, OrderedDict) and hasattr(mapping, "_metadata"):
@@ -84,13 +92,13 @@ class _Tree:
                 raise UnreadableError(f"holds {type(value).__name__} where a tensor or a plain value should be")
 
 
-def to_tree(content: object, tensor_of: Callable[[View], Tensor], skipped: Collection[str] = ()) -> Any:
+def to_tree(content: object, tensor_of: Callable[[View], Tensor], skipped: Skip = skip_nothing) -> Any:
     """Return an unpickler's object with tensors in place of stand-ins, as a tree.
 
     Args:
         content: The object. What it refers to twice is there twice, but tensors are shared.
         tensor_of: Makes a tensor of a view.
-        skipped: Keys of mappings; the mappings and lists under them are left out, and their tensors are not read.
+        skipped: Whether mappings and lists below a key of a mapping are left out, and their tensors not read.
 
     Returns:
         The tree; `Inert` where objects are that are not loaded.

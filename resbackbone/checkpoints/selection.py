@@ -39,7 +39,14 @@ _MOMENTUM = {"momentum", "target", "key"}
 _MOMENTUM_LETTERS = {"k", "m"}  # MoCo's `encoder_k`, ALBEF's `visual_encoder_m`
 _LIGHTNING_RAW = "current_model_state"  # beside `state_dict`, where its callback puts the averaged weights
 _MMENGINE_RAW = "ema_state_dict"  # mmengine's hook swaps when it saves, so this holds the raw weights
-_MMENGINE_MARKS = ("ema_state_dict.module.", "ema_state_dict.steps")
+_MMENGINE_MARK = "ema_state_dict.steps"  # a counter of its averaged models; others' averages have a `module.`, too
+# Words in the names of what optimizers hold, which has the names and shapes of weights; and of gradients.
+_OPTIMIZERS = {"optim", "optims", "optimizer", "optimizers"}
+_OPTIMIZER_STATE = re.compile(r"opts?(_(state|states|dict|state_dict))?")
+_TRAINING_STATE = re.compile(
+    r"(max_)?exp_avg(_sq|_diff|_slow|_fast)?|exp_inf|(momentum|grad)_(buffer|avg)|square_avg|(square_)?acc_delta|"
+    r"(acc_|accumulated_)?(grad|gradient|velocity|velocities)s?"
+)
 _MAX_CANDIDATES = 100  # each is compared with every other one
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
@@ -180,7 +187,31 @@ def choose(candidates: Sequence[Candidate], *, swapped: bool = False) -> list[Ca
 
 def is_swapped(names: Iterable[str]) -> bool:
     """Whether the names alone tell that a checkpoint is mmengine's, which swaps raw and averaged weights."""
-    return any(name.startswith(_MMENGINE_MARKS) for name in names)
+    return _MMENGINE_MARK in names
+
+
+def is_optimizer(key: object) -> bool:
+    """Whether a key is what trainers call the state of an optimizer.
+
+    >>> [is_optimizer(key) for key in ("optimizer_state_dict", "optimizerG", "opt_state", "optimized_model")]
+    [True, True, True, False]
+    """
+    words = _words(key) if isinstance(key, str) and len(key) < 100 else []
+    return bool(_OPTIMIZERS.intersection(words) or _OPTIMIZER_STATE.fullmatch("_".join(words)))
+
+
+def is_training_state(prefix: str) -> bool:
+    """Whether what has this prefix is an optimizer's state or gradients, under the names of the weights.
+
+    >>> [is_training_state(prefix) for prefix in ("optim.exp_avg.", "grads.module.", "model.", "state_dict.avg.")]
+    [True, True, False, False]
+    """
+    parts = prefix.split(".")
+    return any(is_optimizer(part) or _TRAINING_STATE.fullmatch("_".join(_words(part))) for part in parts)
+
+
+def _words(part: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(part)]
 
 
 def copies_of(best: Candidate, others: Iterable[Candidate], *, swapped: bool) -> tuple[str, ...]:
@@ -198,7 +229,7 @@ def role(prefix: str, *, swapped: bool = False) -> tuple[int, int, int]:
     """Rate a prefix: momentum encoders in it, students in it, and less for each word of averages and teachers."""
     momentum = trained = evaluated = 0
     for part in prefix.split("."):
-        words = [word.lower() for word in _WORD.findall(part)]
+        words = _words(part)
         if part == _LIGHTNING_RAW or (swapped and part == _MMENGINE_RAW):
             trained += 1
         elif _MOMENTUM.intersection(words) or (len(words) > 1 and _MOMENTUM_LETTERS & {words[0], words[-1]}):

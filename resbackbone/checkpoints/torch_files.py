@@ -7,7 +7,7 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resbackbone.checkpoints.open_file import OpenFile
 from resbackbone.checkpoints.pickles import SafeUnpickler
-from resbackbone.checkpoints.plain_values import to_tree
+from resbackbone.checkpoints.plain_values import Skip, skip_nothing, to_tree
 from resbackbone.checkpoints.stand_ins import Storage, UnreadableError, View, excerpt
 
 LEGACY_MAGIC = re.compile(rb"\x80[\2-\5](\x95.{8})?\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\.", re.DOTALL)
@@ -60,7 +60,7 @@ class _Storages:
         return raw.view(-1, real).flip(1).flatten()
 
 
-def read_zip(opened: OpenFile, archive: zipfile.ZipFile, root: str, skipped: Collection[str] = ()) -> Any:
+def read_zip(opened: OpenFile, archive: zipfile.ZipFile, root: str, skipped: Skip = skip_nothing) -> Any:
     """Read what ``torch.save`` writes: a pickle, and a member with the bytes of each storage.
 
     Args:
@@ -98,7 +98,7 @@ def _place(opened: OpenFile, member: zipfile.ZipInfo) -> tuple[int, int]:
     return member.header_offset + _LOCAL_HEADER.size + name + extra, member.file_size
 
 
-def read_legacy(opened: OpenFile, skipped: Collection[str] = ()) -> Any:
+def read_legacy(opened: OpenFile, skipped: Skip = skip_nothing) -> Any:
     """Read what PyTorch wrote before 1.6: four pickles, then one of the storages' keys, then count and numbers of each.
 
     Args:
