@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, how it ends; `extract` has a file of its own."""
 
+import ast
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from command_line import SMALL, fails, net_and_checkpoint, plain, run, write_config, written
 
 from resbackbone import list_backbones
+from resbackbone.training.classification.transforms import build_transforms
 
 
 class TestTop:
@@ -199,3 +201,47 @@ class TestOut:
         Path("recipe.py").write_text("model = dict(type='Nothing')")
         said = fails("train", "recipe.py", "--work-dir", "file")
         assert said == "--work-dir needs a folder, but 'file' is a file; give another one"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "there is not enough memory"),
+        (MemoryError("of 3 GB"), "of 3 GB"),
+        (RecursionError("deep"), "deep"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_one_line(monkeypatch, error, message):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("resbackbone.checkpoints.loading.locate", fail)
+    assert fails("convert", "a.pth", "b.pth", "--to", "timm") == message
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3 bytes")]
+)
+def test_a_checkpoint_for_which_memory_lacks_is_named(monkeypatch, tmp_path, error):
+    def fail(*_, **__):
+        raise error
+
+    (tmp_path / "a.pth").write_bytes(b"x")
+    monkeypatch.setattr("resbackbone.checkpoints.files._read", fail)
+    shown = fails("convert", tmp_path / "a.pth", tmp_path / "b.pth", "--to", "timm")
+    assert shown == f"{str(tmp_path / 'a.pth')!r} needs more memory than there is"
+
+
+@pytest.mark.parametrize("value", ["[dict(type='Resize',size=2)]", "dict(a=1)", "[{'a': 1}]", "[1,2]x", "[a,b", "((1)"])
+def test_overrides_that_cannot_be_read_are_named(tmp_path, value):
+    (tmp_path / "a.py").write_text("train_dataloader = dict(dataset=dict(transforms=[]))\n")
+    option = f"train_dataloader.dataset.transforms={value}"
+    shown = fails("train", tmp_path / "a.py", "--cfg-options", option)
+    assert shown.startswith("the override ")
+    assert "train_dataloader.dataset.transforms=" in shown
+
+
+@pytest.mark.parametrize("transforms", ["foo", "{}", "3", "['foo']", "[None]"])
+def test_transforms_that_are_none_are_named(transforms):
+    with pytest.raises(TypeError, match="`transforms` must be a list of configs or callables, got "):
+        build_transforms("foo" if transforms == "foo" else ast.literal_eval(transforms))

@@ -31,7 +31,7 @@ Imports = Annotated[
 results = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
 
-USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
+USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, MemoryError, RecursionError)
 
 
 def say(text: str, *, style: str = "", console: Console = results) -> None:
@@ -67,7 +67,7 @@ def with_progress(
 
 def one_line(error: BaseException) -> str:
     """Return an error's message in one line."""
-    text = message_of(error)
+    text = message_of(error) or ("there is not enough memory" if isinstance(error, MemoryError) else "")
     if "Original Traceback (most recent call last):" in text:  # a data loader's worker has all of it in its message
         text = text.strip().splitlines()[-1]
     return " ".join(text.split()) or type(error).__name__
@@ -108,7 +108,7 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     Args:
         kinds: The exceptions in question; ``USER_ERRORS`` unless given.
     """
-    caught = kinds or USER_ERRORS
+    caught: tuple[type[Exception], ...] = (*kinds, MemoryError) if kinds else USER_ERRORS
     try:
         yield
     except caught as error:

@@ -24,7 +24,17 @@ class Transform(Protocol):
 
 
 def build_transforms(configs: Iterable[Mapping[str, Any] | Transform]) -> list[Transform]:
-    """Build transforms from configs, in their order; what is built already is taken as it is."""
+    """Build transforms from configs, in their order; what is built already is taken as it is.
+
+    Raises:
+        TypeError: If they are no sequence of configs and callables.
+    """
+    if isinstance(configs, (str, Mapping)) or not isinstance(configs, Iterable):
+        raise TypeError(f"`transforms` must be a list of configs or callables, got {configs!r}")
+    configs = list(configs)
+    for config in configs:
+        if not isinstance(config, Mapping) and not callable(config):
+            raise TypeError(f"`transforms` must be a list of configs or callables, got {config!r} in it")
     return [TRANSFORMS.build(dict(config)) if isinstance(config, Mapping) else config for config in configs]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ _OPTIONAL = {
     "visualizer",
     "work_dir",
 }
+_DICT = re.compile(r"\bdict\(|\{\s*(['\"]?)\w+\1\s*:")  # which mmengine's parser would take for text
 _RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # How processes are started, and by which variables each learns what torchrun says by those.
 _LAUNCHERS = {
@@ -83,8 +85,27 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         known = {*config, *_OPTIONAL}
         if (name := key.partition(".")[0]) not in known:
             raise UnknownKeyError(f"the config has no {name!r}{nearest(name, known)}")
-        config.merge_from_dict({key: DictAction._parse_iterable(value)})
+        _override(config, key, value)
     return config
+
+
+def _override(config: Config, key: str, value: str) -> None:
+    """Set what an override says.
+
+    Raises:
+        ValueError: If its value cannot be read, or there is nothing at its place to be set.
+    """
+    try:
+        parsed = DictAction._parse_iterable(value)
+        if _DICT.search(value):
+            raise ValueError("it has a dict")
+        config.merge_from_dict({key: parsed})
+    except Exception as error:  # mmengine's parser raises errors of many kinds, and recurses without end
+        raise ValueError(
+            f"the override {f'{key}={value}'[:100]!r} cannot be set: {type(error).__name__}: "
+            f"{message_of(error)[:100]}; values are numbers, words, and lists and tuples of these, and what is more "
+            "belongs into the config file"
+        ) from error
 
 
 def build_runner(
