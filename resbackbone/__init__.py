@@ -40,9 +40,10 @@ from resbackbone.backbones import (
 )
 from resbackbone.config import build_backbone, list_backbones, load_pretrained, read_checkpoint
 from resbackbone.features import FeatureInfo
-from resbackbone.layers.initialization import set_loader
-from resbackbone.registry import MODELS
+from resbackbone.layers.initialization import guard, read_safely, set_loader
+from resbackbone.registry import MODELS, set_guard
 
+set_guard(guard, read_safely)  # registries lie below layers, and do not import them
 set_loader(load_pretrained, read_checkpoint)  # layers lie below checkpoints, and do not import them
 
 __version__ = "0.1.0"

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -573,3 +575,16 @@ def test_a_net_without_batch_norms_is_named():
     norm_cfg = {"type": "GN", "num_groups": 4}
     with pytest.warns(UserWarning, match="folding has no effect in a ResNet without batch norms"):
         ResNet(18, norm_cfg=norm_cfg, fold_frozen_norms=True)
+
+
+def test_narrow_nets_train_behind_a_folded_stem():
+    # In a process of its own: PyTorch 2.13 may crash where it gets so few channels in channels_last.
+    code = """
+import torch
+from resbackbone import ResNet_CIFAR
+net = ResNet_CIFAR(18, base_channels=8, strides=(2, 2, 2, 2), frozen_stages=0, norm_eval=False, fold_frozen_norms=True)
+for _ in range(5):
+    sum(out.square().mean() for out in net.train()(torch.randn(2, 3, 64, 64))).backward()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

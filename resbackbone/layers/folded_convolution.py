@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resbackbone import processor
-from resbackbone.layers.memory_format import is_channels_last, map_to_contiguous
+from resbackbone.layers.memory_format import is_channels_last, map_to_contiguous, to_output_format
 
+# PyTorch 2.13's own convolutions of 1x1 pixels and stride 2, over fewer channels than this in channels_last, write past
+# the end of their weight's gradient on CPUs with AVX-512. What they get from here is not in channels_last.
+_NARROW = 16
 Ints = Sequence[int]
 Geometry = tuple[Any, Any, Any, int]  # stride, padding, dilation, groups, as a convolution takes them
 
@@ -49,7 +52,7 @@ def convolve_folded(
     if torch.compiler.is_compiling():  # the compiler takes derivatives itself, and chooses what is kept
         return _convolve(*tensors, norm.eps, geometry)
     out: Tensor = _FoldedConvolution.apply(*tensors, norm.eps, geometry)  # type: ignore[no-untyped-call]
-    return out
+    return to_output_format(out) if out.shape[1] < _NARROW else out
 
 
 def _enter(x: Tensor) -> Tensor:
