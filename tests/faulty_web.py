@@ -44,6 +44,7 @@ class Web(ThreadingHTTPServer):
         self.if_range = True
         self.faults: list[dict] = []
         self.requests: list[tuple[str, dict]] = []
+        self.waited = False  # whether such a request waited in vain
         self.release = threading.Event()  # what a request with "wait" waits for
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -114,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[: fault.get("cut")])
         self.wfile.flush()
         if fault.get("wait"):
-            web.release.wait(20)
+            web.waited = not web.release.wait(600)
         self.close_connection = True  # what is missing never comes
 
 

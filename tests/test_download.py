@@ -149,11 +149,13 @@ def test_many_cuts_are_no_failure_while_bytes_come(web, tmp_path):
 
 
 def test_a_stalled_connection_is_left(web, tmp_path, monkeypatch):
-    monkeypatch.setattr(http_requests, "TIMEOUT", 0.1)
+    """The server would wait until the test ends; only the first attempt is short of time, however busy the machine."""
+    usual = http_requests.TIMEOUT
+    monkeypatch.setattr(http_requests, "TIMEOUT", 2)
+    monkeypatch.setattr(transfer.time, "sleep", lambda _: monkeypatch.setattr(http_requests, "TIMEOUT", usual))
     web.faults = [{"cut": 1000, "wait": True}]
-    began = time.monotonic()
     assert fetch(f"{web.url}/{named(CONTENT)}", folder=tmp_path).read_bytes() == CONTENT
-    assert time.monotonic() - began < 10  # the server would wait longer
+    assert not web.waited  # the client left first
     assert web.starts == [0, 1000]
 
 
