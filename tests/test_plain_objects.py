@@ -389,3 +389,32 @@ def test_r8_a_chain_of_a_million_unknown_calls_costs_little(tmp_path):
     wide = b"ca\nB\n(" + b"ca\nB\n" * 100_000 + b"t" + b"\x81"
     (tmp_path / "a.pkl").write_bytes(b"\x80\x04}X\1\0\0\0x" + wide + b"s.")
     assert not_loaded(read_file(tmp_path / "a.pkl")) == ("a.B at 'x'",)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_long_integers_and_the_types_of_scales_load(tmp_path, protocol):
+    scale = getattr(torch, "float8_e8m0fnu", torch.float8_e5m2)  # since PyTorch 2.7
+    content = {"x": 2**3000, "y": -(2**3000), "scale": torch.ones(2).to(scale)}
+    torch.save(content, tmp_path / "a.pth", pickle_protocol=protocol)
+    read = read_file(tmp_path / "a.pth")
+    assert (read["x"], read["y"]) == (2**3000, -(2**3000))
+    assert read["scale"].dtype is scale
+    torch.save({"x": 2**100_000, "w": torch.ones(2)}, tmp_path / "a.pth", pickle_protocol=protocol)
+    assert not_loaded(read_file(tmp_path / "a.pth")) == ("builtins.int at 'x'",)
+
+
+@pytest.mark.parametrize("kind", ["list", "dict", "list in a dict"])
+def test_what_holds_itself_is_noted(tmp_path, kind):
+    items, mapping = [], {}
+    items.append(items)
+    mapping["me"] = mapping
+    value = {"list": items, "dict": mapping, "list in a dict": {"a": items}}[kind]
+    net = ResNet(18)
+    torch.save({"state_dict": net.state_dict(), "x": value}, tmp_path / "a.pth")
+    (note,) = load_checkpoint(net, tmp_path / "a.pth").not_loaded
+    assert "inside of itself at 'x" in note
+
+
+def test_a_file_that_is_only_itself_is_read(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04}q\0X\x01\0\0\0xh\0s.")
+    assert not_loaded(read_file(tmp_path / "a.pkl")) == ("builtins.dict, inside of itself at 'x'",)

@@ -227,6 +227,7 @@ _STORAGES = {
 _DTYPES = [
     *_STORAGES.values(), torch.uint16, torch.uint32, torch.uint64,
     torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
+    *([torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else []),  # since PyTorch 2.7
 ]  # fmt: skip
 _NUMPY: Mapping[str, Callable[..., object]] = {
     "multiarray._reconstruct": _empty_array,

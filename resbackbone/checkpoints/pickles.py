@@ -33,6 +33,7 @@ MAX_STEPS = 1_000_000
 
 _LONG = 1 << 16  # bytes; longer ones are an array's
 _LONGEST_NUMBER = 100  # digits
+_LONGEST_INTEGER = 1024  # bytes
 
 # Opcodes that the base class carries out: none of them calls, hashes or sets anything.
 _HARMLESS = [
@@ -133,6 +134,13 @@ class SafeUnpickler(pickle._Unpickler):
         if len(line) > _LONGEST_NUMBER:
             raise UnreadableError("holds a number of too many digits")
         self.append(line == b"01" if line in (b"00", b"01") else int(line.rstrip(b"L")))
+
+    def _integer(self) -> None:
+        (count,) = struct.unpack("<i", self.read(4))
+        if count < 0:
+            raise UnreadableError("holds an integer of negative length")
+        data = self.read(count)
+        self.append(pickle.decode_long(data) if count <= _LONGEST_INTEGER else Inert("builtins.int"))
 
     def _bytes(self, count: int) -> None:
         if count <= _LONG:
@@ -238,6 +246,7 @@ _STEPS: dict[bytes, Callable[[Any], None]] = {
     pickle.FRAME: SafeUnpickler._frame,
     pickle.INT: SafeUnpickler._written_number,
     pickle.LONG: SafeUnpickler._written_number,
+    pickle.LONG4: SafeUnpickler._integer,
     pickle.BINSTRING: SafeUnpickler._python2_text,
     pickle.BINBYTES: lambda self: self._bytes(*struct.unpack("<I", self.read(4))),
     pickle.BINBYTES8: lambda self: self._bytes(*struct.unpack("<Q", self.read(8))),

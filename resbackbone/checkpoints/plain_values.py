@@ -18,6 +18,7 @@ MAX_DEPTH = 100
 """Mappings and lists inside one another."""
 
 
+_CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set, frozenset)
 Skip = Callable[[object], bool]
 
 
@@ -39,6 +40,7 @@ class _Tree:
         self._skipped = skipped
         self._left = MAX_OBJECTS
         self._made: dict[int, Any] = {}
+        self._open: set[int] = set()  # containers that are being walked
         self.inert: dict[int, Inert] = {}
         self.read: set[str] = set()  # keys of storages
 
@@ -50,14 +52,23 @@ class _Tree:
             )
         if self._left < 0:
             raise UnreadableError(f"holds more than {MAX_OBJECTS:,} objects; a checkpoint holds far fewer")
-        kind = type(value)
-        if kind in (dict, OrderedDict, Counter):
-            return self._mapping(value, depth + 1)
-        if kind in (list, tuple, set, frozenset):
-            return kind([self.walk(item, depth + 1) for item in value])
+        if type(value) in _CONTAINERS:
+            return self._container(value, depth)
         if id(value) not in self._made:
             self._made[id(value)] = self._leaf(value)
         return self._made[id(value)]
+
+    def _container(self, value: Any, depth: int) -> Any:
+        kind = type(value)
+        if id(value) in self._open:
+            return Inert(f"builtins.{kind.__name__}, inside of itself")
+        self._open.add(id(value))
+        if issubclass(kind, dict):
+            result = self._mapping(value, depth + 1)
+        else:
+            result = kind([self.walk(item, depth + 1) for item in value])
+        self._open.discard(id(value))
+        return result
 
     def _mapping(self, mapping: dict[Any, Any], depth: int) -> dict[Any, Any]:
         result: dict[Any, Any] = type(mapping)()
