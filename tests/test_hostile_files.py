@@ -782,3 +782,9 @@ def test_long_names_of_classes_are_refused(tmp_path):
     kept, long = memoized(text("m" * 1_000_000))
     (tmp_path / "a.pth").write_bytes(torch_zip(kept + mapping(x=b"](" + (long + long + b"\x93") * 20_000 + b"e")))
     assert_refused(tmp_path / "a.pth", "names a class in 2,000,000 characters; at most 2,000 are read")
+
+
+def test_a_long_tuple_as_the_key_of_many_mappings_is_refused(tmp_path):
+    kept, key = memoized(b"(" + b"K\x01" * 200 + b"t")
+    (tmp_path / "a.pth").write_bytes(torch_zip(kept + mapping(x=b"](" + (b"}" + key + b"Ns") * 20_000 + b"e")))
+    assert_refused(tmp_path / "a.pth", "long tuples as keys, over and over")

@@ -418,3 +418,15 @@ def test_what_holds_itself_is_noted(tmp_path, kind):
 def test_a_file_that_is_only_itself_is_read(tmp_path):
     (tmp_path / "a.pkl").write_bytes(b"\x80\x04}q\0X\x01\0\0\0xh\0s.")
     assert not_loaded(read_file(tmp_path / "a.pkl")) == ("builtins.dict, inside of itself at 'x'",)
+
+
+def test_tuples_of_a_hundred_numbers_are_keys_and_members(tmp_path):
+    key = tuple(range(100))
+    torch.save({"x": {key: 1}, "y": {key}, "w": torch.ones(2)}, tmp_path / "a.pth")
+    read = read_file(tmp_path / "a.pth")
+    assert (read["x"], read["y"]) == ({key: 1}, {key})
+
+
+def test_a_tensor_without_a_name_is_noted(tmp_path):
+    torch.save({"x": {None: torch.ones(1)}, "w": torch.ones(2)}, tmp_path / "a.pth")
+    assert not_loaded(read_file(tmp_path / "a.pth")) == ("torch.Tensor at 'x.None'",)

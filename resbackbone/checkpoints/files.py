@@ -173,7 +173,7 @@ def _read_opened(opened: OpenFile, path: Path, skipped: Skip, *, index: bool) ->
 
 
 def _named(content: object) -> dict[str, Any]:
-    """Return the content if every tensor in it has a name; states of optimizers may have numbers."""
+    """Return the content if every tensor in it has a name; what has None for a name is noted as not loaded."""
     if isinstance(content, Inert):
         raise UnreadableError(
             f"names {content.name!r}, which is neither a tensor nor a numpy array nor a plain value; {ADVICE}"
@@ -183,7 +183,9 @@ def _named(content: object) -> dict[str, Any]:
     pending = [content]
     for mapping in pending:  # grows by the mappings inside
         for key, value in mapping.items():
-            if not isinstance(key, str) and isinstance(value, Tensor):
+            if key is None and isinstance(value, Tensor):
+                mapping[key] = Inert("torch.Tensor")
+            elif not isinstance(key, str) and isinstance(value, Tensor):
                 raise UnreadableError(f"has the key {_short(key)} where a name should be")
             if isinstance(value, dict):
                 pending.append(value)

@@ -21,7 +21,8 @@ from resbackbone.checkpoints.stand_ins import (
     read_array,
 )
 
-_MAX_KEY = 64  # objects in a key that is a tuple
+_MAX_KEY = 256  # objects in a key that is a tuple
+_MAX_PARTS = 2_000_000  # objects in all such keys; a pickle may repeat a long one for two bytes each
 _MAX_COLLISIONS = 100  # keys of one mapping that have the same hash
 _MAX_NAME = 2000  # characters; a pickle may repeat a long one for two bytes each
 
@@ -194,6 +195,9 @@ def _check_key(key: object, container: object, hashes: Counter[str]) -> None:
         elif not isinstance(part, _HASHED):
             kind = "long tuple" if isinstance(part, (tuple, frozenset)) else type(part).__name__
             raise UnreadableError(f"holds a mapping or set with a {kind} as a key; only plain values are read")
+    hashes["parts"] += len(pending)
+    if hashes["parts"] > _MAX_PARTS:
+        raise UnreadableError("holds mappings or sets with long tuples as keys, over and over")
     value = f"{id(container)} {hash(key)}"
     hashes[value] += 1
     if hashes[value] > _MAX_COLLISIONS:
