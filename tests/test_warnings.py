@@ -1,6 +1,7 @@
 """Warnings about what a caller wrote name the caller's line, however deep inside the package they begin."""
 
 import warnings
+from contextlib import suppress
 
 import pytest
 from torch import nn
@@ -37,7 +38,8 @@ def warned_of(call, category, words):
     """The one warning of this kind that a call raises."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        call()
+        with suppress(FileNotFoundError):  # there is no net.pth
+            call()
     (found,) = [one for one in caught if words in str(one.message)]
     assert found.category is category
     return found
@@ -45,8 +47,7 @@ def warned_of(call, category, words):
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("door", DOORS)
-def test_a_warning_names_the_line_that_builds(monkeypatch, door, wrong):
-    monkeypatch.setattr(ResNet, "init_weights", lambda net: None)  # there is no net.pth
+def test_a_warning_names_the_line_that_builds(door, wrong):
     config, category, words = WRONG[wrong]
     found = warned_of(lambda: DOORS[door](**TINY, **config), category, words)
     assert found.filename == __file__
