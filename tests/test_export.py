@@ -362,12 +362,16 @@ class TestCheck:
 
     @pytest.mark.parametrize("as_it_is", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_onnxruntime_is_kept_from_padding_by_minus_infinity(self, shake, tmp_path, change, as_it_is):
-        """It would do so before a max pooling, where the net has zeros."""
+        """It would do so before a max pooling, where the net has zeros; ONNX Runtime 1.32 no longer does."""
         net = shake(ResNetV2(**TINY, zero_padded_pool=True, deep_stem=False))
         if not as_it_is:
             assert export(net, tmp_path / "net.onnx").differences["layer1"] < 1e-5
             return
         change("onnx", prepare=lambda net: net)
+        runtime = pytest.importorskip("onnxruntime")
+        if tuple(map(int, runtime.__version__.split(".")[:2])) >= (1, 32):
+            assert export(net, tmp_path / "net.onnx").differences["layer1"] < 1e-5
+            return
         with pytest.raises(ValueError, match=r"not kept: layer1 of images \(1, 3, 64, 96\) is .* away from the net's"):
             export(net, tmp_path / "net.onnx")
         assert written(tmp_path) == []
