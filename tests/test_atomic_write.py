@@ -3,16 +3,15 @@
 import errno
 import multiprocessing
 import os
-import resource
 import signal
 import stat
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import SMALL, fails, make_picture, run, written
+from full_disk import file_size_limit
 from test_pipeline import start
 
 from resbackbone import atomic_write as module
@@ -25,24 +24,13 @@ SUFFIXES = (".pth", ".pt", ".safetensors", ".npz", ".pkl", ".pdparams")
 FULL = os.strerror(errno.EFBIG)  # what the system says where a full disk has ENOSPC
 
 
-@contextmanager
-def full_disk(limit=50_000):
-    """No file grows beyond that many bytes within the block."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_u7_convert_on_a_full_disk_is_one_line_and_leaves_the_earlier_file(folder, suffix):
     torch.save(build_backbone(SMALL).state_dict(), "small.pth")
     target = Path(f"out/converted{suffix}")
     target.parent.mkdir()
     target.write_bytes(b"earlier")
-    with full_disk():
+    with file_size_limit():
         assert fails("convert", "small.pth", target, "--to", "native") == f"[Errno 27] {FULL}: '{target}'"
     assert written("out") == [target.name]
     assert target.read_bytes() == b"earlier"
@@ -53,18 +41,18 @@ def test_u7_convert_on_a_full_disk_is_one_line_and_leaves_the_earlier_file(folde
 @pytest.mark.parametrize("file_format", ["npy", "safetensors"])
 def test_u7_extract_on_a_full_disk_names_the_picture(folder, file_format):
     make_picture("a.png", size=(300, 300))
-    with full_disk(5000):
+    with file_size_limit(5000):
         said = run("extract", "small.yaml", "a.png", "--out", "out", "--format", file_format, status=1).stderr
     assert f"skipped: a.png: [Errno 27] {FULL}: 'out/a.png/" in said
     assert written("out") == []
 
 
 @pytest.mark.parametrize("to", ["torch-export", "onnx"])
-def test_u7_export_on_a_full_disk(tmp_path, to):
+def test_u7_export_on_a_file_size_limit(tmp_path, to):
     if to == "onnx":
         pytest.importorskip("onnxruntime")
     path = tmp_path / ("net.onnx" if to == "onnx" else "net.pt2")
-    with full_disk(), pytest.raises(OSError, match=rf"^\[Errno 27\] {FULL}: '{path}'$"):
+    with file_size_limit(), pytest.raises(OSError, match=rf"^\[Errno 27\] {FULL}: '{path}'$"):
         export(build_backbone(SMALL), path, to, size=(32, 32))
     assert written(tmp_path) == []
 

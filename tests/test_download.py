@@ -3,19 +3,18 @@
 import errno
 import hashlib
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from faulty_web import CONTENT, HALF, OTHER, Web, drip, named, pour, serve
+from full_disk import file_size_limit
 from rich.console import Console
 
 from resbackbone.checkpoints import http_requests, transfer
@@ -684,17 +683,6 @@ def test_the_bytes_are_on_the_disk_before_the_file_has_its_name(web, tmp_path, m
 
 
 # Disks that are full
-
-
-@contextmanager
-def file_size_limit(limit: int):
-    """No file grows beyond ``limit`` bytes within the block; the system answers EFBIG where a full disk says ENOSPC."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_fills_up(web, tmp_path):

@@ -18,7 +18,7 @@ def sync_batch_norms(net: Net) -> Net:
     Call it once the process group is there and the net on its device. The layers stay where and what they are, with
     their parameters, statistics and keys; only their class changes: on accelerators to :class:`torch.nn.SyncBatchNorm`,
     elsewhere to :class:`SyncedBatchNorm`, and in one process to :class:`BatchNorm`. Classes derived from torch's batch
-    norms are left alone. What is in eval mode, as norms of frozen stages are, synchronises nothing. What was changed is
+    norms are left alone. What is in eval mode, as norms of frozen stages are, synchronizes nothing. What was changed is
     logged, in one line of level INFO.
 
     Args:
@@ -32,15 +32,15 @@ def sync_batch_norms(net: Net) -> Net:
     >>> type(net.bn1)
     <class 'resbackbone.training.sync_norms.BatchNorm'>
     """
-    norms = [layer for layer in net.modules() if type(layer) in (*_PLAIN, *_SYNCHRONISED)]
+    norms = [layer for layer in net.modules() if type(layer) in (*_PLAIN, *_SYNCHRONIZED)]
     if num_processes() > 1:
         on_accelerator = any(parameter.device.type in ("cuda", "xpu") for parameter in net.parameters())
         _make(norms, nn.SyncBatchNorm if on_accelerator else SyncedBatchNorm)
         if norms:
             log_info(f"{len(norms)} batch norms see the batches of {num_processes()} processes")
-    elif synchronised := [norm for norm in norms if type(norm) in _SYNCHRONISED]:
-        _make(synchronised, BatchNorm)
-        log_info(f"in one process {len(synchronised)} synchronised batch norms are plain")
+    elif synchronized := [norm for norm in norms if type(norm) in _SYNCHRONIZED]:
+        _make(synchronized, BatchNorm)
+        log_info(f"in one process {len(synchronized)} synchronised batch norms are plain")
     return net
 
 
@@ -57,7 +57,7 @@ def num_processes(group: Any = None) -> int:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Plain batch norm of inputs of any shape, as synchronised batch norm takes them."""
+    """Plain batch norm of inputs of any shape, as synchronized batch norm takes them."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -104,8 +104,8 @@ class SyncedBatchNorm(BatchNorm):
             out = out * self.weight.view(per_channel)
         if self.bias is not None:
             out = out + self.bias.view(per_channel)
-        synchronised: Tensor = out.to(input.dtype)
-        return synchronised
+        synchronized: Tensor = out.to(input.dtype)
+        return synchronized
 
     @torch.no_grad()
     def _move_statistics(self, mean: Tensor, var: Tensor) -> None:
@@ -137,4 +137,4 @@ def _add_up(own: Tensor, group: Any) -> Tensor:
 
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm)
-_SYNCHRONISED = (nn.SyncBatchNorm, SyncedBatchNorm)
+_SYNCHRONIZED = (nn.SyncBatchNorm, SyncedBatchNorm)
