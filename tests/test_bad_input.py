@@ -338,7 +338,7 @@ def test_too_few_values_for_a_batch_norm_in_training_is_torchs_own_error():
 OTHER_NORMS = [
     *({"type": name} for name in ("BN1d", "BN3d", "IN1d", "IN3d", "LN")),
     *({"type": norm} for norm in (nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm3d, nn.LayerNorm, nn.LazyBatchNorm2d)),
-    *({"type": "BN", "eps": eps} for eps in (float("nan"), float("inf"), -1, 0, "1e-5", None, True, 10**400)),
+    *({"type": "BN", "eps": eps} for eps in (float("nan"), float("inf"), -1, "1e-5", None, True, 10**400)),
     *({"type": "BN", "momentum": momentum} for momentum in (-0.1, 1.5, float("nan"), "0.1", [0.1])),
     *({"type": "BN", key: value} for key, value in (("affine", 1), ("track_running_stats", "no"), ("device", "cpu"))),
     *({"type": "GN", "num_groups": groups} for groups in (0, 2.0, "2", 10**30)),
@@ -357,6 +357,25 @@ OTHER_CONVS = [
 def test_u5_a_norm_that_cannot_run_is_refused(refused, case, norm_cfg):
     with refused((TypeError, ValueError, KeyError), "norm_cfg"):
         CLASSES[case](**{**small(case), "norm_cfg": norm_cfg})
+
+
+@pytest.mark.parametrize("case", [case for case in CLASSES if "IBN" not in case])  # which normalize by instance, too
+def test_eps_may_be_zero_where_batch_norms_stay_in_eval_mode(case):
+    """As in mmdet's NAS-FCOS."""
+    CLASSES[case](**{**small(case), "norm_eval": True, "norm_cfg": {"type": "BN", "eps": 0}})
+
+
+@every_class
+@pytest.mark.parametrize("more", [{}, {"track_running_stats": False}], ids=str)
+def test_u5_eps_of_a_batch_norm_that_trains_is_not_zero(refused, case, more):
+    """PyTorch refuses to train it; without statistics of its own it trains even in eval mode."""
+    with refused(ValueError, "norm_cfg"):
+        CLASSES[case](**{**small(case), "norm_eval": bool(more), "norm_cfg": {"type": "BN", "eps": 0, **more}})
+
+
+def test_u5_eps_of_a_neck_is_not_zero(refused):
+    with refused(ValueError, "norm_cfg"):
+        FPN([8], 8, 1, norm_cfg={"type": "BN", "eps": 0})
 
 
 @every_class

@@ -164,7 +164,7 @@ def _check_stages(given: Mapping[str, Any], default_blocks: Sequence[int]) -> No
 
 
 def _check_layer_configs(given: Mapping[str, Any]) -> None:
-    check_norm_cfg(given["norm_cfg"], "norm_cfg")
+    check_norm_cfg(given["norm_cfg"], "norm_cfg", in_eval=given["norm_eval"])
     if given["conv_cfg"] is not None:
         check_conv_cfg(given["conv_cfg"], "conv_cfg")
     check_dcn(given["dcn"], given["conv_cfg"])

@@ -126,6 +126,6 @@ def _check(given: dict[str, Any]) -> None:
     for flag in ("norm_eval", "fold_frozen_norms"):
         check_flag(flag, given[flag])
     check_with_cp(given["with_cp"])
-    check_norm_cfg(given["norm_cfg"], "norm_cfg")
+    check_norm_cfg(given["norm_cfg"], "norm_cfg", in_eval=given["norm_eval"])
     check_dcn(given["dcn"], None)
     check_initialization(given["pretrained"], given["init_cfg"])

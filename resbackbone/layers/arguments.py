@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import distributed, nn
@@ -115,23 +115,27 @@ def parameters_of(target: type) -> tuple[Mapping[str, inspect.Parameter], bool]:
     return known, True
 
 
-def check_eps(name: str, value: object) -> float:
-    """Return what is added to a variance as a Python number; raise unless it is above 0."""
-    return check_number(name, value, low=0, high=1, above=True)
+def check_eps(name: str, value: object, *, in_eval: bool = False) -> float:
+    """Return what is added to a variance as a Python number; raise unless it is above 0.
+
+    It may be 0 for a batch norm that stays in eval mode, as in mmdet's NAS-FCOS; PyTorch refuses to train one.
+    """
+    return check_number(name, value, low=0, high=1, above=not in_eval)
 
 
-def check_norm_entries(argument: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+def check_norm_entries(argument: str, entries: Mapping[str, Any], *, in_eval: bool = False) -> dict[str, Any]:
     """Return the entries that torch's norms share, as Python's own numbers; raise if one does not fit.
 
     Args:
         argument: The argument that the config is, for the errors.
         entries: ``eps``, ``momentum``, ``affine`` and the like; others are passed over.
+        in_eval: As for :func:`check_eps`.
 
     Raises:
         TypeError, ValueError: If one is of the wrong type or out of range.
     """
     checks: dict[str, Callable[[str, Any], Any]] = {
-        "eps": check_eps,
+        "eps": partial(check_eps, in_eval=in_eval),
         "momentum": _check_momentum,
         "affine": _check_flag,
         "track_running_stats": _check_flag,

@@ -14,7 +14,7 @@ from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.dry_run import DryRun, check_layer_runs, current_dry_run, is_tried, make_foreign
 from resbackbone.layers.memory_format import FormatKeeper
 from resbackbone.layers.module import Config
-from resbackbone.layers.norm import build_norm_layer
+from resbackbone.layers.norm import build_norm_layer, check_norm_cfg
 from resbackbone.layers.trident_conv import TridentConv2d
 from resbackbone.registry import MODELS, construct
 
@@ -146,6 +146,7 @@ class ConvNormAct(FormatKeeper):
         )
         self.norm_name = None
         if norm_cfg is not None:
+            check_norm_cfg(norm_cfg, "norm_cfg")  # in training, too: no `norm_eval` keeps this norm in eval mode
             self.norm_name, norm = build_norm_layer(norm_cfg, out_channels)
             self.add_module(self.norm_name, norm)
         self.activate = None

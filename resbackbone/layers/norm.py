@@ -71,7 +71,7 @@ class FrozenBatchNorm2d(nn.Module):
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.num_features = num_features
-        self.eps = check_eps("eps", eps)
+        self.eps = check_eps("eps", eps, in_eval=True)
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -116,7 +116,7 @@ def build_norm_layer(cfg: Config, num_features: int, postfix: int | str = "") ->
 
 def _build(cfg: Config, num_features: int) -> tuple[str, nn.Module]:
     """Build a norm, and say what its name begins with."""
-    norm_class, arguments = check_norm_cfg(cfg, "norm_cfg")
+    norm_class, arguments = check_norm_cfg(cfg, "norm_cfg", in_eval=True)  # else whoever knows has refused it
     requires_grad = arguments.pop("requires_grad", True)
     if issubclass(norm_class, nn.GroupNorm):
         _check_groups(cfg, arguments, num_features)
@@ -130,12 +130,13 @@ def _build(cfg: Config, num_features: int) -> tuple[str, nn.Module]:
     return _abbreviation(norm_class), norm
 
 
-def check_norm_cfg(cfg: Any, argument: str) -> tuple[type[Any], dict[str, Any]]:
+def check_norm_cfg(cfg: Any, argument: str, *, in_eval: bool = False) -> tuple[type[Any], dict[str, Any]]:
     """Check what can be said of a norm's config before its channels are known.
 
     Args:
         cfg: As for :func:`build_norm_layer`.
         argument: The argument that it is, for the errors.
+        in_eval: Whether batch norms of it stay in eval mode, as under ``norm_eval``; only then their ``eps`` may be 0.
 
     Returns:
         The norm's class and its arguments, with ``requires_grad``, if that is there.
@@ -149,7 +150,9 @@ def check_norm_cfg(cfg: Any, argument: str) -> tuple[type[Any], dict[str, Any]]:
     entries = [key for key in arguments if key not in ("requires_grad", "eps")]
     check_entries(argument, norm_class, entries, GIVEN_TO_NORMS)
     if issubclass(norm_class, CHECKED_NORMS):
-        arguments = check_norm_entries(argument, arguments)
+        reads_statistics = issubclass(norm_class, _BatchNorm) and arguments.get("track_running_stats", True) is True
+        frozen = issubclass(norm_class, FrozenBatchNorm2d) or (in_eval and reads_statistics)
+        arguments = check_norm_entries(argument, arguments, in_eval=frozen)
     if issubclass(norm_class, nn.GroupNorm):
         if "num_groups" not in arguments:
             raise ValueError(f"`{argument}` of type 'GN' needs `num_groups`, such as 32; got {dict(cfg)!r}")
