@@ -38,8 +38,8 @@ from resbackbone.backbones import (
     TridentResNet,
     WideResNet,
 )
+from resbackbone.backbones.feature_info import FeatureInfo
 from resbackbone.config import build_backbone, list_backbones, load_pretrained, read_checkpoint
-from resbackbone.features import FeatureInfo
 from resbackbone.layers.initialization import guard, read_safely, set_loader
 from resbackbone.registry import MODELS, set_guard
 

@@ -27,9 +27,8 @@ from peers import PEERS, Net
 from rich.console import Console
 from torch import Tensor
 
-from resbackbone import build_backbone, processor
-from resbackbone.allocation import keep_freed_memory
-from resbackbone.benchmarking import (
+from resbackbone import build_backbone
+from resbackbone.analysis.benchmark import (
     about_machine,
     alternate,
     markdown_table,
@@ -38,8 +37,10 @@ from resbackbone.benchmarking import (
     seconds,
     write_section,
 )
-from resbackbone.complexity import build_on_meta, measure
+from resbackbone.analysis.cost import build_on_meta, measure
 from resbackbone.inference import export, optimize, quantize
+from resbackbone.utils import processor
+from resbackbone.utils.allocator import keep_freed_memory
 
 PLAIN, OURS = "torch eager", "resbackbone"
 SHAPES = {"1x224x224": (1, 224, 224), "8x224x224": (8, 224, 224), "1x800x1216": (1, 800, 1216)}

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from resbackbone import build_backbone
-from resbackbone.allocation import keep_freed_memory
-from resbackbone.benchmarking import about_machine, alternate, markdown_table, peak_memory, write_section
+from resbackbone.analysis.benchmark import about_machine, alternate, markdown_table, peak_memory, write_section
+from resbackbone.utils.allocator import keep_freed_memory
 
 FROZEN, TRAINED = "frozen statistics", "norms in train mode"
 STEP_SIZE, MEMORY_SIZE = (640, 640), (800, 1216)

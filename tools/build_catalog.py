@@ -26,13 +26,13 @@ import yaml
 from catalog_origins import ORIGINS, Published, Values, recorded
 from torch import nn
 
+from resbackbone.analysis.cost import build_on_meta, measure
 from resbackbone.backbones import Backbone
 from resbackbone.checkpoints.conversion import convert_state_dict
 from resbackbone.cli.console import with_progress
-from resbackbone.complexity import build_on_meta, measure
 from resbackbone.config import load_config
 
-CATALOG = Path(__file__).parent.parent / "resbackbone" / "checkpoints" / "catalog.yaml"
+CATALOG = Path(__file__).parent.parent / "resbackbone" / "checkpoints" / "hub" / "catalog.yaml"
 HEADER = "# Written by tools/build_catalog.py from the metadata of these packages, never by hand.\n"
 # In the order in which they are written; values that are None, False or empty are left out.
 KEYS = (

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))  # where the tests share the draws with this
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))  # where the tests share the draws with this
 
 from config_draws import draw
 from config_promises import Outcome, try_config

@@ -15,8 +15,8 @@ from typing import Annotated
 import typer
 import yaml
 
+from resbackbone.analysis.cost import build_on_meta, measure
 from resbackbone.cli.console import with_progress
-from resbackbone.complexity import build_on_meta, measure
 from resbackbone.config import config_files
 
 

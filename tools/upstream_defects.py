@@ -55,7 +55,8 @@ class Case:
 
 OPERATORS = """\
 Largest differences on CPUs between a map in channels_last and the same one contiguous, of mmcv 2.1.0 and onedl-mmcv
-2.3.6 alike, for random maps of `tests/mmcv_operators.py`; behind one of our integrations all are 0, but for SAConv2d's.
+2.3.6 alike, for random maps of `tests/support/mmcv_operators.py`; behind one of our integrations all are 0, but for
+SAConv2d's.
 
 | operator | outputs | gradients |
 |---|---|---|

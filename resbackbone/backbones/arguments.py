@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
+from resbackbone.backbones.feature_info import OutIndex
 from resbackbone.backbones.pretrained import check_initialization
 from resbackbone.backbones.res_layer import DilationStyle
 from resbackbone.blocks.base import check_dcn, check_plugin_names, check_plugins
-from resbackbone.checks import (
+from resbackbone.layers.activation_checkpointing import check_with_cp
+from resbackbone.layers.arguments import MOST_BLOCKS, MOST_CHANNELS, MOST_PIXELS
+from resbackbone.layers.conv import check_conv_cfg
+from resbackbone.layers.norm import check_norm_cfg
+from resbackbone.utils.validation import (
     UnknownKeyError,
     check_choice,
     check_count,
@@ -20,11 +25,6 @@ from resbackbone.checks import (
     check_type,
     warn_user,
 )
-from resbackbone.features import OutIndex
-from resbackbone.layers.arguments import MOST_BLOCKS, MOST_CHANNELS, MOST_PIXELS
-from resbackbone.layers.conv import check_conv_cfg
-from resbackbone.layers.norm import check_norm_cfg
-from resbackbone.layers.recomputing import check_with_cp
 
 _FLAGS = (
     "deep_stem",

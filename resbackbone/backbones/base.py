@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from resbackbone.backbones.feature_info import FeatureInfo, OutIndex
 from resbackbone.backbones.norm_eval import NormEvalModule
-from resbackbone.checks import check_int
-from resbackbone.features import FeatureInfo, OutIndex
 from resbackbone.layers.arguments import parameters_of
 from resbackbone.layers.module import InitConfig
 from resbackbone.layers.tracing import is_tracing
-from resbackbone.logs import log_info, write_waiting
 from resbackbone.registry import is_ours, of_kind
+from resbackbone.utils.logs import log_info, write_waiting
+from resbackbone.utils.validation import check_int
 
 
 @of_kind("backbone")

@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from resbackbone.backbones.feature_info import FeatureInfo
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks.detectors import DetectorsBottleneck, DetectorsResNeXtBottleneck
-from resbackbone.checks import check_count, check_flag, check_int, check_sequence, plain_arguments
-from resbackbone.features import FeatureInfo
 from resbackbone.layers.arguments import MOST_CHANNELS
 from resbackbone.layers.conv import check_conv_cfg
 from resbackbone.layers.memory_format import restore_format
 from resbackbone.layers.module import Config
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import check_count, check_flag, check_int, check_sequence, plain_arguments
 
 
 @MODELS.register_module()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from resbackbone.checks import warn_user
+from resbackbone.data.preprocessing import Preprocessing
 from resbackbone.layers import Module
 from resbackbone.layers.init_cfg import check_init_cfg
 from resbackbone.layers.module import InitConfig
-from resbackbone.preprocessing import Preprocessing
+from resbackbone.utils.validation import warn_user
 
 
 class PretrainedModule(Module):

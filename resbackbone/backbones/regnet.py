@@ -7,15 +7,15 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from resbackbone.backbones.feature_info import OutIndex
 from resbackbone.backbones.regnet_archs import ARCHS, Arch, plan_stages, resolve_arch
 from resbackbone.backbones.res_layer import DilationStyle
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks import RegNetBottleneck
-from resbackbone.checks import check_int, plain_arguments, warn_user
-from resbackbone.features import OutIndex
+from resbackbone.layers.activation_checkpointing import WithCp
 from resbackbone.layers.module import Config, InitConfig
-from resbackbone.layers.recomputing import WithCp
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import check_int, plain_arguments, warn_user
 
 _BASE_CHANNELS = 32  # what mmdet's argument of that name, which does nothing, is by default
 _OWN = ("self", "__class__", "arch", "base_channels", "se_ratio")  # what ResNet's constructor does not get

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from resbackbone.checks import UnknownKeyError, check_choice, check_count, check_number, check_type, nearest
 from resbackbone.layers.arguments import MOST_BLOCKS, MOST_CHANNELS
+from resbackbone.utils.validation import UnknownKeyError, check_choice, check_count, check_number, check_type, nearest
 
 Arch = Mapping[str, Any]
 

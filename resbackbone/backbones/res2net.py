@@ -9,8 +9,8 @@ from torch import nn
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnet_v1 import ResNetV1d
 from resbackbone.blocks.res2 import Bottle2neck, check_splits
-from resbackbone.checks import plain_arguments
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import plain_arguments
 
 
 @MODELS.register_module()

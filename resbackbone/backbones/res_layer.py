@@ -8,9 +8,9 @@ from typing import Any, Literal
 from torch import nn
 
 from resbackbone.blocks.base import BATCH_NORM
-from resbackbone.checks import check_int, check_ints
 from resbackbone.layers import Sequential, build_conv_layer, build_norm_layer
 from resbackbone.layers.module import Config
+from resbackbone.utils.validation import check_int, check_ints
 
 DilationStyle = Literal["openmmlab", "timm"]
 

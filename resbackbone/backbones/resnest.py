@@ -9,9 +9,9 @@ from torch import nn
 from resbackbone.backbones.resnet_v1 import ResNetV1d
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks.split import SplitAttentionBottleneck
-from resbackbone.checks import check_count, check_flag, check_int, plain_arguments
 from resbackbone.layers.arguments import MOST_PARTS
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import check_count, check_flag, check_int, plain_arguments
 
 
 @MODELS.register_module()

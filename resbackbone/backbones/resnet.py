@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from resbackbone.backbones.arguments import check_resnet_arguments, resolve_out_indices, shorten
 from resbackbone.backbones.base import Backbone, total_stride
+from resbackbone.backbones.feature_info import FeatureInfo, OutIndex
 from resbackbone.backbones.pretrained import resolve_init_cfg
 from resbackbone.backbones.res_layer import DilationStyle, ResLayer
 from resbackbone.backbones.shapes import fingerprint, measure_maps, shapes_only
 from resbackbone.backbones.stem import make_deep_stem
 from resbackbone.blocks import BasicBlock, Bottleneck
-from resbackbone.checks import plain_arguments
-from resbackbone.features import FeatureInfo, OutIndex
 from resbackbone.layers import FrozenBatchNorm2d, build_conv_layer, build_norm_layer
+from resbackbone.layers.activation_checkpointing import WithCp, recompute_norms
 from resbackbone.layers.conv_norm import conv_norm, set_folding
 from resbackbone.layers.dry_run import check_memory, dry_run
 from resbackbone.layers.init_cfg import check_overrides
 from resbackbone.layers.module import Config, InitConfig
-from resbackbone.layers.recomputing import WithCp, recompute_norms
 from resbackbone.registry import MODELS, find_type, is_ours
+from resbackbone.utils.validation import plain_arguments
 
 __all__ = ["BasicBlock", "Bottleneck", "ResLayer", "ResNet"]
 

@@ -10,9 +10,9 @@ from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.anti_aliased import AntiAliasedBasicBlock, AntiAliasedBottleneck, AntiAliasedResNeXtBottleneck
-from resbackbone.checks import check_choice, plain_arguments
 from resbackbone.layers.blur_pool import AntiAliasing, make_downsampling
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import check_choice, plain_arguments
 
 
 @MODELS.register_module()

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
-from resbackbone.checks import check_flag, plain_arguments
 from resbackbone.layers import build_conv_layer, build_norm_layer
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import check_flag, plain_arguments
 
 
 @MODELS.register_module()

@@ -10,9 +10,9 @@ from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.ibn import InstanceNormBasicBlock, InstanceNormBottleneck, InstanceNormResNeXtBottleneck
-from resbackbone.checks import check_choice, plain_arguments
 from resbackbone.layers.ibn import make_instance_norm
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import check_choice, plain_arguments
 
 
 @MODELS.register_module()

@@ -8,9 +8,9 @@ from resbackbone.backbones.resnet_v1 import ResNetV1d
 from resbackbone.backbones.seresnet import SEResNet
 from resbackbone.backbones.stem import conv_norm_relu
 from resbackbone.blocks import Bottleneck
-from resbackbone.checks import plain_arguments
 from resbackbone.layers import Sequential
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import plain_arguments
 
 
 @MODELS.register_module()

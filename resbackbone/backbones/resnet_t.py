@@ -10,8 +10,8 @@ from resbackbone.backbones.resnet_v2 import ResNetV2
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.backbones.stem import make_deep_stem
 from resbackbone.blocks import BasicBlock, Bottleneck
-from resbackbone.checks import check_int
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import check_int
 
 
 @MODELS.register_module()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from resbackbone.backbones.resnet import ResNet
-from resbackbone.checks import plain_arguments
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import plain_arguments
 
 
 @MODELS.register_module()

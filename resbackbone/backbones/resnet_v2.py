@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.preact import PreActBasicBlock, PreActBottleneck
-from resbackbone.checks import check_flag, plain_arguments
 from resbackbone.layers import ConvWS2d, Sequential, build_norm_layer
 from resbackbone.layers.module import Config
 from resbackbone.registry import MODELS, find_type
+from resbackbone.utils.validation import check_flag, plain_arguments
 
 
 @MODELS.register_module()

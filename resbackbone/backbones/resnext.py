@@ -8,9 +8,9 @@ from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks import ResNeXtBottleneck
-from resbackbone.checks import check_count, plain_arguments
 from resbackbone.layers.arguments import MOST_CHANNELS, MOST_PARTS
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import check_count, plain_arguments
 
 
 @MODELS.register_module()

@@ -9,10 +9,10 @@ from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnext import ResNeXt
-from resbackbone.checks import check_int, plain_arguments
 from resbackbone.layers import SELayer
 from resbackbone.layers.module import Config
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import check_int, plain_arguments
 
 
 @MODELS.register_module()

@@ -14,14 +14,14 @@ from resbackbone.backbones.pretrained import check_initialization, resolve_init_
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks.base import check_dcn
-from resbackbone.checks import check_choice, check_count, check_flag, check_int, plain_arguments
+from resbackbone.layers.activation_checkpointing import WithCp, check_with_cp, recompute_norms
 from resbackbone.layers.arguments import MOST_PIXELS
 from resbackbone.layers.conv_norm import set_folding
 from resbackbone.layers.dry_run import dry_run
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.norm import check_norm_cfg
-from resbackbone.layers.recomputing import WithCp, check_with_cp, recompute_norms
 from resbackbone.registry import MODELS, of_kind
+from resbackbone.utils.validation import check_choice, check_count, check_flag, check_int, plain_arguments
 
 
 # The name is mmdet's, in whose configs it stands as `shared_head=dict(type="ResLayer", ...)`.

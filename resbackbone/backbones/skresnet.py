@@ -14,10 +14,10 @@ from resbackbone.blocks.selective_kernel import (
     SelectiveKernelBottleneck,
     SelectiveKernelResNeXtBottleneck,
 )
-from resbackbone.checks import plain_arguments
 from resbackbone.layers.module import Config
 from resbackbone.layers.selective_kernel import check_selective_kernel
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import plain_arguments
 
 
 @MODELS.register_module()

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from resbackbone.backbones.feature_info import OutIndex
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks.trident import TridentBottleneck
-from resbackbone.checks import check_count, check_int, check_ints, plain_arguments
-from resbackbone.features import OutIndex
 from resbackbone.layers.arguments import MOST_PARTS, MOST_PIXELS
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import check_count, check_int, check_ints, plain_arguments
 
 
 class TridentLayer(ResLayer):

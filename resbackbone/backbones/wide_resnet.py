@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
-from resbackbone.checks import check_count, plain_arguments
 from resbackbone.layers.arguments import MOST_PARTS
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import check_count, plain_arguments
 
 
 @MODELS.register_module()

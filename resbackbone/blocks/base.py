@@ -7,15 +7,22 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from resbackbone.checks import UnknownKeyError, check_choice, check_flag, check_mapping, check_sequence, check_type
 from resbackbone.layers import DropPath, Module, build_conv_layer, build_norm_layer, build_plugin_layer, plugin_name
+from resbackbone.layers.activation_checkpointing import needs_backward, recompute_in_backward
 from resbackbone.layers.conv import check_conv_cfg
 from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.deform_conv import rename_old_offsets
 from resbackbone.layers.memory_format import to_output_format
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.plugins import check_plugin_cfg
-from resbackbone.layers.recomputing import needs_backward, recompute_in_backward
+from resbackbone.utils.validation import (
+    UnknownKeyError,
+    check_choice,
+    check_flag,
+    check_mapping,
+    check_sequence,
+    check_type,
+)
 
 BATCH_NORM: Config = {"type": "BN"}  # the norm where a config names none; read, never written to
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from resbackbone.blocks.base import ResidualBlock
 from resbackbone.blocks.bottleneck import Bottleneck
 from resbackbone.blocks.resnext import ResNeXtBottleneck
-from resbackbone.checks import check_int, check_mapping
 from resbackbone.layers import build_conv_layer
 from resbackbone.layers.module import Config, InitConfig
+from resbackbone.utils.validation import check_int, check_mapping
 
 NO_FEEDBACK: Config = {"type": "Constant", "val": 0, "override": {"name": "rfp_conv"}}  # read, never written to
 

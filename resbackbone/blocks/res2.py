@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from resbackbone.blocks.bottleneck import Bottleneck
 from resbackbone.blocks.resnext import grouped_width
-from resbackbone.checks import check_choice, check_count, check_flag
 from resbackbone.layers import build_norm_layer
 from resbackbone.layers.arguments import MOST_CHANNELS, MOST_PARTS
 from resbackbone.layers.conv_norm import conv_norm
+from resbackbone.utils.validation import check_choice, check_count, check_flag
 
 
 class Bottle2neck(Bottleneck):

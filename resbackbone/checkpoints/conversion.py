@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from resbackbone.checkpoints.layouts import ALIASES, LAYOUTS, Layout, Tensors
+from resbackbone.checkpoints.readers.placeholders import excerpt
 from resbackbone.checkpoints.selection import (
     Candidate,
     below,
@@ -20,8 +21,7 @@ from resbackbone.checkpoints.selection import (
     unwrap,
     warn_of_copies,
 )
-from resbackbone.checkpoints.stand_ins import excerpt
-from resbackbone.checks import UnknownKeyError, check_type, nearest
+from resbackbone.utils.validation import UnknownKeyError, check_type, nearest
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,19 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from resbackbone.blocks.base import ResidualBlock
-from resbackbone.checkpoints.adapting import Adapted, adapt
-from resbackbone.checkpoints.catalog import Weights
+from resbackbone.checkpoints.adapt import Adapted, adapt
 from resbackbone.checkpoints.conversion import FoundBackbone, find_backbone
-from resbackbone.checkpoints.files import check_weights, not_loaded, read_file
+from resbackbone.checkpoints.hub.catalog import Weights
+from resbackbone.checkpoints.hub.sources import locate
 from resbackbone.checkpoints.layouts import Tensors
+from resbackbone.checkpoints.readers.files import check_weights, not_loaded, read_file
+from resbackbone.checkpoints.readers.placeholders import ADVICE, excerpt
 from resbackbone.checkpoints.report import LoadReport
 from resbackbone.checkpoints.selection import is_optimizer, is_swapped, is_training_state, role, unwrap, warn_of_copies
-from resbackbone.checkpoints.sources import locate
-from resbackbone.checkpoints.stand_ins import ADVICE, excerpt
-from resbackbone.checks import check_choice
+from resbackbone.data.preprocessing import CAFFE, DETECTRON, INCEPTION, TORCHVISION, UNIT_RANGE, Preprocessing
 from resbackbone.layers.plugins import plugin_name
-from resbackbone.logs import log_info
-from resbackbone.preprocessing import CAFFE, DETECTRON, INCEPTION, TORCHVISION, UNIT_RANGE, Preprocessing
+from resbackbone.utils.logs import log_info
+from resbackbone.utils.validation import check_choice
 
 # What a trainer saves beside weights and optimizers, which is not read; mmengine's names and Lightning's.
 _NO_WEIGHTS = {"message_hub", "param_schedulers", "lr_scheduler", "scaler"}

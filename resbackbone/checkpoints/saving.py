@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from resbackbone.atomic_write import atomic_write
-from resbackbone.checks import nearest
+from resbackbone.utils.atomic_write import atomic_write
+from resbackbone.utils.validation import nearest
 
 _PICKLE_PROTOCOL = 2  # which every reader of Detectron's, detectron2's and PaddlePaddle's files knows
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from resbackbone.checkpoints.layouts import Layout, is_native
-from resbackbone.checkpoints.stand_ins import excerpt
-from resbackbone.checks import warn_user
+from resbackbone.checkpoints.readers.placeholders import excerpt
+from resbackbone.utils.validation import warn_user
 
 # Tensors that nearly every net of the family has: where one of them is found, a backbone begins.
 _ANCHORS = (

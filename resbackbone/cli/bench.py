@@ -37,13 +37,14 @@ def bench(
     """
     import torch
 
-    from resbackbone import build_backbone, processor
-    from resbackbone.atomic_write import atomic_write
-    from resbackbone.benchmarking import about_machine, matmul_rate
+    from resbackbone import build_backbone
+    from resbackbone.analysis.benchmark import about_machine, matmul_rate
+    from resbackbone.analysis.cost import measure
     from resbackbone.cli.features import check_device
-    from resbackbone.complexity import measure
     from resbackbone.config import load_config
-    from resbackbone.images import parse_size
+    from resbackbone.data.pictures import parse_size
+    from resbackbone.utils import processor
+    from resbackbone.utils.atomic_write import atomic_write
 
     with user_errors():
         import_named(imports)
@@ -109,7 +110,7 @@ def _time(net: nn.Module, name: str, images: Any, runs: int, operations: int) ->
     """Time what is made of a net in turn with the net, so that what disturbs the machine disturbs both."""
     import torch
 
-    from resbackbone.benchmarking import alternate, seconds
+    from resbackbone.analysis.benchmark import alternate, seconds
 
     made: list[nn.Module] = []
     # What is optimized returns feature maps in the format of the images; in this one it need not convert them.

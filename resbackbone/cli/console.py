@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
-from resbackbone.checks import message_of
+from resbackbone.utils.validation import message_of
 
 Item = TypeVar("Item")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -79,7 +79,7 @@ def import_named(modules: Iterable[str] | None) -> None:
     Raises:
         ImportError: If a module cannot be imported.
     """
-    from resbackbone.lookup import import_modules
+    from resbackbone.registry.lookup import import_modules
 
     if modules:
         sys.path.append(str(Path.cwd()))

@@ -57,7 +57,7 @@ def export(
     from resbackbone import __version__, build_backbone
     from resbackbone.checkpoints import load_checkpoint
     from resbackbone.config import config_files
-    from resbackbone.images import parse_size
+    from resbackbone.data.pictures import parse_size
     from resbackbone.inference import export as export_net
     from resbackbone.inference.export_formats import FORMATS
 

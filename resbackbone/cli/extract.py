@@ -89,12 +89,12 @@ def extract(
     picture that cannot be read is reported and left out; the exit status is 1 then. Under torchrun each process takes
     its share of the pictures.
     """
-    from resbackbone.allocation import keep_freed_memory
     from resbackbone.cli.features import Extractor
     from resbackbone.cli.pipeline import Job, Pipeline
     from resbackbone.cli.ranks import Ranks, own_device
     from resbackbone.cli.result_files import ResultFiles
-    from resbackbone.images import describe_left_out, find_images, parse_size
+    from resbackbone.data.pictures import describe_left_out, find_images, parse_size
+    from resbackbone.utils.allocator import keep_freed_memory
 
     keep_freed_memory()
     with user_errors():

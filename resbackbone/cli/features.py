@@ -15,14 +15,15 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resbackbone import build_backbone, processor
+from resbackbone import build_backbone
 from resbackbone.backbones import Backbone
 from resbackbone.checkpoints import load_checkpoint
 from resbackbone.cli.pyramid import Level, draw_pyramid
 from resbackbone.config import config_files, load_config
+from resbackbone.data.preprocessing import preprocessing_of
 from resbackbone.inference import optimize
 from resbackbone.necks import FPN
-from resbackbone.preprocessing import preprocessing_of
+from resbackbone.utils import processor
 
 SEED = 0  # of random weights: two runs without a checkpoint agree
 FPN_CHANNELS, FPN_LEVELS = 256, 5

@@ -21,9 +21,9 @@ def info(
     imports: Imports = None,
 ) -> None:
     """Show a backbone's stages: channels, strides, parameters, multiply-accumulates for one image."""
-    from resbackbone.complexity import build_on_meta, measure
+    from resbackbone.analysis.cost import build_on_meta, measure
     from resbackbone.config import load_config
-    from resbackbone.images import parse_size
+    from resbackbone.data.pictures import parse_size
 
     with user_errors():
         import_named(imports)

@@ -25,7 +25,7 @@ def list_backbones(
 ) -> None:
     """List the architectures that `info` and `extract` know by name, with what each costs; or the weights for them."""
     import resbackbone
-    from resbackbone.checkpoints.catalog import list_weights
+    from resbackbone.checkpoints.hub.catalog import list_weights
 
     with user_errors():
         if weights:
@@ -44,7 +44,7 @@ def list_backbones(
 
 def _matching(pattern: str, names: Collection[str], whose: str, command: str) -> list[str]:
     """Return the names that a pattern matches; without wildcards it may stand anywhere in the name."""
-    from resbackbone.checks import nearest
+    from resbackbone.utils.validation import nearest
 
     wildcard = any(sign in pattern for sign in "*?[")
     found = sorted(fnmatch.filter(names, pattern if wildcard else f"*{pattern}*"))
@@ -85,7 +85,7 @@ def _print_backbones(names: list[str]) -> None:
 def _print_weights(names: list[str]) -> None:
     from rich.console import Console
 
-    from resbackbone.checkpoints.catalog import find_weights
+    from resbackbone.checkpoints.hub.catalog import find_weights
 
     table = _table(
         ("name", "config"),

@@ -15,7 +15,7 @@ from resbackbone.cli.background import read_ahead, usable_threads, write_behind
 from resbackbone.cli.console import one_line
 from resbackbone.cli.features import Extractor, Features
 from resbackbone.cli.result_files import ResultFiles
-from resbackbone.images import Size, read_image, resize
+from resbackbone.data.pictures import Size, read_image, resize
 
 BATCH_PIXELS = 8 * 512 * 512  # of a batch; larger pictures gain nothing by company
 AHEAD_BYTES = 1 << 28  # of pictures that wait for the net

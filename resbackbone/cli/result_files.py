@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from resbackbone.atomic_write import atomic_write, locked_folder
 from resbackbone.cli.features import Features
+from resbackbone.utils.atomic_write import atomic_write, locked_folder
 
 OVERVIEW = "pyramid.png"
 KEY = "resbackbone"  # of the record among the overview's texts

@@ -26,7 +26,7 @@ def measure(
     from mmengine.dist import is_main_process
 
     from resbackbone.training.classification import ClassesHook, ImageClassifier
-    from resbackbone.training.running import build_runner, leave_processes
+    from resbackbone.training.engine import build_runner, leave_processes
 
     with user_errors():
         import_named(imports)

@@ -59,7 +59,7 @@ def train(
     from mmengine.dist import is_main_process
 
     from resbackbone.training.classification import ClassesDoNotFit, UnreadablePicture
-    from resbackbone.training.running import BatchTooSmall, CheckpointDoesNotFit, build_runner, leave_processes
+    from resbackbone.training.engine import BatchTooSmall, CheckpointDoesNotFit, build_runner, leave_processes
 
     with user_errors():
         import_named(imports)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from resbackbone.checks import warn_user
+from resbackbone.utils.validation import warn_user
 
 Pass = Callable[[Tensor], Any]
 _CAPTURING = threading.Lock()  # CUDA captures one graph at a time in a process

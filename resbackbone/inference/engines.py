@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from resbackbone import processor
 from resbackbone.backbones.base import Backbone, check_images
-from resbackbone.checks import warn_user
-from resbackbone.features import FeatureInfo
+from resbackbone.backbones.feature_info import FeatureInfo
 from resbackbone.inference.cuda_graph import Recorder
-from resbackbone.inference.packs import Packable, Packs
-from resbackbone.inference.sizes import ReturningSizes
+from resbackbone.inference.prepacked_convs import Packable, Packs
+from resbackbone.inference.shape_cache import ReturningSizes
 from resbackbone.layers.memory_format import is_channels_last, to_contiguous
 from resbackbone.layers.tracing import is_tracing, refuse_scripting
+from resbackbone.utils import processor
+from resbackbone.utils.validation import warn_user
 
 CUDA_GRAPHS = 16  # sizes that are captured at once; each keeps its images and feature maps
 

@@ -13,9 +13,9 @@ from torch.fx.node import Argument
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resbackbone.backbones.base import Backbone
-from resbackbone.checks import warn_user
 from resbackbone.inference.convolution import FoldedConv2d
 from resbackbone.layers import ConvAWS2d, ConvWS2d, DeformConv2d, DropPath, FrozenBatchNorm2d, SAConv2d, StdConv2d
+from resbackbone.utils.validation import warn_user
 
 Conv = TypeVar("Conv", bound=FoldedConv2d)
 _UNTRACEABLE = (fx.proxy.TraceError, TypeError)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resbackbone.backbones.base import Backbone
-from resbackbone.features import FeatureInfo
+from resbackbone.backbones.feature_info import FeatureInfo
 from resbackbone.inference.copying import copy_for_inference
 from resbackbone.inference.engines import Optimized
 

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from resbackbone.checks import warn_user
-from resbackbone.images import find_images, read_image
+from resbackbone.data.pictures import find_images, read_image
+from resbackbone.data.preprocessing import preprocessing_of
 from resbackbone.inference.convolution import Convolution, FusedConv2d
 from resbackbone.inference.copying import copy_for_inference
 from resbackbone.inference.engines import Quantized
 from resbackbone.inference.graph import fuse, fused_call, fused_index, operands, trace
-from resbackbone.inference.optimizing import PACK_BYTES, require_onednn
+from resbackbone.inference.optimize import PACK_BYTES, require_onednn
 from resbackbone.layers.folded_convolution import output_shape
-from resbackbone.preprocessing import preprocessing_of
+from resbackbone.utils.validation import warn_user
 
 
 class Grid(NamedTuple):
@@ -57,9 +57,9 @@ def quantize(
     Args:
         net: As for :func:`~resbackbone.inference.optimize`; it stays as it is.
         pictures: What to measure ranges on: a folder of pictures, normalized as
-            :func:`~resbackbone.preprocessing.preprocessing_of` says, of which one that cannot be read is left out with
-            a warning; or images as the net takes them, one or several tensors ``(N, in_channels, H, W)``. A hundred
-            like those to come are plenty. Or the ``ranges`` of a net that was quantized before, to measure nothing.
+            :func:`~resbackbone.data.preprocessing.preprocessing_of` says, of which one that cannot be read is left out
+            with a warning; or images, one or several tensors ``(N, in_channels, H, W)``. A hundred like those to come
+            are plenty. Or the ``ranges`` of a net that was quantized before, to measure nothing.
         pack_bytes: Bytes that laid-out weights may take; 0 for none.
 
     Returns:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from torch import nn
 
-from resbackbone.logs import log_info_later
+from resbackbone.utils.logs import log_info_later
 
 
 def replace_in_registry(host: str, classes: Mapping[str, type[nn.Module]], *, install: str) -> None:

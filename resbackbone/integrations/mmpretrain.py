@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from resbackbone import backbones
+from resbackbone.backbones.feature_info import OutIndex
 from resbackbone.backbones.layer_depth import layer_depth
 from resbackbone.checkpoints.layouts.mmpretrain import MMPRETRAIN
-from resbackbone.checks import check_int
-from resbackbone.features import OutIndex
 from resbackbone.integrations._hosts import replace_in_registry
 from resbackbone.integrations._mmcv import guard_operators
+from resbackbone.utils.validation import check_int
 
 
 class MmpretrainDefaults(backbones.ResNet):

@@ -11,8 +11,8 @@ from typing import Any
 from torch import distributed, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from resbackbone.checks import check_flag, check_number, check_type, nearest
 from resbackbone.registry import find_type, split_type
+from resbackbone.utils.validation import check_flag, check_number, check_type, nearest
 
 # Far beyond any net, and small enough that no product of two is beyond what torch can count.
 MOST_CHANNELS = 2**16

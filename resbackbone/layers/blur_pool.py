@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resbackbone.checks import check_choice, check_int
 from resbackbone.layers.tracing import is_recording
+from resbackbone.utils.validation import check_choice, check_int
 
 AntiAliasing = Literal["blur", "average"]
 PaddingMode = Literal["reflect", "replicate", "constant"]

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resbackbone.checks import check_count, check_int
 from resbackbone.layers.arguments import MOST_PIXELS
 from resbackbone.layers.conv import build_conv_layer
 from resbackbone.layers.conv_norm import conv_norm
@@ -16,6 +15,7 @@ from resbackbone.layers.memory_format import FormatKeeper
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
 from resbackbone.registry import MODELS, of_kind
+from resbackbone.utils.validation import check_count, check_int
 
 BATCH_NORM: Config = {"type": "BN"}  # read, never written to
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resbackbone.checks import check_choice
 from resbackbone.layers.arguments import GIVEN_TO_CONVOLUTIONS, MOST_CHANNELS, check_entries, layer_type
 from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.dry_run import DryRun, check_layer_runs, current_dry_run, is_tried, make_foreign
@@ -17,6 +16,7 @@ from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer, check_norm_cfg
 from resbackbone.layers.trident_conv import TridentConv2d
 from resbackbone.registry import MODELS, construct
+from resbackbone.utils.validation import check_choice
 
 MODELS.register_module("Conv2d", module=nn.Conv2d)
 MODELS.register_module("Conv", module=nn.Conv2d)

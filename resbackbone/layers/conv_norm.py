@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
-from resbackbone.checks import warn_user
 from resbackbone.layers.folded_convolution import convolve_folded
 from resbackbone.layers.memory_format import FormatKeeper
 from resbackbone.layers.module import InitConfig, Module
@@ -17,6 +16,7 @@ from resbackbone.layers.norm import FrozenBatchNorm2d
 from resbackbone.layers.tracing import is_recording, is_transformed
 from resbackbone.layers.trident_conv import TridentConv2d
 from resbackbone.layers.weight_standardization import ConvAWS2d, ConvWS2d
+from resbackbone.utils.validation import warn_user
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # By what they do, not by class: a subclass that leaves it as it is will do. A norm that does something else, but not in

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from resbackbone.checks import check_count, check_flag, check_int, check_ints, warn_user
 from resbackbone.layers.deform_operator import Backend, available_backends, check_backend, deform_conv2d
 from resbackbone.registry import MODELS, of_kind
+from resbackbone.utils.validation import check_count, check_flag, check_int, check_ints, warn_user
 
 __all__ = ["DeformConv2d", "ModulatedDeformConv2d", "Pair", "available_backends", "deform_conv2d", "rename_old_offsets"]
 

@@ -10,9 +10,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from resbackbone.checks import check_choice
 from resbackbone.layers.deform_sampling import Geometry, sample_and_multiply
 from resbackbone.layers.tracing import is_tracing
+from resbackbone.utils.validation import check_choice
 
 Backend = Literal["auto", "mmcv", "torchvision", "torch"]
 

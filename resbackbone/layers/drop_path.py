@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from resbackbone.checks import check_number
+from resbackbone.utils.validation import check_number
 
 
 class DropPath(nn.Module):

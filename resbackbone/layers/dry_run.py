@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resbackbone.checks import UnknownKeyError
 from resbackbone.registry import construct
+from resbackbone.utils.validation import UnknownKeyError
 
 # What has no side effects when it is made and run on the meta device.
 TRIED = ("resbackbone", "torch", "mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain", "torchvision", "timm")

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from resbackbone.checks import check_count, check_int, check_number
 from resbackbone.layers.arguments import MOST_CHANNELS
 from resbackbone.registry import MODELS, of_kind
+from resbackbone.utils.validation import check_count, check_int, check_number
 
 
 @of_kind("plugin")

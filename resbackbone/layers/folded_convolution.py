@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resbackbone import processor
 from resbackbone.layers.memory_format import is_channels_last, map_to_contiguous, to_output_format
+from resbackbone.utils import processor
 
 # PyTorch 2.13's own convolutions of 1x1 pixels and stride 2, over fewer channels than this in channels_last, write past
 # the end of their weight's gradient on CPUs with AVX-512. What they get from here is not in channels_last.

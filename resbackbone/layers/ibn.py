@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from resbackbone.checks import check_int
 from resbackbone.layers.arguments import check_eps
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import check_int
 
 BATCH_NORM: Config = {"type": "BN"}  # read, never written to
 

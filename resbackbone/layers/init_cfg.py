@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from resbackbone.checks import check_number, check_type, message_of
 from resbackbone.registry import find_initializer, split_type
+from resbackbone.utils.validation import check_number, check_type, message_of
 
 _TRIED = nn.Conv2d(3, 3, 3, device="meta")  # of four dimensions, as a user's subclass may expect
 

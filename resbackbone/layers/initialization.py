@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from resbackbone.checks import check_mapping, check_type
 from resbackbone.layers.init_cfg import check_pretrained, loads_checkpoint
-from resbackbone.lookup import is_restricted
 from resbackbone.registry import check_initializers, find_initializer, registered_types, split_type
+from resbackbone.registry.lookup import is_restricted
+from resbackbone.utils.validation import check_mapping, check_type
 
 Step = Callable[[], object]
 Loader = Callable[..., object]

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from resbackbone.checks import check_flag, check_int
 from resbackbone.layers.arguments import (
     CHECKED_NORMS,
     GIVEN_TO_NORMS,
@@ -24,6 +23,7 @@ from resbackbone.layers.arguments import (
 from resbackbone.layers.dry_run import check_layer_runs, current_dry_run, is_tried, make_foreign
 from resbackbone.layers.module import Config
 from resbackbone.registry import MODELS, construct, of_kind
+from resbackbone.utils.validation import check_flag, check_int
 
 for _name, _norm in {
     "BN": nn.BatchNorm2d,

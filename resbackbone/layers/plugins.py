@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from resbackbone.checks import check_type
 from resbackbone.layers.arguments import check_entries, layer_type
 from resbackbone.layers.dry_run import (
     check_layer_initializes,
@@ -23,6 +22,7 @@ from resbackbone.layers.dry_run import (
 )
 from resbackbone.layers.module import Config
 from resbackbone.registry import construct, is_ours
+from resbackbone.utils.validation import check_type
 
 
 def build_plugin_layer(

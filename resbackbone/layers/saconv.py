@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resbackbone.checks import check_flag, check_ints
 from resbackbone.layers.deform_conv import Pair
 from resbackbone.layers.deform_operator import Backend, check_backend, deform_conv2d
 from resbackbone.layers.tracing import is_recording
 from resbackbone.layers.weight_standardization import ConvAWS2d
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import check_flag, check_ints
 
 FAR = 3  # the second dilation, in multiples of the first
 WINDOW = 5  # the switch looks at the mean over so many pixels squared

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from resbackbone.checks import check_count, check_int
 from resbackbone.layers.arguments import MOST_CHANNELS
 from resbackbone.layers.conv import ConvNormAct
 from resbackbone.registry import MODELS, of_kind
+from resbackbone.utils.validation import check_count, check_int
 
 
 @of_kind("plugin")

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from resbackbone.checks import check_number
 from resbackbone.registry import MODELS
+from resbackbone.utils.validation import check_number
 
 
 @MODELS.register_module("ConvWS")

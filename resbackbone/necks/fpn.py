@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resbackbone.checks import (
+from resbackbone.layers import ConvNormAct, Module
+from resbackbone.layers.arguments import MOST_CHANNELS
+from resbackbone.layers.dry_run import check_memory, dry_run
+from resbackbone.layers.init_cfg import check_init_cfg
+from resbackbone.layers.module import Config, InitConfig
+from resbackbone.registry import MODELS, of_kind
+from resbackbone.utils.validation import (
     check_choice,
     check_count,
     check_flag,
@@ -18,12 +24,6 @@ from resbackbone.checks import (
     check_mapping,
     plain_arguments,
 )
-from resbackbone.layers import ConvNormAct, Module
-from resbackbone.layers.arguments import MOST_CHANNELS
-from resbackbone.layers.dry_run import check_memory, dry_run
-from resbackbone.layers.init_cfg import check_init_cfg
-from resbackbone.layers.module import Config, InitConfig
-from resbackbone.registry import MODELS, of_kind
 
 XAVIER: Config = {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}  # read, never written to
 NEAREST: Config = {"mode": "nearest"}

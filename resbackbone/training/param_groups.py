@@ -10,8 +10,8 @@ from torch import nn
 
 from resbackbone.backbones import ResNet
 from resbackbone.backbones.layer_depth import layer_depth
-from resbackbone.checks import check_sequence, check_type
 from resbackbone.layers.norm import is_norm
+from resbackbone.utils.validation import check_sequence, check_type
 
 
 def param_groups(

@@ -7,10 +7,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 from hostile_configs import EVIL, evil_module
+from init_cfg_modules import MODULES, SAYINGS, Payload
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from sweep_hosts import config_tree
-from test_initialization import MODULES, SAYINGS, Payload
 
 from resbackbone import MODELS, build_backbone
 

@@ -5,7 +5,7 @@ from resbackbone.training.classification.datasets import ImageFolder, Unreadable
 from resbackbone.training.classification.hooks import ClassesDoNotFit, ClassesHook
 from resbackbone.training.classification.losses import BinaryCrossEntropy, CrossEntropy
 from resbackbone.training.classification.metrics import Accuracy
-from resbackbone.training.classification.mixing import Mixing
+from resbackbone.training.classification.mixup import Mixing
 from resbackbone.training.classification.rand_augment import RandAugment
 from resbackbone.training.classification.transforms import (
     CenterCrop,

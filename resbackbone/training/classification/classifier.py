@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from resbackbone.checkpoints import load_checkpoint
 from resbackbone.checkpoints.conversion import find_backbone
-from resbackbone.checkpoints.files import check_weights
 from resbackbone.checkpoints.loading import read_tensors
-from resbackbone.checks import check_choice, check_count, check_mapping, plain_arguments
+from resbackbone.checkpoints.readers.files import check_weights
 from resbackbone.config import construct_backbone, load_config
+from resbackbone.data.preprocessing import Preprocessing, preprocessing_of
 from resbackbone.layers.init_cfg import check_init_cfg
 from resbackbone.layers.initialization import initialize
-from resbackbone.preprocessing import Preprocessing, preprocessing_of
 from resbackbone.registry import MODELS, find_type, of_kind, split_type
 from resbackbone.training.classification.losses import CrossEntropy
-from resbackbone.training.classification.mixing import Mixing
-from resbackbone.training.running.loop import BatchTooSmall, is_too_small
+from resbackbone.training.classification.mixup import Mixing
+from resbackbone.training.engine.loop import BatchTooSmall, is_too_small
+from resbackbone.utils.validation import check_choice, check_count, check_mapping, plain_arguments
 
 MOST_CLASSES = 2**20
 _WRAPPING = "state_dict."  # of a run's checkpoint
@@ -79,8 +79,8 @@ class ImageClassifier(BaseModel):
             False, other than in detection.
         num_classes: How many classes.
         loss: Config of a loss of logits ``(N, K)`` against targets ``(N, K)``; cross-entropy unless given.
-        mixing: Arguments of :class:`~resbackbone.training.classification.mixing.Mixing`, for training.
-        preprocessing: Arguments of :class:`~resbackbone.preprocessing.Preprocessing`; None for what the backbone's
+        mixing: Arguments of :class:`~resbackbone.training.classification.mixup.Mixing`, for training.
+        preprocessing: Arguments of :class:`~resbackbone.data.preprocessing.Preprocessing`; None for what the backbone's
             pretrained weights expect, or without such the usual.
         init_cfg: As for mmengine's ``BaseModule``. Pretrained weights of the backbone are better named in its own.
 

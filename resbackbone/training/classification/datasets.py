@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from resbackbone.checks import UnknownKeyError, check_choice, check_flag, nearest
-from resbackbone.images import describe_left_out, find_images, read_image, readable_suffixes
+from resbackbone.data.pictures import describe_left_out, find_images, read_image, readable_suffixes
 from resbackbone.registry import DATASETS
 from resbackbone.training.classification.transforms import Transform, build_transforms
-from resbackbone.training.running.sampling import Draw
+from resbackbone.training.engine.sampler import Draw
+from resbackbone.utils.validation import UnknownKeyError, check_choice, check_flag, nearest
 
 
 class UnreadablePicture(ValueError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resbackbone.checks import check_number
 from resbackbone.registry import MODELS, of_kind
+from resbackbone.utils.validation import check_number
 
 
 @of_kind("loss")

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from mmengine.evaluator import BaseMetric
 from torch import Tensor
 
-from resbackbone.checks import check_ints
 from resbackbone.registry import METRICS
+from resbackbone.utils.validation import check_ints
 
 
 @METRICS.register_module()

@@ -8,9 +8,9 @@ from typing import Any
 
 from PIL import Image, ImageEnhance, ImageOps
 
-from resbackbone.checks import check_int
 from resbackbone.registry import TRANSFORMS
 from resbackbone.training.classification.transforms import Interpolation, resampling
+from resbackbone.utils.validation import check_int
 
 _FILL = 124, 116, 104  # of what a shifted picture uncovers: ImageNet's mean
 _STRONGEST = 10.0

@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol
 
 from PIL import Image, ImageOps
 
-from resbackbone.checks import check_choice, check_int, check_sequence
 from resbackbone.registry import TRANSFORMS
+from resbackbone.utils.validation import check_choice, check_int, check_sequence
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 _RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}

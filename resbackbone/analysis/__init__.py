@@ -1,0 +1,1 @@
+"""Measurements of backbones: parameters and multiply-adds, and benchmarks."""

@@ -1,0 +1,1 @@
+"""Published weights: the catalog of their names, and downloads."""

@@ -1,0 +1,76 @@
+"""Resolve the source of a checkpoint (path, URL, catalog name, scheme of a library) to a local file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from resbackbone.checkpoints.hub.catalog import Weights, find_weights, list_weights
+from resbackbone.checkpoints.hub.download import fetch
+from resbackbone.utils.validation import check_type, nearest
+
+PREFIXES = ("torchvision", "modelzoo", "open-mmlab", "openmmlab", "mmcls", "timm", "detectron2")
+
+_FILES = (".pth", ".pt", ".pkl", ".npz", ".safetensors", ".bin", ".tar", ".ckpt", ".torch")
+
+
+def locate(source: str | Path) -> tuple[Path, Weights | None]:
+    """Find a checkpoint, downloading it if need be.
+
+    Args:
+        source: The path of a file, which goes before all else; a name of
+            :func:`~resbackbone.checkpoints.list_weights`, as it is or after ``catalog:``; an http or https URL; or one
+            of ``PREFIXES``, ``://`` and a name, as in mmengine's, timm's and detectron2's configs.
+
+    Returns:
+        The local file, and what the catalog says of it if it comes from there.
+
+    Raises:
+        TypeError: If it is neither a string nor a path.
+        FileNotFoundError: If it looks like a path, and there is nothing.
+        KeyError: If the catalog does not know the name; the nearest is given.
+        ValueError: If the prefix is another one, or the URL is malformed.
+        OSError: If a download fails.
+    """
+    check_type("source", source, (str, Path), "a path, a URL or the name of published weights")
+    path = Path(source).expanduser()
+    if isinstance(source, Path) or path.exists():
+        if not path.exists():
+            raise FileNotFoundError(f"no checkpoint at {str(source)!r}")
+        return path, None
+    weights = _known(source)
+    if weights is None:
+        return fetch(source), None
+    return fetch(weights.url, sha256_prefix=weights.sha256, max_bytes=_most_bytes(weights)), weights
+
+
+def _most_bytes(weights: Weights) -> int:
+    """Return how large the file may be: as its origin says it, or else ten times its parameters in float32."""
+    expected = weights.params * 4 * 10 if weights.mebibytes is None else weights.mebibytes * 2**20 * 1.05
+    return int(expected) + 2**20
+
+
+def _known(source: str) -> Weights | None:
+    """What the catalog has under a name or URL; None for a URL that it does not have."""
+    prefix, separator, rest = source.partition(":")
+    if prefix == "catalog":
+        return find_weights(rest)
+    if not separator or not rest.startswith("//"):
+        return _named(source)
+    if prefix in ("http", "https"):
+        return next((weights for weights in list_weights() if weights.url == source), None)
+    if prefix in PREFIXES:
+        return find_weights(source)
+    known = ", ".join(f"{prefix}://" for prefix in ("http", "https", *PREFIXES))
+    raise ValueError(
+        f"a checkpoint's prefix must be catalog: or one of {known}; got {source!r}; bring it here and give its path"
+    )
+
+
+def _named(source: str) -> Weights:
+    names = {weights.name: weights for weights in list_weights()}
+    if source in names:
+        return names[source]
+    if source.endswith(_FILES):
+        raise FileNotFoundError(f"no checkpoint at {source!r}")
+    hint = nearest(source, names, list_all="`resbackbone list --weights` shows all names", same_numbers=True)
+    raise FileNotFoundError(f"there is neither a file nor are there published weights called {source!r}{hint}")

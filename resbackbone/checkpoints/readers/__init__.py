@@ -1,0 +1,1 @@
+"""Read checkpoint files of every format as tensors and plain values; nothing in a file is run."""

@@ -1,0 +1,85 @@
+"""Checkpoints of several files: shards with their index, and the folders that transformers writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from resbackbone.checkpoints.readers.open_file import OpenFile
+from resbackbone.checkpoints.readers.placeholders import UnreadableError, excerpt
+
+_MAX_INDEX = 1 << 26  # bytes
+_WEIGHTS = (  # in the order in which transformers looks for them
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def find_in_folder(folder: Path) -> Path:
+    """Return the file with the weights in a folder of transformers' ``save_pretrained``, or the index of its shards.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{str(folder)!r} is a directory without {', '.join(_WEIGHTS)}; give the path of a file in it")
+
+
+def read_shards(index: OpenFile, folder: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
+    """Return the tensors of all shards that an index lists.
+
+    Args:
+        index: JSON whose ``weight_map`` has the name of its shard for the name of each tensor.
+        folder: Where the shards are.
+        read: Reads a file that is no index.
+
+    Raises:
+        UnreadableError: If it is no index, or its shards are not the tensors' and whole.
+    """
+    if index.size > _MAX_INDEX:
+        raise UnreadableError("is JSON of a size that no index of shards has")
+    content = json.loads(index.read(0, index.size))
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UnreadableError(
+            "is JSON without a `weight_map`; give the path of a checkpoint or of the index of its shards"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in dict.fromkeys(weight_map.values()):
+        path = _path_of(name, folder)
+        try:
+            shard = read(path)
+        except UnreadableError as error:
+            raise UnreadableError(f"lists the shard {name!r}, which {error}") from error
+        if not isinstance(shard, dict) or not all(isinstance(value, Tensor) for value in shard.values()):
+            raise UnreadableError(f"lists the shard {name!r}, which holds more than tensors by name")
+        if tensors.keys() & shard.keys():
+            raise UnreadableError(f"lists the shard {name!r}, which holds a tensor of another shard again")
+        tensors |= shard
+    if weight_map.keys() - tensors.keys():
+        missing = excerpt(min(weight_map.keys() - tensors.keys()))
+        raise UnreadableError(f"lists {missing!r}, which its shard does not hold")
+    return tensors
+
+
+def _path_of(name: object, folder: Path) -> Path:
+    """Return the path of a shard, which lies beside the index, or where the cache of huggingface_hub has its files."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.(safetensors|bin|pth|pt)", name):
+        raise UnreadableError(
+            f"lists the shard {excerpt(repr(name))}; a shard is a .safetensors or .bin file beside it"
+        )
+    path, real = folder / name, folder.resolve()
+    if not path.is_file():
+        raise UnreadableError(f"lists the shard {name!r}, which is not beside it; download that too")
+    if path.resolve().parent not in (real, real.parent.parent / "blobs"):
+        raise UnreadableError(f"lists the shard {name!r}, which is a link to another folder; copy the file there")
+    return path

@@ -1,0 +1,27 @@
+"""Backbone configs: a name, a file or a dict becomes a checked config, and that a backbone."""
+
+from resbackbone.config.build import (
+    BackboneConfig,
+    BackboneSource,
+    build_backbone,
+    check_arguments,
+    config_files,
+    construct_backbone,
+    list_backbones,
+    load_config,
+    load_pretrained,
+    read_checkpoint,
+)
+
+__all__ = [
+    "BackboneConfig",
+    "BackboneSource",
+    "build_backbone",
+    "check_arguments",
+    "config_files",
+    "construct_backbone",
+    "list_backbones",
+    "load_config",
+    "load_pretrained",
+    "read_checkpoint",
+]

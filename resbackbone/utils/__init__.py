@@ -1,0 +1,1 @@
+"""Shared helpers below everything else: validation, logging, atomic writes, facts about the processor."""
