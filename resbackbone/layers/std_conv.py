@@ -1,4 +1,4 @@
-"""Weight standardization as BiT has it."""
+"""Weight standardization as in BiT and timm."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from resbackbone.registry import MODELS
 
 @MODELS.register_module()
 class StdConv2d(ConvWS2d):
-    """A convolution whose filters have mean 0 and variance 1, as in BiT and timm.
+    """A convolution with filters of mean 0 and variance 1, as in BiT and timm.
 
-    :class:`~resbackbone.layers.ConvWS2d` is as in mmcv: it divides by the unbiased standard deviation plus ``eps``,
-    this by the root of the biased variance plus ``eps``. The results are ``sqrt(n / (n - 1))`` apart for filters of
-    ``n`` numbers, so that the weights of one do not fit the other.
+    It divides by the square root of the biased variance plus ``eps``; :class:`~resbackbone.layers.ConvWS2d`, as in
+    mmcv, by the unbiased standard deviation plus ``eps``. The results differ by a factor of ``sqrt(n / (n - 1))`` for
+    filters of ``n`` numbers, so the checkpoints of one do not fit the other.
 
     Args:
         args: As for ``nn.Conv2d``.
-        eps: Added to the variance before the root. BiT has 1e-8.
+        eps: Added to the variance before the square root; 1e-8 in BiT.
         kwargs: As for ``nn.Conv2d``.
 
     Raises:
@@ -40,7 +40,8 @@ class StdConv2d(ConvWS2d):
         super().__init__(*args, eps=eps, **kwargs)
 
     def standardized_weight(self) -> Tensor:
-        """Return the filters that are convolved with, of the weight's shape."""
-        # Batch norm with a filter for a channel, timm's way and the most exact: deep nets multiply a last bit by 1000.
+        """Return the standardized weight, of the weight's shape, which the input is convolved with."""
+        # Batch norm with one channel per filter, as in timm: the most exact way. Deep nets amplify the error of the
+        # last bit by a factor of 1000.
         filters = self.weight.flatten(1).unsqueeze(0)
         return torch.batch_norm(filters, None, None, None, None, True, 0.0, self.eps, False).view_as(self.weight)

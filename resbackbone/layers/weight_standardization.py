@@ -1,4 +1,4 @@
-"""Convolutions whose weights are standardized, filter by filter, each time they are used."""
+"""Weight standardization: convolutions with filters of a fixed mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,51 @@ from resbackbone.registry import MODELS
 from resbackbone.utils.validation import check_number
 
 
+class WeightStandardizedConv2d(nn.Conv2d):
+    """Base class of convolutions that standardize their weight, filter by filter, in each forward pass.
+
+    A subclass implements :meth:`standardized_weight`.
+
+    Args:
+        args: As for ``nn.Conv2d``.
+        kwargs: As for ``nn.Conv2d``.
+
+    Raises:
+        ValueError: If a filter is a single number, which has no standard deviation.
+
+    Shapes: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``, as in ``nn.Conv2d``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check_filters(type(self).__name__, self.in_channels, self.kernel_size, self.groups)
+
+    @classmethod
+    def check_arguments(
+        cls, in_channels: int, out_channels: int, kernel_size: Any, *, groups: int = 1, **others: Any
+    ) -> None:
+        """Raise the constructor's errors about invalid arguments without building anything."""
+        _check_filters(cls.__name__, in_channels, kernel_size, groups)
+
+    def standardized_weight(self) -> Tensor:
+        """Return the standardized weight, of the weight's shape, which the input is convolved with."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
+        out: Tensor = self._conv_forward(input, self.standardized_weight(), self.bias)
+        return out
+
+
+def effective_weight(conv: nn.Conv2d) -> Tensor:
+    """Return the weight that a convolution applies: the standardized weight if it has one, else ``conv.weight``."""
+    return conv.standardized_weight() if isinstance(conv, WeightStandardizedConv2d) else conv.weight
+
+
+# mmengine's `init_cfg` matches a layer by the names of its class and its direct bases, hence nn.Conv2d once more.
 @MODELS.register_module("ConvWS")
-class ConvWS2d(nn.Conv2d):
-    """A convolution whose filters have mean 0 and standard deviation 1, whatever was learnt.
+class ConvWS2d(WeightStandardizedConv2d, nn.Conv2d):
+    """A convolution with filters of mean 0 and standard deviation 1.
 
     Args:
         args: As for ``nn.Conv2d``.
@@ -22,9 +64,7 @@ class ConvWS2d(nn.Conv2d):
         kwargs: As for ``nn.Conv2d``.
 
     Raises:
-        ValueError: If a filter is a single number, which has no deviation.
-
-    Shapes: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``, as in ``nn.Conv2d``.
+        ValueError: If a filter is a single number, which has no standard deviation.
 
     Source: Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight Standardization,
     arXiv:1903.10520; numbers as in mmcv's ``ConvWS2d``.
@@ -36,45 +76,36 @@ class ConvWS2d(nn.Conv2d):
 
     def __init__(self, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _check_filters(type(self).__name__, self.in_channels, self.kernel_size, self.groups)
         self.eps = check_number("eps", eps, low=0, high=1)
 
     @classmethod
-    def check_arguments(
-        cls, in_channels: int, out_channels: int, kernel_size: Any, *, groups: int = 1, eps: float = 1e-5, **others: Any
-    ) -> None:
-        """Raise ValueError or TypeError where the constructor would, but build nothing."""
+    def check_arguments(cls, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
+        """Raise the constructor's errors about invalid arguments without building anything."""
         check_number("eps", eps, low=0, high=1)
-        _check_filters(cls.__name__, in_channels, kernel_size, groups)
+        super().check_arguments(*args, **kwargs)
 
     def standardized_weight(self) -> Tensor:
-        """Return the filters that are convolved with, of the weight's shape."""
+        """Return the standardized weight, of the weight's shape, which the input is convolved with."""
         filters = self.weight.flatten(1)
         mean, deviation = filters.mean(1), filters.std(1)
         return (self.weight - _per_filter(mean)) / (_per_filter(deviation) + self.eps)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        out: Tensor = self._conv_forward(input, self.standardized_weight(), self.bias)
-        return out
-
 
 @MODELS.register_module("ConvAWS")
-class ConvAWS2d(nn.Conv2d):
-    """A convolution whose filters have the mean ``weight_beta`` and the standard deviation ``weight_gamma``.
+class ConvAWS2d(WeightStandardizedConv2d, nn.Conv2d):
+    """A convolution with filters of mean ``weight_beta`` and standard deviation ``weight_gamma``.
 
-    These buffers are 0 and 1 in a new layer. An ordinary checkpoint, which has neither, sets them to what its filters
-    have, so that the layer computes what it computed there; so does ``init_weights()`` with the filters just drawn.
-    (mmcv leaves 0 and 1 then, at which a frozen batch norm lets the activations of a deep net grow to NaN.)
+    These buffers are 0 and 1 in a new layer. Loading a checkpoint of an ordinary convolution, which has neither, sets
+    them to the mean and the standard deviation of its filters, so that the layer computes the same as that
+    convolution; so does ``init_weights()`` after the filters are drawn. (mmcv keeps 0 and 1 then, with which a frozen
+    batch norm lets the activations of a deep net grow to NaN.)
 
     Args:
         args: As for ``nn.Conv2d``.
         kwargs: As for ``nn.Conv2d``.
 
     Raises:
-        ValueError: If a filter is a single number, which has no deviation.
-
-    Shapes: ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``, as in ``nn.Conv2d``.
+        ValueError: If a filter is a single number, which has no standard deviation.
 
     Source: Qiao et al., DetectoRS, arXiv:2006.02334; keys and numbers as in mmcv's ``ConvAWS2d``.
 
@@ -85,46 +116,34 @@ class ConvAWS2d(nn.Conv2d):
     True
     """
 
-    neutral: ClassVar[tuple[str, ...]] = (
-        "weight_gamma",
-        "weight_beta",
-    )  # what a checkpoint need not have: loading computes it
+    # Keys that a checkpoint may lack; loading computes them.
+    neutral: ClassVar[tuple[str, ...]] = ("weight_gamma", "weight_beta")
     weight_gamma: Tensor
     weight_beta: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _check_filters(type(self).__name__, self.in_channels, self.kernel_size, self.groups)
         self.register_buffer("weight_gamma", torch.ones(self.out_channels, 1, 1, 1))
         self.register_buffer("weight_beta", torch.zeros(self.out_channels, 1, 1, 1))
 
-    @classmethod
-    def check_arguments(
-        cls, in_channels: int, out_channels: int, kernel_size: Any, *, groups: int = 1, **others: Any
-    ) -> None:
-        """Raise ValueError where the constructor would, but build nothing."""
-        _check_filters(cls.__name__, in_channels, kernel_size, groups)
-
     def init_weights(self) -> None:
-        """Let the standardized filters be the filters; mmengine calls this after a parent's ``init_cfg`` drew them."""
+        """Set ``weight_beta`` and ``weight_gamma`` to the mean and standard deviation of the filters.
+
+        mmengine calls this after a parent's ``init_cfg`` has drawn the filters.
+        """
         mean, deviation = _mean_and_deviation(self.weight.detach())
         self.weight_beta.copy_(mean)
         self.weight_gamma.copy_(deviation)
 
     def standardized_weight(self) -> Tensor:
-        """Return the filters that are convolved with, of the weight's shape."""
+        """Return the standardized weight, of the weight's shape, which the input is convolved with."""
         mean, deviation = _mean_and_deviation(self.weight)
         return self.weight_gamma * ((self.weight - mean) / deviation) + self.weight_beta
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        out: Tensor = self._conv_forward(input, self.standardized_weight(), self.bias)
-        return out
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight = state_dict.get(f"{prefix}weight")
         names = [f"{prefix}weight_beta", f"{prefix}weight_gamma"]
-        # Of another shape is an error that the base class reports.
+        # The base class reports a weight of another shape as an error.
         if weight is not None and weight.shape == self.weight.shape and not any(name in state_dict for name in names):
             state_dict.update(zip(names, _mean_and_deviation(weight.detach().to(self.weight.dtype)), strict=True))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -132,7 +151,7 @@ class ConvAWS2d(nn.Conv2d):
 
 def _mean_and_deviation(weight: Tensor) -> tuple[Tensor, Tensor]:
     filters = weight.flatten(1)
-    # The variance, not the deviation, is kept away from zero: the gradient of the root must not be infinite.
+    # eps is added to the variance, not to the deviation: the gradient of the square root must stay finite.
     return _per_filter(filters.mean(1)), _per_filter(torch.sqrt(filters.var(1) + 1e-5))
 
 
@@ -144,6 +163,6 @@ def _check_filters(name: str, in_channels: int, kernel_size: Any, groups: int) -
     sides = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
     if in_channels // groups * math.prod(sides) < 2:
         raise ValueError(
-            f"{name} needs filters of at least 2 numbers to standardise, got `in_channels`={in_channels} in "
+            f"{name} needs filters of at least 2 numbers to standardize, got `in_channels`={in_channels} in "
             f"`groups`={groups} and `kernel_size`={kernel_size}; use a plain Conv2d, or more `base_channels`"
         )
