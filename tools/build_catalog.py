@@ -23,14 +23,14 @@ from unittest.mock import patch
 
 import typer
 import yaml
-from catalog_origins import ORIGINS, Published, Values, recorded
+from catalog_origins import ORIGINS, Published, Values
 from torch import nn
 
 from resbackbone.analysis.cost import build_on_meta, measure
 from resbackbone.backbones import Backbone
 from resbackbone.checkpoints.conversion import convert_state_dict
 from resbackbone.cli.console import with_progress
-from resbackbone.config import load_config
+from resbackbone.config import load_config, recorded_costs
 
 CATALOG = Path(__file__).parent.parent / "resbackbone" / "checkpoints" / "hub" / "catalog.yaml"
 HEADER = "# Written by tools/build_catalog.py from the metadata of these packages, never by hand.\n"
@@ -84,7 +84,7 @@ def entry(published: Published) -> Values:
         complexity = measure(our_model(config, json.dumps(overrides)))
         costs = {"params": complexity.params_with_classifier, "macs": complexity.macs_with_classifier}
     else:
-        costs = {key: recorded(config)[key] for key in ("params", "macs")}
+        costs = recorded_costs()[config]
     values = {**published.values, "config": config, **costs, "default": published.preferred}
     assert set(values) <= set(KEYS), values
     said = {key for key, value in values.items() if value or (value == 0 and value is not False)}

@@ -21,7 +21,7 @@ from peers import import_torchvision
 from sweep_hosts import import_host
 from torch import nn
 
-from resbackbone.config import config_files
+from resbackbone.config import config_files, recorded_costs
 
 Values = dict[str, Any]
 
@@ -138,13 +138,7 @@ def _torchvision_config(model: str, params: int) -> str | None:
         flops = re.sub(r"^(\d)gf", r"\1.0gf", match[2].replace("_", "."))
         model = f"regnet{match[1]}_{flops}"
     names = (name for name in (model, f"{model}_tv") if known(name))
-    return next((name for name in names if recorded(name)["params"] == params), None)
-
-
-def recorded(config: str) -> Values:
-    """What a config says beside the backbone, such as ``params``."""
-    content: Values = yaml.safe_load(config_files()[config].read_text(encoding="utf-8"))
-    return content
+    return next((name for name in names if recorded_costs()[name]["params"] == params), None)
 
 
 # timm

@@ -1,70 +1,51 @@
-"""Write into each config of an architecture what it costs: ``params`` and ``macs``, beside ``source``.
+"""Write ``configs/costs.yaml``: parameters and multiply-accumulates of the backbone of each config.
 
-Both are counted with a classifier of 1000 classes, and ``macs`` for one image of 224x224, which are the figures that
-papers and libraries publish. Run it after a config was added or changed: ``python tools/record_costs.py``.
+Both are counted with a classifier of 1000 classes, and ``macs`` for one image of 224x224, as papers and libraries
+publish them. Run it after adding or changing a config: ``python tools/record_costs.py``.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from resbackbone.analysis.cost import build_on_meta, measure
 from resbackbone.cli.console import with_progress
-from resbackbone.config import config_files
+from resbackbone.config import BackboneSource, config_files, config_folder
+
+HEADER = (
+    "# Written by tools/record_costs.py, not by hand: with a classifier of 1000 classes, for one image of 224x224.\n"
+)
 
 
 def main(
-    files: Annotated[list[Path] | None, typer.Argument(help="Config files; all of configs/ unless given.")] = None,
     *,
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 if a file is out of date.")] = (
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 if the file is out of date.")] = (
         False
     ),
 ) -> None:
-    """Record parameters and multiply-accumulates in the configs."""
-    stale = []
-    for path in with_progress(files or list(config_files().values()), "counting"):
-        costs = count(path)
-        if recorded(path) == costs:
-            continue
-        if check:
-            stale.append(f"{path}: has {recorded(path)}, counted {costs}; run `python tools/record_costs.py`")
-        else:
-            path.write_text(with_costs(path.read_text(encoding="utf-8"), costs), encoding="utf-8")
-    if stale:
-        sys.exit("\n".join(stale))
+    """Record the parameters and multiply-accumulates of all configs."""
+    path = config_folder() / "costs.yaml"
+    text = dump({name: count(name) for name in with_progress(sorted(config_files()), "counting")})
+    if not check:
+        path.write_text(text, encoding="utf-8")
+    elif path.read_text(encoding="utf-8") != text:
+        sys.exit(f"{path.name} is out of date; run `python tools/record_costs.py`")
 
 
-def count(path: Path) -> dict[str, int]:
-    """Count what the backbone of a config costs."""
-    complexity = measure(build_on_meta(path))
+def count(config: BackboneSource) -> dict[str, int]:
+    """Count parameters and multiply-accumulates of the backbone of a config."""
+    complexity = measure(build_on_meta(config))
     return {"params": complexity.params_with_classifier, "macs": complexity.macs_with_classifier}
 
 
-def recorded(path: Path) -> dict[str, int]:
-    """Read what a config says that its backbone costs."""
-    own = yaml.safe_load(path.read_text(encoding="utf-8"))  # not what a file inherits from its `_base_`
-    return {key: own[key] for key in ("params", "macs") if key in own}
-
-
-def with_costs(text: str, costs: Mapping[str, int]) -> str:
-    """Return a config's text with the costs above its ``backbone``, and the rest as it was.
-
-    Raises:
-        ValueError: If no line begins with ``backbone:``.
-    """
-    text = re.sub(rf"^({'|'.join(costs)}):.*\n", "", text, flags=re.MULTILINE)
-    lines = "".join(f"{key}: {value}\n" for key, value in costs.items())
-    text, found = re.subn(r"^(?=backbone:)", lines, text, count=1, flags=re.MULTILINE)
-    if not found:
-        raise ValueError("a config that records costs must have a line `backbone:`, above which they go")
-    return text
+def dump(costs: Mapping[str, Mapping[str, int]]) -> str:
+    """Return the text of the file: one line per config, sorted by name."""
+    lines = (f"{name}: {{params: {cost['params']}, macs: {cost['macs']}}}\n" for name, cost in sorted(costs.items()))
+    return HEADER + "".join(lines)
 
 
 if __name__ == "__main__":

@@ -108,12 +108,12 @@ def _natural(name: str) -> list[str | int]:
 
 
 def _facts(name: str) -> tuple[str, str, str]:
-    """Type of a backbone, and the parameters and multiply-accumulates that its file records."""
-    from resbackbone.config import load_config
+    """Return the type, parameters and multiply-accumulates of a backbone, as recorded."""
+    from resbackbone.config import load_config, recorded_costs
 
-    config = load_config(name)
-    params, macs = config.about.get("params"), config.about.get("macs")
-    return str(config.backbone["type"]), _rounded(params, 1e6, "{:.1f} M"), _rounded(macs, 1e9, "{:.2f} G")
+    cost = recorded_costs().get(name, {})
+    params, macs = _rounded(cost.get("params"), 1e6, "{:.1f} M"), _rounded(cost.get("macs"), 1e9, "{:.2f} G")
+    return str(load_config(name).backbone["type"]), params, macs
 
 
 def _rounded(count: int | None, unit: float, form: str) -> str:

@@ -6,11 +6,13 @@ from resbackbone.config.build import (
     build_backbone,
     check_arguments,
     config_files,
+    config_folder,
     construct_backbone,
     list_backbones,
     load_config,
     load_pretrained,
     read_checkpoint,
+    recorded_costs,
 )
 
 __all__ = [
@@ -19,9 +21,11 @@ __all__ = [
     "build_backbone",
     "check_arguments",
     "config_files",
+    "config_folder",
     "construct_backbone",
     "list_backbones",
     "load_config",
     "load_pretrained",
     "read_checkpoint",
+    "recorded_costs",
 ]

@@ -192,12 +192,26 @@ def load_config(config: BackboneSource) -> BackboneConfig:
 
 
 @lru_cache(maxsize=1)
+def config_folder() -> Path:
+    """Return the folder ``configs/``: inside the wheel, or beside the package in a checkout."""
+    package = Path(__file__).parents[1]
+    return next(folder for folder in (package / "configs", package.parent / "configs") if (folder / "resnet").is_dir())
+
+
+@lru_cache(maxsize=1)
 def config_files() -> dict[str, Path]:
     """Map each name to its file in ``configs/``; the folder above the file is the family."""
-    package = Path(__file__).parents[1]
-    # Inside the wheel, or beside the package in a checkout.
-    root = next(folder for folder in (package / "configs", package.parent / "configs") if (folder / "resnet").is_dir())
-    return {path.stem: path for path in sorted(root.glob("*/*.yaml"))}
+    return {path.stem: path for path in sorted(config_folder().glob("*/*.yaml"))}
+
+
+@lru_cache(maxsize=1)
+def recorded_costs() -> dict[str, dict[str, int]]:
+    """Map each name to its ``params`` and ``macs`` in ``configs/costs.yaml``, which tools/record_costs.py writes.
+
+    Both include a classifier of 1000 classes; ``macs`` are for one image of 224x224.
+    """
+    costs: dict[str, dict[str, int]] = yaml.safe_load((config_folder() / "costs.yaml").read_text(encoding="utf-8"))
+    return costs
 
 
 def check_arguments(target: type, arguments: Mapping[str, Any]) -> None:

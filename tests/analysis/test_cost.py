@@ -1,7 +1,5 @@
 """Parameters and multiply-accumulates equal the published figures, and counting them leaves no trace."""
 
-from pathlib import Path
-
 import pytest
 import record_costs
 import torch
@@ -10,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resbackbone import build_backbone
 from resbackbone.analysis.cost import build_on_meta, measure
-from resbackbone.config import config_files
+from resbackbone.config import config_files, config_folder, recorded_costs
 from resbackbone.layers import DeformConv2d
 
 # With a classifier of 1000 classes, one image of 224x224: parameters as torchvision and timm publish them,
@@ -66,42 +64,28 @@ def test_published_figures(name):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in ONE_PER_FAMILY else pytest.mark.slow) for name in config_files()]
 )
-def test_every_config_records_what_is_counted(name):
-    path = config_files()[name]
-    assert record_costs.recorded(path) == record_costs.count(path), "run `python tools/record_costs.py`"
+def test_the_recorded_costs_of_a_config_are_what_is_counted(name):
+    assert recorded_costs()[name] == record_costs.count(name), "run `python tools/record_costs.py`"
 
 
-def test_costs_are_recorded_and_checked_file_by_file(tmp_path):
-    backbone = "backbone:  # kept\n  type: ResNet\n  depth: 18\n"
-    files = {
-        "fresh": "source: mine  # kept\nparams: 11689512\nmacs: 1814073344\n" + backbone,
-        "wrong": "# kept\nmacs: 1814073344\nparams: 1\nsource: mine\n" + backbone,
-        "inherits": "_base_: wrong.yaml\n" + backbone,
-    }
-    paths = [tmp_path / f"{name}.yaml" for name in files]
-    for path, text in zip(paths, files.values(), strict=True):
-        path.write_text(text)
-
-    with pytest.raises(SystemExit) as exit_:
-        record_costs.main(paths, check=True)
-    lines = str(exit_.value.code).splitlines()  # what is printed; the status is 1 then
-    assert [Path(line.split(":")[0]).stem for line in lines] == ["wrong", "inherits"]
-    assert "has {'params': 1, 'macs': 1814073344}, counted {'params': 11689512, 'macs': 1814073344}" in lines[0]
-    assert [path.read_text() for path in paths] == list(files.values())
-
-    record_costs.main(paths)
-    costs = "params: 11689512\nmacs: 1814073344\n"
-    assert [path.read_text() for path in paths] == [
-        files["fresh"],
-        "# kept\nsource: mine\n" + costs + backbone,
-        "_base_: wrong.yaml\n" + costs + backbone,
-    ]
-    record_costs.main(paths, check=True)
+def test_the_recorded_costs_are_as_the_tool_writes_them():
+    text = (config_folder() / "costs.yaml").read_text(encoding="utf-8")
+    assert text == record_costs.dump(recorded_costs()), "run `python tools/record_costs.py`"
+    assert set(recorded_costs()) == set(config_files())
 
 
-def test_a_config_without_a_place_for_costs_is_refused():
-    with pytest.raises(ValueError, match="must have a line `backbone:`"):
-        record_costs.with_costs("type: ResNet\ndepth: 18\n", {"params": 1, "macs": 1})
+def test_costs_are_recorded_and_checked(tmp_path, monkeypatch):
+    resnet18 = "resnet18: {params: 11689512, macs: 1814073344}\n"
+    path = tmp_path / "costs.yaml"
+    path.write_text(record_costs.HEADER + resnet18.replace("5", "6"))
+    monkeypatch.setattr(record_costs, "config_folder", lambda: tmp_path)
+    monkeypatch.setattr(record_costs, "config_files", lambda: {"resnet18": config_files()["resnet18"]})
+    with pytest.raises(SystemExit, match=r"costs.yaml is out of date; run `python tools/record_costs.py`"):
+        record_costs.main(check=True)
+    assert path.read_text() == record_costs.HEADER + resnet18.replace("5", "6")
+    record_costs.main()
+    assert path.read_text() == record_costs.HEADER + resnet18
+    record_costs.main(check=True)
 
 
 def test_parts_are_the_stem_and_every_stage():

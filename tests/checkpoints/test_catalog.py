@@ -22,7 +22,7 @@ from resbackbone.checkpoints.hub.download import DownloadError, cache_path
 from resbackbone.checkpoints.hub.sources import PREFIXES, locate
 from resbackbone.checkpoints.layouts import LAYOUTS
 from resbackbone.cli import app
-from resbackbone.config import load_config
+from resbackbone.config import load_config, recorded_costs
 
 ALL = list_weights()
 NAMES = {weights.name: weights for weights in ALL}
@@ -55,7 +55,7 @@ def test_entry(weights):
         complexity = measure(build_on_meta({**config.backbone, **weights.overrides}))
         costs = complexity.params_with_classifier, complexity.macs_with_classifier
     else:
-        costs = config.about["params"], config.about["macs"]
+        costs = recorded_costs()[weights.config]["params"], recorded_costs()[weights.config]["macs"]
     assert (weights.params, weights.macs) == costs
     assert weights.url.startswith("https://")
     assert (weights.sha256 or "") in cache_path(weights.url).name

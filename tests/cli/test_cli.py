@@ -48,8 +48,10 @@ class TestList:
     def test_costs_are_read_and_not_counted(self, monkeypatch, tmp_path):
         files = {name: tmp_path / "mine" / f"{name}.yaml" for name in ("recorded", "new")}
         files["new"].parent.mkdir()
-        files["recorded"].write_text("{backbone: {type: Nothing}, params: 12345678, macs: 9876543210}")
+        files["recorded"].write_text("{backbone: {type: Nothing}}")
         files["new"].write_text("{backbone: {type: Anything}}")
+        costs = {"recorded": {"params": 12345678, "macs": 9876543210}}
+        monkeypatch.setattr("resbackbone.config.recorded_costs", lambda: costs)
         for module in ("resbackbone.config", "resbackbone.config.build"):
             monkeypatch.setattr(f"{module}.config_files", lambda: files)
         lines = [line.split() for line in run("list").stdout.splitlines() if "thing" in line]

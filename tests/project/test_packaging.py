@@ -9,7 +9,7 @@ import pytest
 
 from resbackbone import list_backbones
 from resbackbone.checkpoints.hub.catalog import list_weights
-from resbackbone.config import config_files
+from resbackbone.config import config_files, recorded_costs
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +32,12 @@ def test_every_config_is_in_the_wheel(installed):
     }
     in_repo = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".py")}
     assert shipped == in_repo
-    assert len(list_backbones()) == len(config_files()) == len([p for p in in_repo if p.suffix == ".yaml"])
+    assert (
+        set(config_files())
+        == set(recorded_costs())
+        == {path.stem for path in in_repo if path.match("configs/*/*.yaml")}
+    )
+    assert len(list_backbones()) == len(config_files())
 
 
 def test_names_are_found_without_a_checkout(installed, tmp_path):
