@@ -28,24 +28,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def _shake(net: nn.Module) -> nn.Module:
-    for module in net.modules():
-        values = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-        if "running_mean" not in values and not isinstance(module, nn.GroupNorm):
-            continue
-        with torch.no_grad():
-            for name, value in values.items():
-                if name in ("weight", "running_var"):
-                    value.uniform_(0.5, 1.5)
-                elif name in ("bias", "running_mean"):
-                    value.normal_(0, 0.1)
-    return net
-
-
 @pytest.fixture
 def shake() -> Callable[[nn.Module], Any]:
     """Give every norm of a net random weights and statistics, so that no branch is zero and no two layers are alike."""
-    return _shake
+    from resbackbone.testing import randomize_norms
+
+    def shake(net: nn.Module) -> nn.Module:
+        randomize_norms(net)
+        return net
+
+    return shake
 
 
 @pytest.fixture

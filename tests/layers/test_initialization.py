@@ -53,7 +53,7 @@ def test_s2_pretrained_in_an_override_and_by_its_old_spelling(payload):
     doors = [
         {**override, "override": {"name": "layer1", "type": "Pretrained", "checkpoint": payload}},
         {**override, "override": [{"name": "conv1", "type": PretrainedInit, "checkpoint": payload}]},
-        {"type": PATH, "checkpoint": payload, "override": {"name": "layer1"}},
+        {"type": "mmengine.model.weight_init.PretrainedInit", "checkpoint": payload, "override": {"name": "layer1"}},
     ]
     for init_cfg in doors:
         with pytest.raises(ValueError):  # noqa: PT011  # in various words

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -22,7 +23,9 @@ def test_examples_run(page, monkeypatch, tmp_path):
 
     monkeypatch.setattr(MODELS, "_module_dict", dict(MODELS.module_dict))  # what an example registers ends with it
     monkeypatch.chdir(tmp_path)
-    exec(compile(python_blocks(page), str(page), "exec"), {"__name__": page.stem})
+    module = ModuleType(page.stem)
+    monkeypatch.setitem(sys.modules, page.stem, module)  # pickle finds an example's classes by it
+    exec(compile(python_blocks(page), str(page), "exec"), vars(module))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -23,7 +23,7 @@ ROWS = [
     {"config"},
     {"analysis"},
     {"training"},
-    {"integrations", "cli"},
+    {"integrations", "cli", "testing"},
     {"__main__"},
 ]
 HEIGHT = {part: row for row, parts in enumerate(ROWS) for part in parts}
