@@ -1,21 +1,36 @@
-"""Print what `import resbackbone` costs over `import torch`: the median of several fresh interpreters, in seconds."""
+"""Print the import time of resbackbone over that of torch, and the CPU time of ``resbackbone --help``, in seconds.
+
+Each figure is the median of several fresh interpreters.
+"""
 
 import statistics
 import subprocess
 import sys
 
 RUNS = 7
-CODE = "import time, torch; start = time.perf_counter(); import resbackbone; print(time.perf_counter() - start)"
+IMPORT = "import time, torch; t = time.perf_counter(); from resbackbone import ResNet; print(time.perf_counter() - t)"
+HELP = """
+import contextlib, io, time
+from resbackbone.cli import app
+with contextlib.redirect_stdout(io.StringIO()):
+    app(["--help"], standalone_mode=False)
+print(time.process_time())
+"""
+
+
+def measure(code: str) -> list[float]:
+    """Run code that prints a number in fresh interpreters; return the numbers, sorted."""
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(RUNS)]
+    return sorted(float(run.stdout) for run in runs)
 
 
 def main() -> None:
-    """Run the interpreters and print the median and the range."""
-    runs = [
-        subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True) for _ in range(RUNS)
-    ]
-    seconds = sorted(float(run.stdout) for run in runs)
-    print(f"import resbackbone over torch: median {statistics.median(seconds):.3f} s of {RUNS} runs,")
-    print(f"from {seconds[0]:.3f} to {seconds[-1]:.3f} s; Python {sys.version.split()[0]}")
+    """Run the interpreters and print medians and ranges."""
+    for what, code in {"from resbackbone import ResNet, over torch": IMPORT, "CPU of resbackbone --help": HELP}.items():
+        seconds = measure(code)
+        print(f"{what}: median {statistics.median(seconds):.3f} s of {RUNS} runs,")
+        print(f"from {seconds[0]:.3f} to {seconds[-1]:.3f} s; Python {sys.version.split()[0]}")
 
 
 if __name__ == "__main__":

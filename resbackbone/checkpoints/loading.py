@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from resbackbone.backbones.pretrained import PretrainedModule
 from resbackbone.blocks.base import ResidualBlock
 from resbackbone.checkpoints.adapt import Adapted, adapt
 from resbackbone.checkpoints.conversion import FoundBackbone, find_backbone
@@ -127,6 +128,22 @@ def _advice(report: LoadReport) -> str:
     if {name.partition(".downsample.")[0] for name in report.unexpected} == {"layer1.0"}:
         return "; build the net with `project_first_block=True`"
     return ""
+
+
+def load_pretrained(net: nn.Module, source: str | Path, *, prefix: str | None = None) -> None:
+    """Load weights as an ``init_cfg`` of type "Pretrained" does: of a backbone in any key layout, else by own names.
+
+    Args:
+        net: A backbone, a module with a ``load_weights`` method, or any other module.
+        source: As for :func:`load_checkpoint`, which says what is raised, too.
+        prefix: As for :func:`load_checkpoint`.
+    """
+    if isinstance(net, PretrainedModule):
+        load_checkpoint(net, source, prefix=prefix)
+    elif prefix is None and hasattr(net, "load_weights"):
+        net.load_weights(source)  # type: ignore[operator]
+    else:
+        load_module(net, source, prefix=prefix)
 
 
 def load_module(net: nn.Module, source: str | Path, *, prefix: str | None = None) -> LoadReport:

@@ -10,8 +10,6 @@ from resbackbone.config.build import (
     construct_backbone,
     list_backbones,
     load_config,
-    load_pretrained,
-    read_checkpoint,
     recorded_costs,
 )
 
@@ -25,7 +23,5 @@ __all__ = [
     "construct_backbone",
     "list_backbones",
     "load_config",
-    "load_pretrained",
-    "read_checkpoint",
     "recorded_costs",
 ]

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
 
 from resbackbone.backbones import Backbone
-from resbackbone.backbones.pretrained import PretrainedModule
 from resbackbone.config.upstream_names import argument_hint, find_architecture, names_weights, nearest_architecture
 from resbackbone.layers.arguments import parameters_of
 from resbackbone.layers.initialization import initialize
@@ -93,6 +91,8 @@ def build_backbone(
     if hasattr(backbone, "init_weights") and not any(p.is_meta for p in backbone.parameters()):
         initialize(backbone, backbone.init_weights)
     if checkpoint is not None:
+        from resbackbone.checkpoints.loading import load_pretrained  # not above: building alone needs no reader
+
         load_pretrained(backbone, checkpoint)
     return backbone
 
@@ -100,29 +100,6 @@ def build_backbone(
 def _is_own(name: str) -> bool:
     """Whether a name is that of a file or of a config in ``configs/``."""
     return Path(name).suffix in _SUFFIXES or name in config_files()
-
-
-def load_pretrained(net: nn.Module, source: str | Path, *, prefix: str | None = None) -> None:
-    """Load weights as :func:`resbackbone.checkpoints.load_checkpoint` does, which is imported here and not before.
-
-    A module that is no backbone loads those of its own names, or by its ``load_weights``.
-    """
-    from resbackbone.checkpoints import load_checkpoint
-    from resbackbone.checkpoints.loading import load_module
-
-    if isinstance(net, PretrainedModule):
-        load_checkpoint(net, source, prefix=prefix)
-    elif prefix is None and hasattr(net, "load_weights"):
-        net.load_weights(source)  # type: ignore[operator]
-    else:
-        load_module(net, source, prefix=prefix)
-
-
-def read_checkpoint(source: str | Path) -> dict[str, Any]:
-    """Read what a checkpoint holds as :func:`resbackbone.checkpoints.load_checkpoint` does, and load it nowhere."""
-    from resbackbone.checkpoints.loading import read_content
-
-    return read_content(source)
 
 
 def construct_backbone(config: BackboneSource, **overrides: Any) -> Backbone:

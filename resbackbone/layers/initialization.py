@@ -1,4 +1,8 @@
-"""How weights start: initializers of ``init_cfg`` are looked up as every type is, and checkpoints are read safely."""
+"""Weight initialization by ``init_cfg``: initializers are looked up as every type is, checkpoints are read safely.
+
+An ``init_cfg`` may name a checkpoint, so this module imports :mod:`resbackbone.checkpoints.loading`, which lies above
+the layers, inside the two functions that read one.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +19,6 @@ from resbackbone.registry.lookup import is_restricted
 from resbackbone.utils.validation import check_mapping, check_type
 
 Step = Callable[[], object]
-Loader = Callable[..., object]
-Reader = Callable[[Any], dict[str, Any]]
-_loader: Loader | None = None
-_reader: Reader | None = None
-
-
-def set_loader(loader: Loader, reader: Reader) -> None:
-    """Say what loads checkpoints, which lies above the layers.
-
-    Args:
-        loader: A function of a module, a source and ``prefix``.
-        reader: A function of a source; it returns what is there, as the file nests it.
-    """
-    global _loader, _reader
-    _loader, _reader = loader, reader
 
 
 def initialize(module: nn.Module, init_weights: Callable[[], None]) -> None:
@@ -113,8 +102,9 @@ def read_safely() -> None:
     def read_as_ours(filename: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_restricted():
             return read(filename, *args, **kwargs)
-        assert _reader is not None  # set when the package is imported
-        return _reader(filename)
+        from resbackbone.checkpoints.loading import read_content
+
+        return read_content(filename)
 
     CheckpointLoader.load_checkpoint = staticmethod(read_as_ours)
 
@@ -169,5 +159,6 @@ def _run(module: nn.Module, cfg: dict[str, Any]) -> None:
 
 def _load(module: nn.Module, cfg: dict[str, Any]) -> None:
     check_pretrained({key: value for key, value in cfg.items() if key != "type"}, "init_cfg")
-    assert _loader is not None  # set when the package is imported
-    _loader(module, cfg["checkpoint"], prefix=cfg.get("prefix"))
+    from resbackbone.checkpoints.loading import load_pretrained
+
+    load_pretrained(module, cfg["checkpoint"], prefix=cfg.get("prefix"))

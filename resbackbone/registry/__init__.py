@@ -24,7 +24,6 @@ from resbackbone.registry.registries import (
     of_kind,
     registered_types,
     scoped,
-    set_guard,
     split_type,
 )
 
@@ -48,6 +47,5 @@ __all__ = [
     "of_kind",
     "registered_types",
     "scoped",
-    "set_guard",
     "split_type",
 ]

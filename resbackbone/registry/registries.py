@@ -196,10 +196,6 @@ def scoped(type_or_name: Any, scope: Any) -> Any:
     return f"{scope}.{type_or_name}" if isinstance(type_or_name, str) and "." not in type_or_name else type_or_name
 
 
-_guard: Callable[[object], None] | None = None
-_read_safely: Callable[[], None] | None = None
-
-
 def construct(builder: Callable[..., Built], *args: Any, **kwargs: Any) -> Built:
     """Call a class with arguments from a config, and hold it to :func:`find_type` for the configs inside them.
 
@@ -207,26 +203,16 @@ def construct(builder: Callable[..., Built], *args: Any, **kwargs: Any) -> Built
         TypeError: If one of them names anything but a class of layers, or as an initializer what is none.
         KeyError: If one of them names what is not registered.
     """
-    assert _guard is not None  # both are set when the package is imported
-    assert _read_safely is not None
+    # Upwards, and so only when it is called: what a config builds may be initialized from a checkpoint.
+    from resbackbone.layers.initialization import guard, read_safely
+
     _check_inner_types([args, kwargs])
     if "mmengine.runner.checkpoint" in sys.modules:  # importing it takes long; who calls it here, has done so
-        _read_safely()
+        read_safely()
     with registered_types():
         built = builder(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
-    _guard(built)
+    guard(built)
     return built
-
-
-def set_guard(guard: Callable[[object], None], read_safely: Callable[[], None]) -> None:
-    """Say how foreign modules that :func:`construct` builds read weights, which lies above the registries.
-
-    Args:
-        guard: Makes what was built initialize its weights safely.
-        read_safely: Makes mmengine's reader of checkpoints safe while something is built.
-    """
-    global _guard, _read_safely
-    _guard, _read_safely = guard, read_safely
 
 
 def registered_types() -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ NAMES = {
 }
 BACKBONES = [(host, name) for host, names in NAMES.items() for name in names if name != "ResLayer"]
 ORDERS = {
-    "ours first": "import resbackbone, {host}.registry, resbackbone.integrations.{host}",
+    "ours first": "import resbackbone.backbones, {host}.registry, resbackbone.integrations.{host}",
     "host first": "import {host}.models, resbackbone.integrations.{host} as ours, importlib; importlib.reload(ours)",
     "integration first": (
         "import resbackbone.integrations.{host}, {host}.models; "
