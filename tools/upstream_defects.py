@@ -1,7 +1,7 @@
-"""Write docs/upstream_defects.md: the numbered defects of OpenMMLab's ResNets, from the tests that guard against them.
+"""Generate docs/upstream_defects.md, the defects of OpenMMLab's ResNets, from the docstrings of regression tests.
 
-A test belongs to a defect by its name, ``test_defect_07_...``; its docstring says what is wrong upstream and what is
-right. Run it after such a test was added or changed: ``python tools/upstream_defects.py``.
+A test named ``test_defect_07_...`` belongs to defect 7; its docstring describes the upstream behavior and the behavior
+here. Run ``python tools/upstream_defects.py`` after adding or changing such a test.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ PAGE = ROOT / "docs" / "upstream_defects.md"
 INTRODUCTION = """\
 # Defects of OpenMMLab's ResNets
 
-What is wrong in mmdet 3.3.0, mmseg 1.2.2, mmpretrain 1.2.0, mmcv 2.1.0 and mmengine 0.10.7, and right here. Each is
-guarded by tests: `pytest -k defect_07` runs those of number 7. What else differs is in [differences](differences.md).
+Defects of mmdet 3.3.0, mmseg 1.2.2, mmpretrain 1.2.0, mmcv 2.1.0 and mmengine 0.10.7 that are fixed in this library,
+with their regression tests: `pytest -k defect_07` runs those of number 7. Other differences are in
+[differences](differences.md).
 
-`python tools/upstream_defects.py` writes this page from the tests' docstrings; change those.
+`python tools/upstream_defects.py` generates this page from the tests' docstrings; edit those.
 """
 
 
 @dataclass(frozen=True)
 class Defect:
-    """One entry of the list.
+    """One entry of the page.
 
     Attributes:
-        title: What goes wrong, in a line.
-        details: Markdown below it.
-        remains: What of it is not for us to repair, and why.
+        title: The defect in one line.
+        unfixed: What is not fixed here, and why.
+        details: Markdown after the list of tests.
     """
 
     title: str
-    remains: str = ""
+    unfixed: str = ""
     details: str = ""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A test that guards against a defect; ``path`` is relative to the repository."""
+    """A regression test of a defect; ``path`` is relative to the repository."""
 
     number: int
     name: str
@@ -54,8 +55,8 @@ class Case:
 
 
 OPERATORS = """\
-Largest differences on CPUs between a map in channels_last and the same one contiguous, of mmcv 2.1.0 and onedl-mmcv
-2.3.6 alike, for random maps of `tests/support/mmcv_operators.py`; behind one of our integrations all are 0, but for
+Largest differences on CPUs between a channels_last input and the same contiguous input, in mmcv 2.1.0 and in onedl-mmcv
+2.3.6, for random inputs from `tests/support/mmcv_operators.py`. With one of our integrations all are 0, except
 SAConv2d's.
 
 | operator | outputs | gradients |
@@ -70,53 +71,53 @@ SAConv2d's.
 | `SAConv2d` | 0 | 2.9e-6 |
 | `upfirdn2d`, `bias_act`, `filtered_lrelu` | 0 | 0 |
 | `CrissCrossAttention`, `CornerPool`, `point_sample`, `SimpleRoIAlign` | 0 | 0 |
-| `roi_pool`, `riroi_align_rotated`, `deform_roi_pool`, `border_align` | not there for CPUs | |
-| `masked_conv2d`, `carafe`, `correlation`, `tin_shift`, `sigmoid_focal_loss` | not there for CPUs | |
+| `roi_pool`, `riroi_align_rotated`, `deform_roi_pool`, `border_align` | not implemented on CPUs | |
+| `masked_conv2d`, `carafe`, `correlation`, `tin_shift`, `sigmoid_focal_loss` | not implemented on CPUs | |
 """
 DEFECTS = {
-    1: Defect("Of several plugins at one position only the last runs"),
-    2: Defect("`fallback_on_stride` is taken out of the caller's config, so that one block falls back"),
+    1: Defect("Only the last of several plugins at one position runs"),
+    2: Defect("`fallback_on_stride` is removed from the caller's config and applies to one block only"),
     3: Defect("`zero_init_residual` is ignored for subclassed blocks and beside `init_cfg`"),
-    4: Defect("Plugins are built for a width that they do not meet"),
+    4: Defect("Plugins are built with the wrong width"),
     5: Defect("The last stage of TridentNet is not initialized"),
-    6: Defect("The last stage of TridentNet fails under `with_cp`, and its `dcn` is dropped"),
-    7: Defect("RegNet changes the expansion of every other bottleneck, and cannot freeze a deep stem"),
-    8: Defect("DetectoRS draws what should start at zero, and builds its layers twice"),
+    6: Defect("The last stage of TridentNet fails under `with_cp`, and its `dcn` is ignored"),
+    7: Defect("RegNet changes the expansion of all other bottlenecks, and cannot freeze a deep stem"),
+    8: Defect("DetectoRS does not zero-initialize its feedback, and builds its layers twice"),
     9: Defect("Res2Net ignores `style`, `deep_stem` and `avg_down`"),
-    10: Defect("`se_ratio`, `drop_path_rate` and `init_cfg` are taken and not used"),
-    11: Defect("Loaded weights are zeroed afterwards"),
+    10: Defect("`se_ratio`, `drop_path_rate` and `init_cfg` are accepted and ignored"),
+    11: Defect("Loaded weights are overwritten with zeros"),
     12: Defect(
-        "An integer drop path rate fails, and `get_layer_depth` knows five depths only",
+        "An integer drop path rate fails, and `get_layer_depth` supports only five depths",
     ),
-    13: Defect("SyncBN goes on training under `norm_eval`"),
-    14: Defect("Arguments that do not fit the stages fail somewhere inside"),
-    15: Defect('An unknown type is "Cannot find None in registry"'),
-    16: Defect("Checkpointing moves running statistics twice per step"),
+    13: Defect("SyncBN stays in train mode under `norm_eval`"),
+    14: Defect("Arguments that do not match the number of stages raise unrelated errors"),
+    15: Defect('An unknown type raises "Cannot find None in registry"'),
+    16: Defect("Activation checkpointing updates running statistics twice per step"),
     17: Defect(
-        "Fusing batch norms goes by the order of registration",
-        remains="mmcv's function takes every subclass of `nn.Conv2d` for a plain one, so a net with `ConvWS`, "
-        "`ConvAWS` or `SAC`, whose filters are rescaled each time they are used, gives other outputs after it. It "
-        "fails on a `ResNetV2` with `final_norm` behind a plain stem.",
+        "Batch-norm fusion pairs layers by registration order",
+        unfixed="mmcv's function treats every subclass of `nn.Conv2d` as a plain convolution, so it changes the "
+        "outputs of `ConvWS`, `ConvAWS` and `SAC`, which rescale their filters at each use. It fails on `ResNetV2` "
+        "with `final_norm` and a plain stem.",
     ),
     18: Defect(
-        "`torch.fx` and what is built on it fail on ResNeSt and on `with_cp`",
-        remains="mmengine's function raises KeyError wherever a batch norm follows a function and not a layer: in "
+        "`torch.fx` fails on ResNeSt and on `with_cp`",
+        unfixed="mmengine's function raises KeyError where a batch norm follows a function rather than a layer: in "
         "`ResNetV2`, IBN-a and `TridentResNet`, and with `ConvWS`, `ConvAWS` or `SAC`.",
     ),
     19: Defect(
-        "Training on a CPU in bfloat16, resuming, and loading checkpoints",
-        remains="`AmpOptimWrapper`, `Runner` and `CheckpointLoader` are mmengine's, and stay in use under its runner. "
-        "Where weights go through `resbackbone.checkpoints.load_checkpoint`, as they do for `init_cfg`, nothing in a "
-        "file runs, and the logs and numpy values in it are no hindrance.",
+        "bfloat16 training on CPUs, resuming, and checkpoint loading in mmengine",
+        unfixed="`AmpOptimWrapper`, `Runner` and `CheckpointLoader` belong to mmengine and stay in use under its "
+        "runner. Weights loaded by `resbackbone.checkpoints.load_checkpoint`, also through `init_cfg`, never "
+        "execute code, and logs and NumPy values in the file are accepted.",
     ),
     20: Defect(
-        "`mmdet::` configs and `mmengine.hub` need `pkg_resources`, gone from setuptools 82 on",
-        remains="mmengine's alone; nothing here imports it.",
+        "`mmdet::` configs and `mmengine.hub` need `pkg_resources`, removed in setuptools 82",
+        unfixed="This concerns mmengine only; this library does not import it.",
     ),
     21: Defect(
-        "mmcv's compiled operators read feature maps in channels_last as if they were contiguous",
-        remains="where no integration is imported, and for operators of CUDA devices that were not tried, a map in "
-        "channels_last is still misread. Ours are contiguous unless the images or weights are in channels_last.",
+        "mmcv's compiled operators read channels_last feature maps as if they were contiguous",
+        unfixed="without an integration, and for CUDA operators that were not tested, channels_last inputs are still "
+        "misread. This library's feature maps are contiguous unless the images or weights are in channels_last.",
         details=OPERATORS,
     ),
 }
@@ -139,10 +140,10 @@ def main(
 
 
 def find_cases(folder: Path) -> Iterator[Case]:
-    """Yield the tests of numbered defects below a folder, by file and line; those in real hosts last.
+    """Yield the regression tests of defects in a folder, sorted by file and line, with tests/hosts last.
 
     Raises:
-        ValueError: If one has a number that ``DEFECTS`` does not know, or no docstring.
+        ValueError: If a test has a number that is not in ``DEFECTS``, or no docstring.
     """
     for path in sorted(folder.rglob("test_*.py"), key=lambda path: (len(path.parts), path)):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -154,7 +155,7 @@ def find_cases(folder: Path) -> Iterator[Case]:
             if int(found[1]) not in DEFECTS:
                 raise ValueError(f"{where}: {node.name} has a number without an entry in DEFECTS, 1 to {len(DEFECTS)}")
             if not text:
-                raise ValueError(f"{where}: {node.name} needs a docstring: what is wrong upstream, what is right")
+                raise ValueError(f"{where}: {node.name} needs a docstring: the behavior upstream, the behavior here")
             yield Case(int(found[1]), node.name, where, " ".join(text.split()).replace("``", "`"))
 
 
@@ -162,20 +163,20 @@ def render(cases: list[Case]) -> str:
     """Return the page.
 
     Raises:
-        ValueError: If a defect has neither a test nor a reason why.
+        ValueError: If a defect has neither a test nor ``unfixed``.
     """
     tested, untested = [], []
     for number, defect in DEFECTS.items():
         lines = [f"- {case.text} [{case.name}](../{case.path})" for case in cases if case.number == number]
         if lines:
-            remains = f"\nNot repaired: {defect.remains}\n" if defect.remains else ""
+            unfixed = f"\nNot fixed: {defect.unfixed}\n" if defect.unfixed else ""
             details = f"\n{defect.details}" if defect.details else ""
-            tested.append(f"## {number}. {defect.title}\n\n" + "\n".join(lines) + f"\n{details}{remains}")
-        elif defect.remains:
-            untested.append(f"### {number}. {defect.title}\n\n{defect.remains}\n")
+            tested.append(f"## {number}. {defect.title}\n\n" + "\n".join(lines) + f"\n{details}{unfixed}")
+        elif defect.unfixed:
+            untested.append(f"### {number}. {defect.title}\n\n{defect.unfixed}\n")
         else:
-            raise ValueError(f"defect {number} has no test, and DEFECTS does not say why (`remains`)")
-    rest = ["## Not ours, and without a test\n", *untested] if untested else []
+            raise ValueError(f"defect {number} has neither a test nor `unfixed` in DEFECTS")
+    rest = ["## Outside this library, without a test\n", *untested] if untested else []
     return "\n".join([INTRODUCTION, *tested, *rest])
 
 

@@ -134,10 +134,10 @@ def test_jit_traces_it(build, images, case):
 # mmcv takes a convolution that standardises its filters for a plain one.
 @pytest.mark.parametrize("case", [case for case in CASES if "SAC" not in case])
 def test_defect_17_fusing_batch_norms_changes_no_output(build, images, case):
-    """In mmcv, fuse_conv_bn pairs each batch norm with the convolution that was registered before it.
+    """In mmcv, fuse_conv_bn fuses each batch norm with the convolution registered before it.
 
-    Right: in every backbone that is the convolution it follows, or it stays a norm (in Res2Net's splits), so that the
-    outputs are the same.
+    Here, in every backbone that is the preceding convolution, or the norm is not fused (in Res2Net's splits), so the
+    outputs do not change.
     """
     net = build(case).eval()
     fused = fuse_conv_bn(copy.deepcopy(net))

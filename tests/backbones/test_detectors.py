@@ -94,7 +94,7 @@ def test_shortcuts_pool_only_where_they_stride():
 def test_defect_04_plugins_have_the_width_they_follow(net_class, options, position):
     """In mmdet, DetectoRS_ResNeXt builds plugins for ``planes`` channels, which crash in its wider bottlenecks.
 
-    Right: the width of the convolutions that they follow.
+    Here, plugins have the width of the preceding convolution.
     """
     plugin = {"cfg": {"type": Width}, "position": position}
     net = net_class(**TINY, **AWS, plugins=[plugin], **options).eval()
@@ -263,9 +263,9 @@ def test_feedback_needs_one_entry_per_stage(images):
     ids=str,
 )
 def test_defect_08_feedback_and_switches_start_at_zero(net_class, options, how):
-    """In mmdet, detectors_resnet.py:69 asks the feedback to start at zero; line 296 forgets it and draws all of it.
+    """In mmdet, detectors_resnet.py:69 zero-initializes the feedback, but line 296 overwrites it with random weights.
 
-    Right: zero after ``init_weights()``, whatever else is asked for, and the same for what makes a SAC plain.
+    Here, it is zero after ``init_weights()`` with any other arguments, and SAC starts as a plain convolution.
     """
     net = build(net_class, **RFP, **AWS, **SAC, **options, **how)
     convs = [module for name, module in net.named_modules() if name.endswith("rfp_conv")]
@@ -285,7 +285,10 @@ def test_defect_08_feedback_and_switches_start_at_zero(net_class, options, how):
 
 @BOTH
 def test_defect_08_layers_are_built_once(built_convs, net_class, options):
-    """In mmdet every stage is built by ResNet, dropped and built again; in ResNeXt each block once more; here once."""
+    """In mmdet, every stage is built, discarded and built again, in ResNeXt with its blocks twice.
+
+    Here, layers are built once.
+    """
     net = net_class(**TINY, **AWS, **SAC, **RFP, **options)
     assert len(built_convs) == sum(isinstance(module, nn.Conv2d) for module in net.modules())
 

@@ -343,9 +343,9 @@ def fail_while_building(monkeypatch):
 
 @pytest.mark.parametrize("how", ["built", "refused", "failed"])
 def test_defect_07_other_bottlenecks_keep_their_expansion(monkeypatch, how):
-    """In mmdet, regnet.py:167 writes ``Bottleneck.expansion = 1``; after an exception every later ResNeXt is broken.
+    """In mmdet, regnet.py:167 sets ``Bottleneck.expansion = 1``; after an exception, every later ResNeXt is broken.
 
-    Right: no class is changed, whether building succeeds, is refused or fails in the middle.
+    Here, no class is modified, whether building succeeds, is refused or fails in the middle.
     """
     if how == "built":
         RegNet(TINY)
@@ -365,9 +365,9 @@ def test_defect_07_other_bottlenecks_keep_their_expansion(monkeypatch, how):
 
 @pytest.mark.parametrize("frozen_stages", [0, 2])
 def test_defect_07_a_deep_stem_can_be_frozen(images, frozen_stages):
-    """In mmdet, regnet.py ignores ``deep_stem``, and with ``frozen_stages`` dies of a missing ``stem``.
+    """In mmdet, regnet.py ignores ``deep_stem``, and with ``frozen_stages`` fails because ``stem`` is missing.
 
-    Right: the stem is deep, and freezes.
+    Here, the deep stem is built and can be frozen.
     """
     net = RegNet(TINY, deep_stem=True, frozen_stages=frozen_stages, norm_eval=False).train()
     assert [conv.out_channels for conv in net.stem if isinstance(conv, nn.Conv2d)] == [16, 16, 32]

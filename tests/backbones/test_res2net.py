@@ -122,10 +122,10 @@ def test_style_says_where_a_block_strides(style, strides):
     assert not block.hierarchical
 
 
-def test_defect_09_style_deep_stem_and_avg_down_are_honoured(images):
-    """In mmdet, res2net.py:314-317 passes constants on in place of these arguments, so that v1 cannot be built there.
+def test_defect_09_style_deep_stem_and_avg_down_take_effect(images):
+    """In mmdet, res2net.py:314-317 passes constants in place of these arguments, so v1 cannot be built.
 
-    Right: each of the three is honoured.
+    Here, all three arguments take effect.
     """
     v1b, v1 = net(), net(deep_stem=False, avg_down=False, style="caffe")
     assert hasattr(v1b, "stem")
@@ -139,7 +139,7 @@ def test_defect_09_style_deep_stem_and_avg_down_are_honoured(images):
 
 @pytest.mark.parametrize("init_cfg", [None, {"type": "Kaiming", "layer": "Conv2d"}])
 def test_defect_03_blocks_start_as_the_identity(init_cfg):
-    """In mmdet, resnet.py:415 asks ``block is Bottleneck``, which a Bottle2neck is not; its last norm is zero, too."""
+    """In mmdet, resnet.py:415 checks ``block is Bottleneck``, skipping Bottle2neck. Here, its last norm is zero."""
     backbone = build_backbone({"type": "Res2Net", "depth": 50, "init_cfg": init_cfg, **TINY})
     assert all(not block.norm3.weight.any() for block in blocks(backbone))
     assert all(norm.weight.all() for block in blocks(backbone) for norm in block.bns)
@@ -151,9 +151,9 @@ def test_defect_03_blocks_start_as_the_identity(init_cfg):
 
 @pytest.mark.parametrize(("position", "width"), [("after_conv1", 16), ("after_conv2", 16), ("after_conv3", 32)])
 def test_defect_04_plugins_have_the_width_of_all_splits(position, width):
-    """Upstream builds a Res2Net's plugins for ``planes`` channels, and they crash when they run.
+    """Upstream builds Res2Net's plugins for ``planes`` channels, and they crash in ``forward``.
 
-    Right: the width of the convolutions that they follow, behind the splits that of all of them.
+    Here, plugins have the width of the preceding convolution; after the splits, the width of all splits.
     """
     plugins = [{"cfg": {"type": "SELayer", "postfix": postfix}, "position": position} for postfix in ("_a", "_b")]
     backbone = net(plugins=plugins)
@@ -165,7 +165,7 @@ def test_defect_04_plugins_have_the_width_of_all_splits(position, width):
 
 
 def test_defect_10_drop_path_leaves_branches_out(shake):
-    """In mmpretrain, res2net.py takes ``drop_path_rate`` and never drops a path; at rate 0.5 half of them are."""
+    """In mmpretrain, res2net.py ignores ``drop_path_rate``. Here, half of the paths are dropped at rate 0.5."""
     backbone = shake(net(drop_path_rate=0.5))
     rates = [block.drop_path.drop_prob if block.drop_path else 0.0 for block in blocks(backbone)]
     assert rates == [pytest.approx(0.5 * index / 15) for index in range(16)]

@@ -122,7 +122,7 @@ def test_depths(depth):
 
 @pytest.mark.parametrize("init_cfg", [None, {"type": "Kaiming", "layer": "Conv2d"}])
 def test_defect_03_blocks_start_as_the_identity(init_cfg):
-    """In mmdet, resnet.py:415 asks ``block is Bottleneck``, which ResNeSt's is not; its last norm is zero, too."""
+    """In mmdet, resnet.py:415 checks ``block is Bottleneck`` and skips ResNeSt's. Here, its last norm is zero, too."""
     backbone = build_backbone({"type": "ResNeSt", "depth": 26, "init_cfg": init_cfg, **TINY})
     assert all(not block.norm3.weight.any() for block in blocks(backbone))
     assert all(block.conv2.bn0.weight.all() and block.conv2.bn1.weight.all() for block in blocks(backbone))
@@ -133,9 +133,9 @@ def test_defect_03_blocks_start_as_the_identity(init_cfg):
 @pytest.mark.parametrize(("position", "width"), [("after_conv1", 16), ("after_conv2", 16), ("after_conv3", 32)])
 @pytest.mark.parametrize("radix", [1, 2])
 def test_defect_04_plugins_have_the_width_of_the_groups(position, width, radix):
-    """Upstream builds a ResNeSt's plugins for ``planes`` channels; with several groups they crash when they run.
+    """Upstream builds ResNeSt's plugins for ``planes`` channels; with several groups they crash in ``forward``.
 
-    Right: the width of the convolutions that they follow.
+    Here, plugins have the width of the preceding convolution.
     """
     plugins = [{"cfg": {"type": "SELayer", "postfix": postfix}, "position": position} for postfix in ("_a", "_b")]
     backbone = net(plugins=plugins, groups=4, base_width=4, radix=radix)
@@ -154,7 +154,7 @@ def test_plugins_after_conv2_see_the_pooled_map():
 
 
 def test_defect_10_drop_path_leaves_branches_out(shake):
-    """In mmpretrain, resnest.py takes ``drop_path_rate`` and never drops a path; at rate 0.5 half of them are."""
+    """In mmpretrain, resnest.py ignores ``drop_path_rate``. Here, half of the paths are dropped at rate 0.5."""
     backbone = shake(net(26, drop_path_rate=0.5))
     rates = [block.drop_path.drop_prob if block.drop_path else 0.0 for block in blocks(backbone)]
     assert rates == [pytest.approx(0.5 * index / 7) for index in range(8)]

@@ -67,8 +67,8 @@ def test_it_runs_behind_the_last_norm_and_before_the_sum(shake, net_class, depth
 
 
 @pytest.mark.parametrize(("net_class", "depth"), CLASSES)
-def test_defect_10_the_ratio_is_honoured(net_class, depth):
-    """In mmpretrain, seresnext.py:150 does not pass ``se_ratio`` on; every block squeezes by it."""
+def test_defect_10_the_ratio_takes_effect(net_class, depth):
+    """In mmpretrain, seresnext.py:150 does not pass ``se_ratio`` on. Here, every block uses it."""
     channels = [block.se_layer.conv1.conv for block in blocks(net_class(depth, se_ratio=2, base_channels=32))]
     assert channels[0].in_channels == (32 if depth == 18 else 128)
     assert all(conv.out_channels == conv.in_channels // 2 for conv in channels)
@@ -76,7 +76,7 @@ def test_defect_10_the_ratio_is_honoured(net_class, depth):
 
 @pytest.mark.parametrize(("net_class", "depth"), CLASSES)
 def test_defect_10_drop_path_leaves_branches_out(shake, net_class, depth):
-    """In mmpretrain, seresnet.py takes ``drop_path_rate`` and never drops a path; at rate 0.5 half of them are."""
+    """In mmpretrain, seresnet.py ignores ``drop_path_rate``. Here, half of the paths are dropped at rate 0.5."""
     block = shake(net_class(depth, drop_path_rate=0.5, **TINY)).layer4[-1].train()
     assert isinstance(block.drop_path, DropPath)
     assert block.drop_path.drop_prob == 0.5

@@ -56,8 +56,11 @@ def test_mmdets_name_in_our_registry_means_it():
 
 
 @pytest.mark.parametrize("norm", ["BN", "SyncBN"])
-def test_defect_13_norm_eval_reaches_every_kind_of_batch_norm(norm):
-    """In mmdet, shared_heads/res_layer.py tests for ``nn.BatchNorm2d``, so SyncBN goes on training; here none does."""
+def test_defect_13_norm_eval_applies_to_every_kind_of_batch_norm(norm):
+    """In mmdet, shared_heads/res_layer.py checks for ``nn.BatchNorm2d`` only, so SyncBN stays in train mode.
+
+    Here, every batch norm is in eval mode.
+    """
     shared = head(norm_cfg={"type": norm})
     assert shared.train() is shared
     norms = [module for module in shared.modules() if isinstance(module, _BatchNorm)]

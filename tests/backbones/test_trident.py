@@ -159,8 +159,8 @@ def test_contracted_dilation_is_for_the_other_stages():
 # Defects 5 and 6
 
 
-def test_defect_05_every_weight_is_drawn():
-    """In mmdet, trident_resnet.py:54 leaves conv2 to whatever the memory held; it is drawn as any convolution is."""
+def test_defect_05_every_weight_is_initialized():
+    """In mmdet, trident_resnet.py:54 leaves conv2 uninitialized. Here, it is initialized like any convolution."""
     nets = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -172,9 +172,9 @@ def test_defect_05_every_weight_is_drawn():
 
 
 def test_defect_05_init_weights_reaches_the_last_stage():
-    """In mmdet, trident_resnet.py:122 asks for an initialisation that raises, and 231 forgets that of the blocks.
+    """In mmdet, initialization raises (trident_resnet.py:122) and skips the blocks (line 231).
 
-    Right: He's normal in every convolution and zero in the last norm of each block, as in the other stages.
+    Here, Kaiming normal in every convolution and zero in the last norm of each block, as in the other stages.
     """
     net = build_backbone({"type": "TridentResNet", "depth": 50})
     for block in net.layer3:
@@ -186,14 +186,14 @@ def test_defect_05_init_weights_reaches_the_last_stage():
 
 
 def test_defect_05_the_last_norms_are_kept_on_request():
-    """``zero_init_residual=False`` holds in the last stage, too."""
+    """``zero_init_residual=False`` takes effect in the last stage, too."""
     net = build_backbone({"type": "TridentResNet", **TINY, "zero_init_residual": False})
     assert all(bool((block.norm3.weight == 1).all()) for block in net.layer3)
 
 
 @pytest.mark.parametrize("norm_eval", [False, True])
 def test_defect_06_checkpointing_equals_none(shake, images, norm_eval):
-    """In mmdet, trident_resnet.py:171 asks a list for ``requires_grad``; here nothing differs under ``with_cp``."""
+    """In mmdet, trident_resnet.py:171 reads ``requires_grad`` of a list. Here, ``with_cp`` changes no result."""
     nets = [shake(trident(with_cp=with_cp, norm_eval=norm_eval)).train() for with_cp in (False, True)]
     nets[1].load_state_dict(nets[0].state_dict())
     outs = [net(images)[0] for net in nets]
@@ -207,7 +207,7 @@ def test_defect_06_checkpointing_equals_none(shake, images, norm_eval):
 
 
 def test_defect_06_checkpointing_keeps_less(images):
-    """Under ``with_cp`` the first pass really keeps fewer activations."""
+    """The forward pass keeps fewer activations under ``with_cp``."""
     kept = []
     for with_cp in (False, True):
         sizes = []
@@ -217,8 +217,8 @@ def test_defect_06_checkpointing_keeps_less(images):
     assert kept[1] < kept[0] / 2
 
 
-def test_defect_06_deformable_convolution_stays_where_it_works(shake, built_convs):
-    """In mmdet ``dcn`` in the last stage is silently replaced; here it is refused, and in the others it is there."""
+def test_defect_06_deformable_convolution_is_refused_in_the_last_stage(shake, built_convs):
+    """In mmdet, ``dcn`` is silently ignored in the last stage. Here, it is refused there, and works in the others."""
     dcn = {"type": "DCNv2", "deform_groups": 1}
     with pytest.raises(ValueError, match="`stage_with_dcn` of TridentResNet must end with False"):
         trident(dcn=dcn, stage_with_dcn=[False, True, True])

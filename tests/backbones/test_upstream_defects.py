@@ -51,7 +51,7 @@ def blocks(net):
 
 @pytest.mark.parametrize("block_class", [BasicBlock, Bottleneck, ResNeXtBottleneck])
 def test_defect_01_chained_plugins_all_run(block_class):
-    """In mmseg, resnet.py:249 runs only the last of several plugins at one position; all run, in their order."""
+    """In mmseg, resnet.py:249 runs only the last of several plugins at one position. Here, all run, in order."""
     block = block_class(
         8 * block_class.expansion, 8, plugins=[recorder(name, "after_conv2") for name in ("first", "second", "third")]
     )
@@ -61,9 +61,9 @@ def test_defect_01_chained_plugins_all_run(block_class):
 
 @pytest.mark.parametrize(("net_class", "options"), [(ResNet, {}), (ResNetV1d, {}), (ResNeXt, GROUPED)])
 def test_defect_02_fallback_on_stride_holds_in_every_stage_and_the_dict_stays(net_class, options):
-    """In mmdet, resnet.py:176 pops ``fallback_on_stride`` from the shared dict: one block falls back, in ResNeXt none.
+    """In mmdet, resnet.py:176 pops ``fallback_on_stride`` from the shared dict: it applies to one block or none.
 
-    Right: the strided 3x3 of every deformable stage is plain, all others are deformable, and no dict changes.
+    Here, in every deformable stage the strided 3x3 is plain and all others are deformable, and no dict is modified.
     """
     dcn = {"type": "DCNv2", "deform_groups": 1, "fallback_on_stride": True}
     before = copy.deepcopy(dcn)
@@ -78,7 +78,7 @@ def test_defect_02_fallback_on_stride_holds_in_every_stage_and_the_dict_stays(ne
 
 
 def test_defect_02_blocks_do_not_share_the_dict_they_are_given():
-    """The same dict serves several blocks; each sees ``fallback_on_stride`` for itself."""
+    """Several blocks built from the same dict all apply ``fallback_on_stride``."""
     dcn = {"type": "DCN", "deform_groups": 1, "fallback_on_stride": True}
     for _ in range(2):
         assert type(Bottleneck(32, 8, stride=2, dcn=dcn).conv2) is nn.Conv2d
@@ -89,9 +89,9 @@ def test_defect_02_blocks_do_not_share_the_dict_they_are_given():
 @pytest.mark.parametrize("init_cfg", [None, {"type": "Kaiming", "layer": "Conv2d"}])
 @pytest.mark.parametrize("net_class", [ResNet, ResNeXt, WideResNet])
 def test_defect_03_zero_init_residual_holds_for_subclasses_and_beside_init_cfg(net_class, init_cfg):
-    """In mmdet, resnet.py:415 asks ``block is Bottleneck`` and for no ``init_cfg``; otherwise the flag is ignored.
+    """In mmdet, resnet.py:415 applies the flag only if ``block is Bottleneck`` and there is no ``init_cfg``.
 
-    Right: after ``init_weights()`` the last norm of each block is zero, so that each block is the identity.
+    Here, after ``init_weights()`` the last norm of each block is zero, so each block is the identity.
     """
     options = GROUPED if net_class is ResNeXt else {}
     net = build_backbone({"type": net_class.__name__, "depth": 50, "init_cfg": init_cfg, **options, **TINY})
@@ -100,8 +100,8 @@ def test_defect_03_zero_init_residual_holds_for_subclasses_and_beside_init_cfg(n
     assert torch.equal(net.layer1[1](x), x.relu())
 
 
-def test_defect_03_zero_init_residual_reaches_a_users_block():
-    """A subclassed block is zeroed as well, without naming itself anywhere."""
+def test_defect_03_zero_init_residual_applies_to_custom_blocks():
+    """It applies to user-defined subclasses of blocks, without registration."""
 
     class MyBlock(Bottleneck):
         pass
@@ -116,9 +116,9 @@ def test_defect_03_zero_init_residual_reaches_a_users_block():
 
 @pytest.mark.parametrize("position", ["after_conv1", "after_conv2", "after_conv3"])
 def test_defect_04_plugins_of_a_resnext_have_the_width_they_follow(position):
-    """The ResNeXt of mmseg builds plugins for ``planes`` channels and crashes when they run.
+    """In mmseg, ResNeXt builds plugins for ``planes`` channels and crashes in ``forward``.
 
-    Right: the width of the convolution that they follow, which in a ResNeXt is not ``planes``.
+    Here, plugins have the width of the preceding convolution, which in ResNeXt is not ``planes``.
     """
     net = ResNeXt(50, plugins=[recorder("", position)], groups=8, base_width=4, **TINY)
     net.eval()(torch.randn(1, 3, 32, 32))  # the plugin itself compares its width with what it gets
@@ -133,9 +133,9 @@ def test_defect_04_plugins_of_a_resnext_have_the_width_they_follow(position):
     [(ResNet, 18, {}), (ResNet, 50, {}), (ResNeXt, 50, GROUPED), (WideResNet, 50, {}), (ResNetV1d, 18, {})],
 )
 def test_defect_10_drop_path_is_called_in_every_block(shake, net_class, depth, options):
-    """The SE, ResNeSt and Res2Net blocks of mmpretrain take a drop path and never call it.
+    """In mmpretrain, SE, ResNeSt and Res2Net blocks have a drop path that they never call.
 
-    Right: with a rate near 1 nearly every block behind the first is the ReLU of its shortcut.
+    Here, with a rate near 1, nearly every block after the first returns the ReLU of its shortcut.
     """
     net = shake(net_class(depth, drop_path_rate=0.999, **options, **TINY)).train()
     block = net.layer4[-1]
@@ -146,8 +146,11 @@ def test_defect_10_drop_path_is_called_in_every_block(shake, net_class, depth, o
 
 
 @pytest.mark.parametrize("type_", ["Res2Net", "ResNeXt"])
-def test_defect_10_no_init_cfg_means_the_default_initialisation(type_):
-    """The Res2Net of mmpretrain takes ``init_cfg=None`` literally; None is He's normal and norms at one."""
+def test_defect_10_no_init_cfg_means_the_default_initialization(type_):
+    """In mmpretrain, Res2Net with ``init_cfg=None`` skips initialization.
+
+    Here, None means the default, Kaiming normal for convolutions and ones for norms.
+    """
     net = build_backbone({"type": type_, "depth": 50, "init_cfg": None, "zero_init_residual": False})
     conv = net.layer2[1].conv1.weight.detach()  # 1x1: no groups, no splits
     assert float(conv.std()) == pytest.approx((2 / conv.shape[0]) ** 0.5, rel=0.02)
@@ -158,7 +161,7 @@ def test_defect_10_no_init_cfg_means_the_default_initialisation(type_):
 def test_defect_11_loaded_weights_are_not_zeroed_afterwards(shake, tmp_path, as_list):
     """In mmpretrain, resnet.py:642 zeroes the last norms after a list with ``type='Pretrained'`` has loaded them.
 
-    Right: what was loaded stays, from a list and from a dict.
+    Here, loaded weights are kept, with a list and with a dict.
     """
     trained = shake(ResNet(50, **TINY))
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
@@ -171,14 +174,14 @@ def test_defect_11_loaded_weights_are_not_zeroed_afterwards(shake, tmp_path, as_
 
 @pytest.mark.parametrize("rate", [0, 0.0])
 def test_defect_12_an_integer_drop_path_rate_is_a_rate(rate):
-    """In mmpretrain, resnet.py:358 fails on the integer 0, which is a rate like 0.0."""
+    """In mmpretrain, resnet.py:358 fails on the integer 0. Here, it equals 0.0."""
     net = ResNet(18, drop_path_rate=rate, **TINY)
     assert [block.drop_path for block in blocks(net)] == [None] * 8
 
 
 @pytest.mark.parametrize("norm", ["BN", "SyncBN"])
-def test_defect_13_norm_eval_reaches_every_kind_of_batch_norm(norm):
-    """The same of a whole backbone."""
+def test_defect_13_norm_eval_applies_to_every_kind_of_batch_norm(norm):
+    """The same for a whole backbone."""
     net = ResNet(18, norm_cfg={"type": norm}, norm_eval=True, **TINY).train()
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
     assert len(norms) == 20
@@ -199,10 +202,10 @@ def test_defect_13_norm_eval_reaches_every_kind_of_batch_norm(norm):
         ({"multi_grid": ()}, "`multi_grid` must have 3 entries"),
     ],
 )
-def test_defect_14_what_does_not_fit_the_stages_is_refused_with_words(built_convs, options, text):
-    """Upstream answers with AttributeError 'layer4', "max() arg is an empty sequence" and IndexError.
+def test_defect_14_invalid_stage_arguments_raise_clear_errors(built_convs, options, text):
+    """Upstream raises AttributeError 'layer4', "max() arg is an empty sequence" and IndexError.
 
-    Right: words that name the argument, what it was and what it may be, before anything is built.
+    Here, the error names the argument, its value and the allowed values, before anything is built.
     """
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the text is compared below, brackets and all
         ResNet(50, **options)
@@ -223,9 +226,9 @@ def test_defect_14_what_does_not_fit_the_stages_is_refused_with_words(built_conv
     ids=["norm", "conv", "plugin", "norm_cfg", "conv_cfg", "registry"],
 )
 def test_defect_15_an_unknown_type_is_named_with_its_nearest(build, what, guess):
-    """In mmcv, norm.py:110, conv.py:47 and plugin.py:92 say "Cannot find None in registry".
+    """In mmcv, norm.py:110, conv.py:47 and plugin.py:92 raise "Cannot find None in registry".
 
-    Right: the type is named, and the nearest that there is.
+    Here, the error names the type and the nearest match.
     """
     wrong, right = guess
     with pytest.raises(KeyError) as caught:
@@ -235,10 +238,10 @@ def test_defect_15_an_unknown_type_is_named_with_its_nearest(build, what, guess)
 
 
 @pytest.mark.parametrize(("net_class", "options"), [(ResNet, {"depth": 18}), (ResNetV1d, {"depth": 50})])
-def test_defect_16_checkpointing_moves_statistics_once_per_step(images, net_class, options):
-    """Under ``with_cp`` the recomputation moves running statistics a second time (``num_batches_tracked`` is 2).
+def test_defect_16_checkpointing_updates_statistics_once_per_step(images, net_class, options):
+    """Under ``with_cp``, recomputation updates running statistics a second time (``num_batches_tracked`` is 2).
 
-    Right: they move once, to the values that they have without it.
+    Here, they are updated once, to the same values as without it.
     """
     nets = [net_class(with_cp=with_cp, norm_eval=False, **options, **TINY).train() for with_cp in (True, False)]
     nets[1].load_state_dict(nets[0].state_dict())
@@ -251,8 +254,8 @@ def test_defect_16_checkpointing_moves_statistics_once_per_step(images, net_clas
             assert torch.equal(value, nets[1].get_buffer(key)), key
 
 
-def test_defect_16_statistics_move_once_also_when_the_backward_pass_fails(images):
-    """The buffers that the recomputation borrows are given back, whatever happens."""
+def test_defect_16_statistics_are_updated_once_even_if_the_backward_pass_fails(images):
+    """The buffers are restored after recomputation, even if it fails."""
     net = ResNet(18, with_cp=True, norm_eval=False, **TINY).train()
     before = {id(buffer) for buffer in net.buffers()}
     handle = net.layer3[0].conv2.register_forward_hook(_fail_when_recomputing())
@@ -280,7 +283,7 @@ EVERY_TRACED = [(ResNet, {"depth": 18}), (ResNeSt, {"depth": 14, "stem_channels"
 @pytest.mark.parametrize("with_cp", [False, True])
 @pytest.mark.parametrize(("net_class", "options"), EVERY_TRACED)
 def test_defect_18_fx_traces_it_with_checkpointing_too(images, net_class, options, with_cp):
-    """Upstream, torch.fx cannot trace a ResNeSt, whose attention asks for sizes, nor any net with ``with_cp``."""
+    """Upstream, torch.fx traces neither ResNeSt, since its attention reads sizes, nor any model with ``with_cp``."""
     net = net_class(with_cp=with_cp, **options, **TINY).eval()
     traced = torch.fx.symbolic_trace(net)
     assert all(torch.equal(*pair) for pair in zip(traced(images), net(images), strict=True))
@@ -288,9 +291,9 @@ def test_defect_18_fx_traces_it_with_checkpointing_too(images, net_class, option
 
 @pytest.mark.parametrize(("net_class", "options"), EVERY_TRACED)
 def test_defect_18_norms_fold_into_convolutions_on_the_fly(shake, images, net_class, options):
-    """So mmengine's ``efficient_conv_bn_eval``, which traces, fails on both.
+    """Tracing by mmengine's ``efficient_conv_bn_eval`` therefore fails on both.
 
-    Right: no batch norm in eval mode is run beside its convolution; outputs and gradients stay as they are.
+    Here, it folds every batch norm in eval mode into its convolution; outputs and gradients do not change.
     """
     net = shake(net_class(with_cp=True, **options, **TINY)).train()
     folding = copy.deepcopy(net)

@@ -225,7 +225,7 @@ def nms_of_float64(monkeypatch):
 @pytest.mark.skipif(find_spec("mmdet") is None, reason="mmdet is not installed; tools/test_hosts.sh installs it")
 @pytest.mark.filterwarnings("ignore:hooks of:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*_bboxes is deprecated:UserWarning")  # says mmdet of its own Grid R-CNN
-def test_w11_whole_detectors(name, way, nms_of_float64):
+def test_whole_detectors(name, way, nms_of_float64):
     plain = build("mmdet", name)
     changed = copy.deepcopy(plain)
     if name == GRID and way == "channels_last":
@@ -249,7 +249,7 @@ def test_w11_whole_detectors(name, way, nms_of_float64):
 @every_way
 @pytest.mark.parametrize("name", SEGMENTORS)
 @pytest.mark.skipif(find_spec("mmseg") is None, reason="mmseg is not installed; tools/test_hosts.sh installs it")
-def test_w11_whole_segmentors(name, way):
+def test_whole_segmentors(name, way):
     plain = build("mmseg", name)
     changed = WAYS[way](copy.deepcopy(plain))
     data = segmentation_data()

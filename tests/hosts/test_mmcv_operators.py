@@ -31,11 +31,11 @@ def contiguous(name):
 @pytest.mark.usefixtures("guarded")
 @pytest.mark.filterwarnings("ignore:Since aten.cudnn_convolution_backward_weight:UserWarning")  # mmcv's, of itself
 @pytest.mark.parametrize("name", NAMES)
-def test_defect_21_w11_guarded_operators_read_channels_last(name):
-    """In mmcv, compiled operators read memory as if every tensor were contiguous, without a word.
+def test_defect_21_guarded_operators_read_channels_last(name):
+    """In mmcv, compiled operators silently read every tensor as contiguous.
 
-    Right, behind ``import resbackbone.integrations.mmdet`` (or ``.mmseg``, ``.mmpretrain``): outputs and gradients are
-    the same for a map in channels_last as for a contiguous one.
+    After ``import resbackbone.integrations.mmdet`` (or ``.mmseg``, ``.mmpretrain``): outputs and gradients are
+    the same for channels_last and contiguous inputs.
     """
     expected = contiguous(name)
     got = run(name, torch.channels_last)
@@ -44,7 +44,7 @@ def test_defect_21_w11_guarded_operators_read_channels_last(name):
 
 
 @pytest.mark.parametrize("host", ["mmdet", "mmseg", "mmpretrain"])
-def test_w11_each_integration_guards_the_operators(host, run_python):
+def test_each_integration_guards_the_operators(host, run_python):
     if find_spec(host) is None:
         pytest.skip(f"{host} is not installed")
     found = run_python(f"""
@@ -65,7 +65,7 @@ found = [after.__wrapped__ is before, operators.roi_align_forward is after, same
 
 
 @pytest.mark.usefixtures("guarded")
-def test_w11_outputs_that_lie_otherwise_are_written():
+def test_outputs_that_lie_otherwise_are_written():
     from mmcv.utils import ext_loader
 
     operators = ext_loader.load_ext("_ext", ["roi_align_forward", "bbox_overlaps"])

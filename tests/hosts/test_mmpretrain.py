@@ -110,9 +110,9 @@ def test_layer_depths_are_mmpretrains(depth):
 
 
 def test_defect_12_layer_depths_of_any_net_and_prefix(classes):
-    """In mmpretrain, ``get_layer_depth`` raises for ResNet-18 and knows no prefix but "backbone.".
+    """In mmpretrain, ``get_layer_depth`` raises for ResNet-18 and accepts only the prefix "backbone.".
 
-    Right: depths rise from the stem to the head in every net, and mean the same behind every prefix.
+    Here, depths increase from the stem to the head in every model, independent of the prefix.
     """
     native, ours = build_pair(HOST, {"type": "ResNet", "depth": 18, "base_channels": 8})
     with pytest.raises(NotImplementedError):

@@ -92,7 +92,7 @@ def test_arguments_and_defaults_are_mmdets():
 
 
 def test_defect_07_mmdet_leaves_other_bottlenecks_broken(monkeypatch):
-    """In mmdet itself, a RegNet that is refused leaves ``Bottleneck.expansion`` at 1."""
+    """In mmdet itself, a refused RegNet leaves ``Bottleneck.expansion`` at 1."""
     from mmdet.models.backbones import RegNet as Native
     from mmdet.models.backbones.resnext import Bottleneck
 
@@ -105,7 +105,7 @@ def test_defect_07_mmdet_leaves_other_bottlenecks_broken(monkeypatch):
 
 
 def test_defect_07_mmdet_cannot_freeze_a_deep_stem():
-    """In mmdet itself, that is an AttributeError."""
+    """In mmdet itself, this raises AttributeError."""
     from mmdet.models.backbones import RegNet as Native
 
     with pytest.raises(AttributeError, match="stem"):

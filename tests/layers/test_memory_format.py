@@ -56,7 +56,7 @@ class Named(nn.Module):
 @every_format
 @pytest.mark.parametrize("wrap", [lambda net: net, Named], ids=["tuple", "nested"])
 @pytest.mark.parametrize("maker", [name for name in MAKERS if name != "compile"])
-def test_w11_outputs_have_the_format_that_was_asked_for(shake, images, maker, wrap, format_):
+def test_outputs_have_the_format_that_was_asked_for(shake, images, maker, wrap, format_):
     net = wrap(shake(ResNetV1d(18, base_channels=8))).eval()
     images = images.contiguous(memory_format=format_)
     fast = MAKERS[maker](net, images)
@@ -67,7 +67,7 @@ def test_w11_outputs_have_the_format_that_was_asked_for(shake, images, maker, wr
 
 @pytest.mark.slow
 @every_format
-def test_w11_compiled_outputs_have_the_format_that_was_asked_for(shake, images, format_):
+def test_compiled_outputs_have_the_format_that_was_asked_for(shake, images, format_):
     net = shake(ResNet(18, base_channels=8, stage_blocks=(1, 1, 1, 1))).eval()
     images = images.contiguous(memory_format=format_)
     assert formats(optimize(net, backend="compile")(images)) == formats(net(images))
@@ -76,7 +76,7 @@ def test_w11_compiled_outputs_have_the_format_that_was_asked_for(shake, images, 
 @every_case
 @pytest.mark.filterwarnings("ignore:folding has no effect:UserWarning")
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_w11_a_folding_net_returns_the_plain_nets_format(images, case, mode):
+def test_a_folding_net_returns_the_plain_nets_format(images, case, mode):
     net = make(case, norm_eval=True)
     getattr(net, mode)()
     for weights in FORMATS:
@@ -92,7 +92,7 @@ def test_w11_a_folding_net_returns_the_plain_nets_format(images, case, mode):
 
 
 @pytest.mark.parametrize("with_cp", [False, True, "norms"])
-def test_w11_recomputing_changes_no_format_and_no_gradient(shake, images, with_cp):
+def test_recomputing_changes_no_format_and_no_gradient(shake, images, with_cp):
     net = shake(ResNet(50, base_channels=8, with_cp=with_cp)).train()
     folding = fold_frozen_norms(copy.deepcopy(net))
     for each in (net, folding):
@@ -116,7 +116,7 @@ def layers_and_inputs():
 
 @pytest.mark.parametrize("name", [name for name, _, _ in layers_and_inputs()])
 @every_format
-def test_w11_layers_that_foreign_code_calls_one_by_one(name, format_):
+def test_layers_that_foreign_code_calls_one_by_one(name, format_):
     layer, given = next((layer, given) for found, layer, given in layers_and_inputs() if found == name)
     layer = layer.eval()
     given = (
@@ -133,7 +133,7 @@ def test_w11_layers_that_foreign_code_calls_one_by_one(name, format_):
 
 
 @every_format
-def test_w11_the_second_look_of_detectors(images, format_):
+def test_the_second_look_of_detectors(images, format_):
     net = make("DetectoRS_ResNet", rfp_inplanes=4, norm_eval=True).train()
     fed = [torch.randn(2, 4, 64 // stride, 64 // stride) for stride in (4, 8, 16, 32)]
     images, *fed = (x.contiguous(memory_format=format_) for x in (images, *fed))
@@ -142,7 +142,7 @@ def test_w11_the_second_look_of_detectors(images, format_):
     assert formats(fold_frozen_norms(net).rfp_forward(images, fed)) == formats(expected)
 
 
-def test_w11_a_subclass_with_its_own_forward(shake, images):
+def test_a_subclass_with_its_own_forward(shake, images):
     class TwoStems(ResNet):
         def forward(self, x):
             x = self.maxpool(self.relu(conv_norm(x, self.conv1, self.norm1)))
@@ -152,7 +152,7 @@ def test_w11_a_subclass_with_its_own_forward(shake, images):
     assert formats(net(images)) == [True, True]
 
 
-def test_w11_foreign_models_get_contiguous_maps_from_each_part(shake, images):
+def test_foreign_models_get_contiguous_maps_from_each_part(shake, images):
     class Foreign(nn.Module):
         def __init__(self):
             super().__init__()
@@ -169,7 +169,7 @@ def test_w11_foreign_models_get_contiguous_maps_from_each_part(shake, images):
     assert formats(outs) == [True] * 5
 
 
-def test_w11_after_an_error_the_next_call_is_as_ever(shake, images):
+def test_after_an_error_the_next_call_is_as_ever(shake, images):
     net = fold_frozen_norms(shake(ResNet(18, base_channels=8)).train())
     with pytest.raises(ValueError, match="takes images of shape"):
         net(images[:, :2])
@@ -207,7 +207,7 @@ def test_contiguous_copies_of_large_maps_differentiate_twice():
 
 @pytest.mark.parametrize("signature", ["(input: Tensor, output: Tensor) -> None", "", "(*args, **kwargs)"])
 @pytest.mark.parametrize("num_positional", [0, 1, 2])
-def test_w11_guarded_operators_read_tensors_given_by_position_and_by_keyword(signature, num_positional):
+def test_guarded_operators_read_tensors_given_by_position_and_by_keyword(signature, num_positional):
     def operator(*args, **kwargs):
         given = dict(zip(("input", "output"), args, strict=False)) | kwargs
         assert all(tensor.is_contiguous() for tensor in given.values())
