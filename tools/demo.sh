@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The feature pyramid of a real photograph, from nothing: makes .venv, installs, writes to outputs/demo/.
-# Further arguments go to `resbackbone extract`: bash tools/demo.sh --fpn --checkpoint resnet50.pth
+# Demo: creates .venv, installs the library and writes the feature pyramid of a photograph to outputs/demo/.
+# Arguments are passed to `resbackbone extract`: bash tools/demo.sh --fpn --checkpoint resnet50.pth
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 make_venv mm matplotlib # matplotlib ships the photograph

@@ -1,4 +1,4 @@
-"""What the recipes here have in common."""
+"""Base config of the image-classification recipes."""
 
 default_scope = "resbackbone"
 custom_imports = dict(imports=["resbackbone.training.classification"])
@@ -16,9 +16,9 @@ default_hooks = dict(
 custom_hooks = [
     dict(type="ClassesHook"),
     dict(type="FiniteLossHook"),
-    dict(type="SyncBatchNormHook"),  # of several processes; of one they are plain
+    dict(type="SyncBatchNormHook"),  # plain batch norms on a single process
     dict(type="CurvesHook"),
 ]
-# For TensorBoard: pip install 'resbackbone[train]', and dict(type="TensorboardVisBackend") beside this one.
+# For TensorBoard: pip install 'resbackbone[train]' and add dict(type="TensorboardVisBackend").
 visualizer = dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend")])
 randomness = dict(seed=0)

@@ -1,4 +1,4 @@
-"""Fine-tuning, second part: everything learns, and the less the nearer it is to the pictures."""
+"""Fine-tuning, step 2: trains all layers, with learning rates that decrease towards the stem."""
 
 _base_ = ["digits_finetune_head.py"]
 

@@ -1,6 +1,6 @@
-"""Fine-tuning, first part: a pretrained backbone stays as it is, and a new `fc` learns classes that it has not seen.
+"""Fine-tuning, step 1: trains a new `fc` for unseen classes on a frozen pretrained backbone.
 
-The pretrained one has learnt the digits from 0 to 4:
+The backbone is pretrained on the digits 0 to 4:
 
     resbackbone train configs/classification/digits_resnet18.py --work-dir work_dirs/digits_0to4 --cfg-options \
         model.num_classes=5 train_dataloader.dataset.classes=[0,1,2,3,4] val_dataloader.dataset.classes=[0,1,2,3,4]
@@ -12,7 +12,7 @@ classes = ["5", "6", "7", "8", "9"]
 
 model = dict(
     backbone=dict(
-        frozen_stages=4,  # all of them, and their norms' statistics
+        frozen_stages=4,  # all stages, including their norms' statistics
         init_cfg=dict(type="Pretrained", checkpoint="work_dirs/digits_0to4/epoch_20.pth"),
     ),
     num_classes=5,

@@ -1,6 +1,6 @@
-"""ResNet-50 on ImageNet-1k by procedure A2 of ResNet strikes back: 300 epochs at 224 pixels, 79.8% published.
+"""ResNet-50 on ImageNet-1k with procedure A2 of ResNet strikes back: 300 epochs at 224 pixels, 79.8% published.
 
-As A3, which it takes the rest from, for 8 GPUs of 256 pictures each.
+Inherits from A3; for 8 GPUs with 256 images each.
 """
 
 _base_ = ["imagenet_resnet50_a3.py"]

@@ -1,6 +1,7 @@
-"""ResNet-50 on ImageNet-1k by procedure A3 of ResNet strikes back: 100 epochs at 160 pixels, 78.1% published.
+"""ResNet-50 on ImageNet-1k with procedure A3 of ResNet strikes back: 100 epochs at 160 pixels, 78.1% published.
 
-For 8 GPUs of 256 pictures each; on others keep `batch_size` times GPUs at 2048, or scale the rate with its root.
+For 8 GPUs with 256 images each; otherwise keep the total batch size of 2048, or scale the learning rate with its
+square root.
 
     torchrun --nproc-per-node 8 -m resbackbone train configs/classification/imagenet_resnet50_a3.py --launcher pytorch
 
@@ -14,7 +15,7 @@ model = dict(
     type="ImageClassifier",
     backbone=dict(type="ResNet", depth=50),
     num_classes=1000,
-    loss=dict(type="BinaryCrossEntropy", threshold=0.2),  # both classes of a mixed picture count as there
+    loss=dict(type="BinaryCrossEntropy", threshold=0.2),  # a mixed image has both classes as targets
     mixing=dict(mixup=0.1, cutmix=1.0),
 )
 
@@ -47,7 +48,7 @@ val_dataloader = dict(
         type="ImageFolder",
         root="data/imagenet/val",
         transforms=[
-            dict(type="Resize", size=236, interpolation="bicubic"),  # 224 is 95% of it
+            dict(type="Resize", size=236, interpolation="bicubic"),  # crop ratio 0.95
             dict(type="CenterCrop", size=224),
         ],
     ),
@@ -57,7 +58,7 @@ test_dataloader = val_dataloader
 optim_wrapper = dict(
     type="AmpOptimWrapper",
     optimizer=dict(type="LAMB", lr=8e-3, weight_decay=0.02),
-    clip_grad=dict(max_norm=1.0),  # part of the LAMB that the paper used
+    clip_grad=dict(max_norm=1.0),  # part of the paper's LAMB
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
 )
 param_scheduler = [

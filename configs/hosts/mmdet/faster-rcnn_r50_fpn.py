@@ -1,10 +1,10 @@
-"""Faster R-CNN with a ResNet-50 and FPN on COCO, 12 epochs, for mmdet: its own recipe with our backbone.
+"""Faster R-CNN with a ResNet-50 and FPN on COCO, 12 epochs, for mmdet: mmdet's recipe with our backbone.
 
-Complete by itself, because inheriting from mmdet's config by name needs pkg_resources, which setuptools 82 removed.
-Only what differs from the defaults of mmdet's classes is written down.
+It does not inherit from mmdet's config, because `mmdet::` names need pkg_resources, which setuptools 82 removed. Only
+differences from the defaults of mmdet's classes are set.
 """
 
-# From here on plain type="ResNet" (and ResNetV1d, ResNeXt, ...) is ours, in this config and any that inherits from it.
+# With this import, plain type="ResNet" (and ResNetV1d, ResNeXt, ...) is ours, also in configs that inherit from it.
 custom_imports = dict(imports=["resbackbone.integrations.mmdet"], allow_failed_imports=False)
 default_scope = "mmdet"
 
@@ -28,7 +28,7 @@ model = dict(
         type="RPNHead",
         in_channels=256,
         anchor_generator=dict(type="AnchorGenerator", scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]),
-        loss_bbox=dict(type="L1Loss", loss_weight=1.0),  # mmdet defaults to a smooth L1
+        loss_bbox=dict(type="L1Loss", loss_weight=1.0),  # mmdet's default is smooth L1
     ),
     roi_head=dict(
         type="StandardRoIHead",
@@ -71,7 +71,7 @@ train_dataloader = dict(
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=True),
-    batch_sampler=dict(type="AspectRatioBatchSampler"),  # upright images together: less padding
+    batch_sampler=dict(type="AspectRatioBatchSampler"),  # batches of similar aspect ratio need less padding
     dataset=dict(
         type="CocoDataset",
         data_root=data_root,
@@ -101,7 +101,7 @@ val_dataloader = dict(
         pipeline=[
             load_image,
             resize,
-            load_boxes,  # behind the resize: the boxes are compared in the pixels of the original image
+            load_boxes,  # after the resize: boxes are evaluated in the original image's pixels
             dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
         ],
     ),
@@ -110,7 +110,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="CocoMetric", ann_file=data_root + "annotations/instances_val2017.json", metric="bbox")
 test_evaluator = val_evaluator
 
-# The rate is for 8 GPUs of 2 images each; `--auto-scale-lr` of mmdet's train.py adapts it to another total.
+# The learning rate is for 8 GPUs with 2 images each; `--auto-scale-lr` of mmdet's train.py scales it.
 optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.02, momentum=0.9, weight_decay=1e-4))
 auto_scale_lr = dict(enable=False, base_batch_size=16)
 param_scheduler = [

@@ -1,12 +1,12 @@
-"""FCN with a dilated ResNet-50 v1c on Cityscapes, 40 000 iterations, for mmseg: its own recipe with our backbone.
+"""FCN with a dilated ResNet-50 v1c on Cityscapes, 40 000 iterations, for mmseg: mmseg's recipe with our backbone.
 
-Complete by itself, because inheriting from mmseg's config by name needs pkg_resources, which setuptools 82 removed.
+It does not inherit from mmseg's config, because `mmseg::` names need pkg_resources, which setuptools 82 removed.
 """
 
 default_scope = "mmseg"
 
 crop_size = (512, 1024)
-norm_cfg = dict(type="SyncBN", requires_grad=True)  # 2 images per GPU are too few for statistics of their own
+norm_cfg = dict(type="SyncBN", requires_grad=True)  # 2 images per GPU are too few for batch statistics
 model = dict(
     type="EncoderDecoder",
     data_preprocessor=dict(
@@ -17,10 +17,10 @@ model = dict(
         size=crop_size,
     ),
     backbone=dict(
-        # The prefix is enough: mmseg finds the library by it, and every other config keeps mmseg's own ResNet.
+        # The prefix makes mmseg import the library; other configs keep mmseg's own ResNet.
         type="resbackbone.ResNetV1c",
         depth=50,
-        strides=(1, 2, 1, 1),  # the last two stages dilate instead of striding: features at 1/8 of the image
+        strides=(1, 2, 1, 1),  # the last two stages are dilated: output stride 8
         dilations=(1, 1, 2, 4),
         contract_dilation=True,
         norm_cfg=norm_cfg,
@@ -65,7 +65,9 @@ train_dataloader = dict(
             dict(type="LoadImageFromFile"),
             dict(type="LoadAnnotations"),
             dict(type="RandomResize", scale=(2048, 1024), ratio_range=(0.5, 2.0), keep_ratio=True),
-            dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),  # no crop that is 3/4 road
+            dict(
+                type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75
+            ),  # limits the dominant class of a crop to 75%
             dict(type="RandomFlip", prob=0.5),
             dict(type="PhotoMetricDistortion"),
             dict(type="PackSegInputs"),
@@ -93,7 +95,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
-# The rate is for 4 GPUs of 2 images each.
+# The learning rate is for 4 GPUs with 2 images each.
 optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.01, momentum=0.9, weight_decay=5e-4))
 param_scheduler = [dict(type="PolyLR", power=0.9, eta_min=1e-4, begin=0, end=40_000, by_epoch=False)]
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=40_000, val_interval=4_000)
