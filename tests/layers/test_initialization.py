@@ -11,7 +11,7 @@ import mmengine.model
 import pytest
 import torch
 from hostile_configs import EVIL, SPELLINGS, TINY, evil_module
-from init_cfg_modules import MODULES, PATH, SAYINGS, ForeignHolder, ForeignPlugin, Payload, fpn
+from init_cfg_modules import MODULES, SAYINGS, ForeignHolder, ForeignPlugin, Payload, fpn
 from mmengine.logging import MMLogger
 from mmengine.model import BaseInit, BaseModule, PretrainedInit
 from mmengine.registry import WEIGHT_INITIALIZERS
