@@ -15,12 +15,12 @@ from resbackbone.backbones.norm_eval import NormEvalModule
 from resbackbone.layers.arguments import parameters_of
 from resbackbone.layers.module import InitConfig
 from resbackbone.layers.tracing import is_tracing
-from resbackbone.registry import is_ours, of_kind
+from resbackbone.registry import is_ours, register_kind
 from resbackbone.utils.logs import log_info, write_waiting
 from resbackbone.utils.validation import check_int
 
 
-@of_kind("backbone")
+@register_kind("backbone")
 class Backbone(NormEvalModule):
     """The base of the backbones.
 

@@ -17,7 +17,7 @@ from resbackbone.layers.conv import check_conv_cfg
 from resbackbone.layers.memory_format import restore_format
 from resbackbone.layers.module import Config
 from resbackbone.registry import MODELS
-from resbackbone.utils.validation import check_count, check_flag, check_int, check_sequence, plain_arguments
+from resbackbone.utils.validation import check_count, check_flag, check_int, check_sequence, convert_arguments
 
 
 @MODELS.register_module()
@@ -54,7 +54,7 @@ class DetectoRS_ResNet(ResNet):
 
     _sizes: ClassVar[tuple[str, ...]] = ("rfp_inplanes",)
 
-    @plain_arguments
+    @convert_arguments
     def __init__(
         self,
         depth: int,

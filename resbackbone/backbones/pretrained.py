@@ -6,8 +6,8 @@ from typing import Any
 
 from resbackbone.data.preprocessing import Preprocessing
 from resbackbone.layers import Module
-from resbackbone.layers.init_cfg import check_init_cfg
 from resbackbone.layers.module import InitConfig
+from resbackbone.registry.init_cfg import check_init_cfg
 from resbackbone.utils.validation import warn_user
 
 

@@ -15,7 +15,7 @@ from resbackbone.blocks import RegNetBottleneck
 from resbackbone.layers.activation_checkpointing import WithCp
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.registry import MODELS
-from resbackbone.utils.validation import check_int, plain_arguments, warn_user
+from resbackbone.utils.validation import check_int, convert_arguments, warn_user
 
 _BASE_CHANNELS = 32  # what mmdet's argument of that name, which does nothing, is by default
 _OWN = ("self", "__class__", "arch", "base_channels", "se_ratio")  # what ResNet's constructor does not get
@@ -58,7 +58,7 @@ class RegNet(ResNet):
 
     _sizes: ClassVar[tuple[str, ...]] = ("stage_widths", "bot_mul")
 
-    @plain_arguments
+    @convert_arguments
     def __init__(
         self,
         arch: str | Arch,

@@ -10,7 +10,7 @@ from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnet_v1 import ResNetV1d
 from resbackbone.blocks.res2 import Bottle2neck, check_splits
 from resbackbone.registry import MODELS
-from resbackbone.utils.validation import plain_arguments
+from resbackbone.utils.validation import convert_arguments
 
 
 @MODELS.register_module()
@@ -46,7 +46,7 @@ class Res2Net(ResNetV1d):
 
     _sizes: ClassVar[tuple[str, ...]] = ("groups", "base_width", "scales")
 
-    @plain_arguments
+    @convert_arguments
     def __init__(
         self,
         depth: int,

@@ -11,7 +11,7 @@ from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks.split import SplitAttentionBottleneck
 from resbackbone.layers.arguments import MOST_PARTS
 from resbackbone.registry import MODELS
-from resbackbone.utils.validation import check_count, check_flag, check_int, plain_arguments
+from resbackbone.utils.validation import check_count, check_flag, check_int, convert_arguments
 
 
 @MODELS.register_module()
@@ -54,7 +54,7 @@ class ResNeSt(ResNeXt, ResNetV1d):
 
     _sizes: ClassVar[tuple[str, ...]] = ("radix",)
 
-    @plain_arguments
+    @convert_arguments
     def __init__(
         self,
         depth: int,

@@ -22,10 +22,10 @@ from resbackbone.layers import FrozenBatchNorm2d, build_conv_layer, build_norm_l
 from resbackbone.layers.activation_checkpointing import WithCp, recompute_norms
 from resbackbone.layers.conv_norm import conv_norm, set_folding
 from resbackbone.layers.dry_run import check_memory, dry_run
-from resbackbone.layers.init_cfg import check_overrides
 from resbackbone.layers.module import Config, InitConfig
-from resbackbone.registry import MODELS, find_type, is_ours
-from resbackbone.utils.validation import plain_arguments
+from resbackbone.registry import MODELS, is_ours, resolve_type
+from resbackbone.registry.init_cfg import check_overrides
+from resbackbone.utils.validation import convert_arguments
 
 __all__ = ["BasicBlock", "Bottleneck", "ResLayer", "ResNet"]
 
@@ -111,7 +111,7 @@ class ResNet(Backbone):
         269: (Bottleneck, (3, 30, 48, 8)),
     }
 
-    @plain_arguments
+    @convert_arguments
     def __init__(
         self,
         depth: int,
@@ -305,7 +305,7 @@ class ResNet(Backbone):
 
     def _block_init_cfg(self) -> Config | None:
         """How each block ends its initialization: with its last norm at zero, unless that norm could never leave it."""
-        if not self.zero_init_residual or find_type(self.norm_cfg["type"], "norm") is FrozenBatchNorm2d:
+        if not self.zero_init_residual or resolve_type(self.norm_cfg["type"], "norm") is FrozenBatchNorm2d:
             return None
         for last_norm in ("norm3", "norm2"):
             if hasattr(self.block, last_norm):

@@ -12,7 +12,7 @@ from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.anti_aliased import AntiAliasedBasicBlock, AntiAliasedBottleneck, AntiAliasedResNeXtBottleneck
 from resbackbone.layers.blur_pool import AntiAliasing, make_downsampling
 from resbackbone.registry import MODELS
-from resbackbone.utils.validation import check_choice, plain_arguments
+from resbackbone.utils.validation import check_choice, convert_arguments
 
 
 @MODELS.register_module()
@@ -44,7 +44,7 @@ class ResNetAA(ResNet):
         for depth, (block, blocks) in ResNet.arch_settings.items()
     }
 
-    @plain_arguments
+    @convert_arguments
     def __init__(self, depth: int, *, anti_aliasing: AntiAliasing = "blur", **kwargs: Any) -> None:
         check_choice("anti_aliasing", anti_aliasing, get_args(AntiAliasing))
         self.anti_aliasing = anti_aliasing

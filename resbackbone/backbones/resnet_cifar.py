@@ -9,7 +9,7 @@ from torch import nn
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.layers import build_conv_layer, build_norm_layer
 from resbackbone.registry import MODELS
-from resbackbone.utils.validation import check_flag, plain_arguments
+from resbackbone.utils.validation import check_flag, convert_arguments
 
 
 @MODELS.register_module()
@@ -32,7 +32,7 @@ class ResNet_CIFAR(ResNet):
     (1, 2, 4, 8)
     """
 
-    @plain_arguments
+    @convert_arguments
     def __init__(self, depth: int, *, deep_stem: bool = False, **kwargs: Any) -> None:
         check_flag("deep_stem", deep_stem)
         if deep_stem:

@@ -12,7 +12,7 @@ from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.ibn import InstanceNormBasicBlock, InstanceNormBottleneck, InstanceNormResNeXtBottleneck
 from resbackbone.layers.ibn import make_instance_norm
 from resbackbone.registry import MODELS
-from resbackbone.utils.validation import check_choice, plain_arguments
+from resbackbone.utils.validation import check_choice, convert_arguments
 
 
 @MODELS.register_module()
@@ -43,7 +43,7 @@ class ResNetIBN(ResNet):
         for depth, (block, blocks) in ResNet.arch_settings.items()
     }
 
-    @plain_arguments
+    @convert_arguments
     def __init__(self, depth: int, *, ibn: Literal["a", "b"] = "a", **kwargs: Any) -> None:
         check_choice("ibn", ibn, ("a", "b"))
         if ibn == "b" and kwargs.get("deep_stem") is True:

@@ -10,7 +10,7 @@ from resbackbone.backbones.stem import conv_norm_relu
 from resbackbone.blocks import Bottleneck
 from resbackbone.layers import Sequential
 from resbackbone.registry import MODELS
-from resbackbone.utils.validation import plain_arguments
+from resbackbone.utils.validation import convert_arguments
 
 
 @MODELS.register_module()
@@ -45,7 +45,7 @@ class ResNetRS(SEResNet, ResNetV1d):
         420: (Bottleneck, (4, 44, 87, 4)),
     }
 
-    @plain_arguments
+    @convert_arguments
     def __init__(self, depth: int, *, se_ratio: int = 4, **kwargs: Any) -> None:
         super().__init__(depth, se_ratio=se_ratio, **kwargs)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.registry import MODELS
-from resbackbone.utils.validation import plain_arguments
+from resbackbone.utils.validation import convert_arguments
 
 
 @MODELS.register_module()
@@ -29,7 +29,7 @@ class ResNetV1c(ResNet):
     Source: ResNet-C of He et al., Bag of Tricks, arXiv:1812.01187, figure 2b.
     """
 
-    @plain_arguments
+    @convert_arguments
     def __init__(self, depth: int, *, deep_stem: bool = True, **kwargs: Any) -> None:
         super().__init__(depth, deep_stem=deep_stem, **kwargs)
 
@@ -46,6 +46,6 @@ class ResNetV1d(ResNetV1c):
     Source: ResNet-D of He et al., Bag of Tricks, arXiv:1812.01187, figure 2c.
     """
 
-    @plain_arguments
+    @convert_arguments
     def __init__(self, depth: int, *, avg_down: bool = True, **kwargs: Any) -> None:
         super().__init__(depth, avg_down=avg_down, **kwargs)

@@ -12,8 +12,8 @@ from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.preact import PreActBasicBlock, PreActBottleneck
 from resbackbone.layers import ConvWS2d, Sequential, build_norm_layer
 from resbackbone.layers.module import Config
-from resbackbone.registry import MODELS, find_type
-from resbackbone.utils.validation import check_flag, plain_arguments
+from resbackbone.registry import MODELS, resolve_type
+from resbackbone.utils.validation import check_flag, convert_arguments
 
 
 @MODELS.register_module()
@@ -54,7 +54,7 @@ class ResNetV2(ResNet):
         for depth, (block, blocks) in ResNet.arch_settings.items()
     }
 
-    @plain_arguments
+    @convert_arguments
     def __init__(
         self,
         depth: int,
@@ -77,7 +77,7 @@ class ResNetV2(ResNet):
                 f"with `final_norm` the last stage must be among `out_indices`, got {self.out_indices}; "
                 "drop one of the two"
             )
-        conv_class = None if self.conv_cfg is None else find_type(self.conv_cfg["type"], "convolution")
+        conv_class = None if self.conv_cfg is None else resolve_type(self.conv_cfg["type"], "convolution")
         if self.zero_init_residual and isinstance(conv_class, type) and issubclass(conv_class, ConvWS2d):
             raise ValueError(
                 "`zero_init_residual` must be False where `conv_cfg` standardises weights, "

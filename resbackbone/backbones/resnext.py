@@ -10,7 +10,7 @@ from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks import ResNeXtBottleneck
 from resbackbone.layers.arguments import MOST_CHANNELS, MOST_PARTS
 from resbackbone.registry import MODELS
-from resbackbone.utils.validation import check_count, plain_arguments
+from resbackbone.utils.validation import check_count, convert_arguments
 
 
 @MODELS.register_module()
@@ -35,7 +35,7 @@ class ResNeXt(ResNet):
 
     _sizes: ClassVar[tuple[str, ...]] = ("groups", "base_width")
 
-    @plain_arguments
+    @convert_arguments
     def __init__(self, depth: int, *, groups: int = 1, base_width: int = 4, **kwargs: Any) -> None:
         check_count("groups", groups, most=MOST_PARTS)
         check_count("base_width", base_width, most=MOST_CHANNELS)

@@ -12,7 +12,7 @@ from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.layers import SELayer
 from resbackbone.layers.module import Config
 from resbackbone.registry import MODELS
-from resbackbone.utils.validation import check_int, plain_arguments
+from resbackbone.utils.validation import check_int, convert_arguments
 
 
 @MODELS.register_module()
@@ -36,7 +36,7 @@ class SEResNet(ResNet):
     Conv2d(256, 16, kernel_size=(1, 1), stride=(1, 1))
     """
 
-    @plain_arguments
+    @convert_arguments
     def __init__(self, depth: int, *, se_ratio: int = 16, **kwargs: Any) -> None:
         check_int("se_ratio", se_ratio, low=1)
         self.se_ratio = se_ratio
@@ -62,6 +62,6 @@ class SEResNeXt(SEResNet, ResNeXt):
 
     arch_settings = ResNeXt.arch_settings
 
-    @plain_arguments
+    @convert_arguments
     def __init__(self, depth: int, *, groups: int = 32, **kwargs: Any) -> None:
         super().__init__(depth, groups=groups, **kwargs)

@@ -20,12 +20,12 @@ from resbackbone.layers.conv_norm import set_folding
 from resbackbone.layers.dry_run import dry_run
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.norm import check_norm_cfg
-from resbackbone.registry import MODELS, of_kind
-from resbackbone.utils.validation import check_choice, check_count, check_flag, check_int, plain_arguments
+from resbackbone.registry import MODELS, register_kind
+from resbackbone.utils.validation import check_choice, check_count, check_flag, check_int, convert_arguments
 
 
 # The name is mmdet's, in whose configs it stands as `shared_head=dict(type="ResLayer", ...)`.
-@of_kind("shared head")
+@register_kind("shared head")
 @MODELS.register_module("ResLayer")
 class SharedHead(NormEvalModule):
     """One stage of a ResNet, run on the features of regions; the bounding-box and mask heads share it.
@@ -60,7 +60,7 @@ class SharedHead(NormEvalModule):
     (1024, 2048)
     """
 
-    @plain_arguments
+    @convert_arguments
     def __init__(
         self,
         depth: int,

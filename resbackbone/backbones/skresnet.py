@@ -17,7 +17,7 @@ from resbackbone.blocks.selective_kernel import (
 from resbackbone.layers.module import Config
 from resbackbone.layers.selective_kernel import check_selective_kernel
 from resbackbone.registry import MODELS
-from resbackbone.utils.validation import plain_arguments
+from resbackbone.utils.validation import convert_arguments
 
 
 @MODELS.register_module()
@@ -48,7 +48,7 @@ class SKResNet(ResNet):
 
     _sizes: ClassVar[tuple[str, ...]] = ("selective",)
 
-    @plain_arguments
+    @convert_arguments
     def __init__(
         self,
         depth: int,

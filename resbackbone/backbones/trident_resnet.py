@@ -14,7 +14,7 @@ from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks.trident import TridentBottleneck
 from resbackbone.layers.arguments import MOST_PARTS, MOST_PIXELS
 from resbackbone.registry import MODELS
-from resbackbone.utils.validation import check_count, check_int, check_ints, plain_arguments
+from resbackbone.utils.validation import check_count, check_int, check_ints, convert_arguments
 
 
 class TridentLayer(ResLayer):
@@ -26,7 +26,7 @@ class TridentLayer(ResLayer):
         kwargs: As for :class:`ResLayer`.
     """
 
-    @plain_arguments
+    @convert_arguments
     def __init__(self, *, trident_dilations: Sequence[int], test_branch_idx: int, **kwargs: Any) -> None:
         dilation = trident_dilations[test_branch_idx]
         super().__init__(dilation=dilation, trident_dilations=trident_dilations, **kwargs)
@@ -79,7 +79,7 @@ class TridentResNet(ResNet):
         depth: ResNet.arch_settings[depth] for depth in (50, 101, 152)
     }
 
-    @plain_arguments
+    @convert_arguments
     def __init__(
         self,
         depth: int,

@@ -9,7 +9,7 @@ from torch import nn
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.layers.arguments import MOST_PARTS
 from resbackbone.registry import MODELS
-from resbackbone.utils.validation import check_count, plain_arguments
+from resbackbone.utils.validation import check_count, convert_arguments
 
 
 @MODELS.register_module()
@@ -34,7 +34,7 @@ class WideResNet(ResNet):
 
     _sizes: ClassVar[tuple[str, ...]] = ("widening_factor",)
 
-    @plain_arguments
+    @convert_arguments
     def __init__(self, depth: int, *, widening_factor: int = 2, **kwargs: Any) -> None:
         check_count("widening_factor", widening_factor, most=MOST_PARTS)
         self.widening_factor = widening_factor

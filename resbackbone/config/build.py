@@ -15,17 +15,18 @@ import yaml
 from resbackbone.backbones import Backbone
 from resbackbone.config.upstream_names import argument_hint, find_architecture, names_weights, nearest_architecture
 from resbackbone.layers.arguments import parameters_of
-from resbackbone.layers.initialization import initialize
-from resbackbone.registry import MODELS, construct, find_type, scoped, split_type
-from resbackbone.registry.lookup import allow_imported, import_modules, is_restricted
+from resbackbone.registry import MODELS, add_scope, construct, resolve_type, split_type
+from resbackbone.registry.initialization import initialize
+from resbackbone.registry.lookup import allow_imported, import_modules
+from resbackbone.registry.types import is_restricted
 from resbackbone.utils.validation import (
     UnknownKeyError,
     check_flag,
     check_sequence,
     check_type,
+    convert_argument,
     message_of,
-    plain,
-    plain_argument,
+    to_builtin,
     warn_user,
 )
 
@@ -110,7 +111,7 @@ def construct_backbone(config: BackboneSource, **overrides: Any) -> Backbone:
             f"`pretrained` is a path, a URL or None here, got {arguments['pretrained']}; published weights are loaded "
             "by build_backbone(..., checkpoint='timm/resnet50.a1_in1k') or another name of `resbackbone list --weights`"
         )
-    backbone_class = find_type(scoped(type_, arguments.pop("_scope_", None)), "backbone")
+    backbone_class = resolve_type(add_scope(type_, arguments.pop("_scope_", None)), "backbone")
     check_arguments(backbone_class, arguments)
     backbone: Backbone = construct(backbone_class, **arguments)
     return backbone
@@ -333,9 +334,9 @@ def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """Copy dicts (mmengine's and OmegaConf's among them), lists and numbers as Python's own; the rest is kept."""
     if isinstance(value, Mapping):  # with nothing below it, so that `_delete_` has no effect any more
-        plain_items = {key: plain_argument(key, item) for key, item in value.items() if key != "_delete_"}
+        plain_items = {key: convert_argument(key, item) for key, item in value.items() if key != "_delete_"}
         return {key: _plain(item) for key, item in plain_items.items()}
-    value = plain(value)
+    value = to_builtin(value)
     if isinstance(value, (list, tuple)):
         return (list if isinstance(value, list) else tuple)(map(_plain, value))
     return value

@@ -11,7 +11,7 @@ from typing import Any
 from torch import distributed, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from resbackbone.registry import find_type, split_type
+from resbackbone.registry import resolve_type, split_type
 from resbackbone.utils.validation import check_flag, check_number, check_type, nearest
 
 # Far beyond any net, and small enough that no product of two is beyond what torch can count.
@@ -37,7 +37,7 @@ def layer_type(cfg: Any, argument: str, kind: str) -> tuple[Any, dict[str, Any]]
     Args:
         cfg: The config.
         argument: The argument that it is, for the errors.
-        kind: As for :func:`~resbackbone.registry.find_type`.
+        kind: As for :func:`~resbackbone.registry.resolve_type`.
 
     Raises:
         TypeError: If it is no dict with text for keys, or its type is no class of this kind.
@@ -45,7 +45,7 @@ def layer_type(cfg: Any, argument: str, kind: str) -> tuple[Any, dict[str, Any]]
     """
     type_, rest = split_type(cfg, argument)
     try:
-        layer_class = find_type(type_, kind)
+        layer_class = resolve_type(type_, kind)
     except (KeyError, TypeError) as error:
         raise type(error)(f"`{argument}`: {error.args[0]}") from error
     for key in rest:
@@ -68,7 +68,7 @@ def _check_numbers(argument: str, value: Any) -> None:
 
 def _is_known_norm(type_or_name: Any) -> bool:
     try:
-        return issubclass(find_type(type_or_name), CHECKED_NORMS)
+        return issubclass(resolve_type(type_or_name), CHECKED_NORMS)
     except (KeyError, TypeError):  # which is for the layer to say
         return False
 

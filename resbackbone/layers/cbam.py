@@ -14,7 +14,7 @@ from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.memory_format import FormatKeeper
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
-from resbackbone.registry import MODELS, of_kind
+from resbackbone.registry import MODELS, register_kind
 from resbackbone.utils.validation import check_count, check_int
 
 BATCH_NORM: Config = {"type": "BN"}  # read, never written to
@@ -66,7 +66,7 @@ class SpatialAttention(FormatKeeper):
         return out
 
 
-@of_kind("plugin")
+@register_kind("plugin")
 @MODELS.register_module()
 class CBAM(FormatKeeper):
     """Convolutional block attention module: :class:`ChannelAttention`, then :class:`SpatialAttention`.

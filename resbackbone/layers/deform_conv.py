@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resbackbone.layers.deform_operator import Backend, available_backends, check_backend, deform_conv2d
-from resbackbone.registry import MODELS, of_kind
+from resbackbone.registry import MODELS, register_kind
 from resbackbone.utils.validation import check_count, check_flag, check_int, check_ints, warn_user
 
 __all__ = ["DeformConv2d", "ModulatedDeformConv2d", "Pair", "available_backends", "deform_conv2d", "rename_old_offsets"]
@@ -18,7 +18,7 @@ __all__ = ["DeformConv2d", "ModulatedDeformConv2d", "Pair", "available_backends"
 Pair = int | tuple[int, int]
 
 
-@of_kind("convolution")
+@register_kind("convolution")
 @MODELS.register_module("DCN")
 class DeformConv2d(nn.Module):
     """A convolution that learns where to look: a second, plain one predicts a shift for every point of its kernel.

@@ -8,11 +8,11 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from resbackbone.layers.arguments import MOST_CHANNELS
-from resbackbone.registry import MODELS, of_kind
+from resbackbone.registry import MODELS, register_kind
 from resbackbone.utils.validation import check_count, check_int, check_number
 
 
-@of_kind("plugin")
+@register_kind("plugin")
 @MODELS.register_module()
 class ECALayer(nn.Module):
     """Multiply each channel by a gate from 0 to 1, a convolution along the channels' means.

@@ -10,9 +10,9 @@ import copy
 from functools import partial
 from typing import Any, NoReturn
 
-from resbackbone.layers.initialization import initialize
 from resbackbone.layers.memory_format import FormatKeeper
 from resbackbone.layers.tracing import refuse_scripting
+from resbackbone.registry.initialization import initialize
 
 Config = dict[str, Any]
 InitConfig = Config | list[Config]
@@ -41,7 +41,7 @@ class Module(FormatKeeper):
 
         Raises:
             FileNotFoundError, KeyError, OSError, TypeError, ValueError: As
-                :func:`~resbackbone.layers.initialization.initialize` says.
+                :func:`~resbackbone.registry.initialization.initialize` says.
         """
         from mmengine.model import BaseModule
 

@@ -22,7 +22,7 @@ from resbackbone.layers.arguments import (
 )
 from resbackbone.layers.dry_run import check_layer_runs, current_dry_run, is_tried, make_foreign
 from resbackbone.layers.module import Config
-from resbackbone.registry import MODELS, construct, of_kind
+from resbackbone.registry import MODELS, construct, register_kind
 from resbackbone.utils.validation import check_flag, check_int
 
 for _name, _norm in {
@@ -47,7 +47,7 @@ _ABBREVIATIONS: tuple[tuple[type, str], ...] = (
 )
 
 
-@of_kind("norm")
+@register_kind("norm")
 @MODELS.register_module("FrozenBN")
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm with fixed statistics and a fixed affine map: four buffers, nothing to train.

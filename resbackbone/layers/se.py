@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from resbackbone.layers.arguments import MOST_CHANNELS
 from resbackbone.layers.conv import ConvNormAct
-from resbackbone.registry import MODELS, of_kind
+from resbackbone.registry import MODELS, register_kind
 from resbackbone.utils.validation import check_count, check_int
 
 
-@of_kind("plugin")
+@register_kind("plugin")
 @MODELS.register_module()
 class SELayer(nn.Module):
     """Scale each channel by a number from 0 to 1, which two 1x1 convolutions compute from the means of all channels.

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from resbackbone.layers import ConvNormAct, Module
 from resbackbone.layers.arguments import MOST_CHANNELS
 from resbackbone.layers.dry_run import check_memory, dry_run
-from resbackbone.layers.init_cfg import check_init_cfg
 from resbackbone.layers.module import Config, InitConfig
-from resbackbone.registry import MODELS, of_kind
+from resbackbone.registry import MODELS, register_kind
+from resbackbone.registry.init_cfg import check_init_cfg
 from resbackbone.utils.validation import (
     check_choice,
     check_count,
@@ -22,7 +22,7 @@ from resbackbone.utils.validation import (
     check_int,
     check_ints,
     check_mapping,
-    plain_arguments,
+    convert_arguments,
 )
 
 XAVIER: Config = {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}  # read, never written to
@@ -31,7 +31,7 @@ MOST_OUTS = 2**5  # each halves the size
 EXTRA_SOURCES = ("on_input", "on_lateral", "on_output")
 
 
-@of_kind("neck")
+@register_kind("neck")
 @MODELS.register_module()
 class FPN(Module):
     """Feature pyramid network with the arguments, keys and numbers of mmdet's.
@@ -67,7 +67,7 @@ class FPN(Module):
     [(256, 16, 16), (256, 8, 8), (256, 4, 4), (256, 2, 2), (256, 1, 1)]
     """
 
-    @plain_arguments
+    @convert_arguments
     def __init__(
         self,
         in_channels: Sequence[int],

@@ -1,8 +1,17 @@
-"""The registries, and how a type name in a config becomes a class.
+"""The registries, how the ``type`` of a config becomes a class, and initialization by ``init_cfg``.
 
 mmengine finds this module by its path (``<scope>.registry``), which is how ``type="resbackbone.ResNet"`` works in any
 OpenMMLab config without an import.
 """
+
+try:
+    import mmengine.registry  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "resbackbone needs mmengine, which comes in two distributions under one import name; install one of them: "
+        "pip install 'resbackbone[mm]' (onedl-mmengine and onedl-mmcv, maintained) or "
+        "pip install 'resbackbone[openmmlab]' (mmengine and mmcv-lite)"
+    ) from error
 
 from resbackbone.registry.registries import (
     DATA_SAMPLERS,
@@ -16,16 +25,9 @@ from resbackbone.registry.registries import (
     OPTIMIZERS,
     RUNNERS,
     TRANSFORMS,
-    check_initializers,
     construct,
-    find_initializer,
-    find_type,
-    is_ours,
-    of_kind,
-    registered_types,
-    scoped,
-    split_type,
 )
+from resbackbone.registry.types import add_scope, is_ours, register_kind, resolve_type, split_type
 
 __all__ = [
     "DATASETS",
@@ -39,13 +41,10 @@ __all__ = [
     "OPTIM_WRAPPER_CONSTRUCTORS",
     "RUNNERS",
     "TRANSFORMS",
-    "check_initializers",
+    "add_scope",
     "construct",
-    "find_initializer",
-    "find_type",
     "is_ours",
-    "of_kind",
-    "registered_types",
-    "scoped",
+    "register_kind",
+    "resolve_type",
     "split_type",
 ]

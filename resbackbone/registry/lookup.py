@@ -1,8 +1,7 @@
-"""Look up the object behind a type name of a config, without importing what a config names.
+"""Look up the objects that configs name, without importing anything that a config names.
 
-A registered name is found in the registries of mmengine. A dotted path is found in torch.nn, mmengine, mmcv and the
-frameworks built on them, in modules that whoever runs the program named (:func:`import_modules`), or where it is that
-of a registered class. Nothing else is imported, whatever a config says.
+Registered names are looked up in mmengine's registries. A dotted path may name a class of torch.nn, mmengine, mmcv, the
+frameworks built on them, a module that the program has named (:func:`import_modules`), or any registered class.
 """
 
 from __future__ import annotations
@@ -13,37 +12,35 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
 from mmengine.registry import DefaultScope, Registry
 
-from resbackbone.utils.validation import UnknownKeyError, check_sequence, check_type, warn_user
+from resbackbone.utils.validation import check_sequence, check_type, warn_user
 
 HOSTS = ("mmdet", "mmseg", "mmpretrain")
-# A dotted path may name a class of these, as the configs do that mmengine dumps.
+# Packages in which dotted paths may name classes, as they do in configs dumped by mmengine.
 PACKAGES = ("torch.nn", "mmengine", "mmcv", *HOSTS)
-PLUGINS = "resbackbone.plugins"  # an entry point group: modules that register types when they are imported
+PLUGINS = "resbackbone.plugins"  # entry point group of modules that register types when they are imported
 _imported: set[str] = set()
 
 
 def allow_imported(custom_imports: Any) -> None:
-    """Let configs name classes in the modules that a program's ``custom_imports`` has imported."""
+    """Allow dotted paths into the modules that a program's ``custom_imports`` has imported."""
     names = (custom_imports or {}).get("imports", ()) if hasattr(custom_imports or {}, "get") else ()
     _imported.update(name for name in ([names] if isinstance(names, str) else names) if name in sys.modules)
 
 
 def import_modules(names: Iterable[str]) -> None:
-    """Import modules that register types, and let configs name classes in them by dotted paths.
+    """Import modules that register types, and allow dotted paths into them.
 
     Args:
-        names: Of modules that can be imported, such as ``["my_variant"]``.
+        names: Importable modules, such as ``["my_variant"]``.
 
     Raises:
-        TypeError: If they are not given as a list or tuple of names.
+        TypeError: If ``names`` is not a list or tuple of strings.
         ImportError: If one cannot be imported.
     """
     for name in check_sequence("imports", names):
@@ -59,45 +56,40 @@ def import_modules(names: Iterable[str]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def import_plugins() -> None:
-    """Import, once, what installed packages offer as entry points of the group ``resbackbone.plugins``."""
+    """Import, once, the modules that installed packages list in the entry point group ``resbackbone.plugins``."""
     for entry_point in importlib.metadata.entry_points(group=PLUGINS):
         try:
             entry_point.load()
-        except Exception as error:  # whatever somebody's module raises
-            warn_user(f"the plugin {entry_point.value!r} was left out: {error!r}")
+        except Exception as error:  # third-party modules may raise anything
+            warn_user(f"the plugin {entry_point.value!r} was not imported: {error!r}")
         else:
             _imported.add(entry_point.module)
 
 
 def look_up(name: str, registry: Registry) -> Any:
-    """Find what is registered under a name or stands at a dotted path; None where that is nothing.
+    """Return the registered object of a name or the class at a dotted path; None if there is none.
 
     Args:
         name: A registered name, with or without a scope in front, or the dotted path of a class.
-        registry: Where to look, and in its parents.
+        registry: Searched with its parents.
     """
     found = _registered(name, registry)
     return _at_path(name, registry) if found is None and "." in name else found
 
 
 def is_registered(item: object, registry: Registry) -> bool:
-    """Return whether something is registered, under whatever name, in a registry or in one related to it."""
+    """Return whether an object is registered, under any name, in a registry of the same tree."""
     return any(item is known for node in _tree(registry.root) for known in node.module_dict.values())
 
 
 def default_registry(registry: Registry) -> Registry | None:
-    """Return the registry of the current default scope, such as mmdet's while one of its configs is built."""
+    """Return the registry of mmengine's default scope, such as mmdet's while one of its configs is built."""
     scope = DefaultScope.get_current_instance()
     return None if scope is None else find_scope(scope.scope_name, registry)
 
 
-def unknown_scope(scope: object) -> UnknownKeyError:
-    """Return the error for a scope that no registry has."""
-    return UnknownKeyError(f"unknown scope {scope!r} in `_scope_`; a scope is that of a registry, such as 'mmdet'")
-
-
 def find_scope(scope: str, registry: Registry) -> Registry | None:
-    """Find the registry of a scope in the tree of ``registry``; those of :data:`HOSTS` are imported."""
+    """Return the registry of a scope in the tree of ``registry``, importing it for :data:`HOSTS`; None if unknown."""
     if scope in HOSTS:
         _import(f"{scope}.registry")
     return next((found for found in _tree(registry.root) if found.scope == scope), None)
@@ -110,7 +102,7 @@ def _tree(registry: Registry) -> Iterator[Registry]:
 
 
 def _registered(name: str, registry: Registry) -> Any:
-    """Follow the rules of ``Registry.get`` up to where it would import the name."""
+    """Follow the rules of ``Registry.get`` up to the point where it would import the name."""
     registry.import_from_location()
     scope, dot, rest = name.partition(".")
     if dot:
@@ -127,7 +119,7 @@ def _registered(name: str, registry: Registry) -> Any:
 
 
 def _at_path(path: str, registry: Registry) -> Any:
-    """Find the class at a dotted path, if it is one that a config may name."""
+    """Return the class at a dotted path if a config may name it."""
     if not all(part.isidentifier() and not part.startswith("__") for part in path.split(".")):
         return None
     package = next((name for name in (*PACKAGES, *_imported) if path.startswith(f"{name}.")), None)
@@ -138,11 +130,11 @@ def _at_path(path: str, registry: Registry) -> Any:
 
 
 def _walk(path: str, import_from: str | None) -> type | None:
-    """Go from module to submodule, then to a class and those inside it; never from one package to another.
+    """Walk from module to submodule to class to nested class, without entering another package.
 
     Args:
-        path: Identifiers with dots between them.
-        import_from: The package whose modules may be imported; modules of others are found only where they are loaded.
+        path: Identifiers joined by dots.
+        import_from: Package whose modules may be imported; with None only loaded modules are searched.
     """
     start = import_from or path.partition(".")[0]
     module = _import(start) if import_from else _loaded(start)
@@ -173,56 +165,10 @@ def _import(name: str) -> ModuleType | None:
             if importlib.util.find_spec(name) is None:
                 return None
             importlib.import_module(name)
-        except Exception:  # an optional part of a package whose requirements are missing
+        except Exception:  # an optional module with missing requirements
             return None
     return _loaded(name)
 
 
 def _is_within(module: str, packages: Iterable[str]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
-
-
-_find: ContextVar[Callable[[str, Registry], Any] | None] = ContextVar("resbackbone_find", default=None)
-
-
-@contextmanager
-def registered_only(find: Callable[[str, Registry], Any]) -> Iterator[None]:
-    """Let mmengine's registries find only what we would, as long as this lasts and in this thread.
-
-    Layers of mmcv and of others look up the configs inside theirs themselves, with ``Registry.get``, which imports any
-    dotted path.
-
-    Args:
-        find: Finds the class behind a name, or raises.
-    """
-    _install()
-    token = _find.set(find)
-    try:
-        yield
-    finally:
-        _find.reset(token)
-
-
-def is_restricted() -> bool:
-    """Return whether this runs within :func:`registered_only`."""
-    return _find.get() is not None
-
-
-@functools.lru_cache(maxsize=1)
-def _install() -> None:
-    """Make the lookups of all registries heed :func:`registered_only`; elsewhere they do what they did."""
-    get, switch = Registry.get, Registry.switch_scope_and_registry
-
-    @functools.wraps(get)
-    def safe_get(self: Registry, key: str) -> Any:
-        find = _find.get()
-        return get(self, key) if find is None or not isinstance(key, str) else find(key, self)
-
-    @functools.wraps(switch)
-    def safe_switch(self: Registry, scope: str | None) -> Any:
-        if scope is not None and _find.get() is not None and find_scope(scope, self) is None:
-            raise unknown_scope(scope)
-        return switch(self, scope)
-
-    Registry.get = safe_get
-    Registry.switch_scope_and_registry = safe_switch

@@ -39,20 +39,20 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
-def plain(value: Any) -> Any:
+def to_builtin(value: Any) -> Any:
     """Return a config's value in Python's own types: what OmegaConf, NumPy and others have for dict, list and int.
 
     Mappings become dicts; other sequences than text become lists, or tuples where they cannot be changed; NumPy's
     scalars and vectors, and tensors of at most one dimension, become numbers and lists; and what can be an index is an
     integer. What is plain already is returned as it is.
 
-    >>> plain({"out_indices": range(2, 4), "depth": 50})
+    >>> to_builtin({"out_indices": range(2, 4), "depth": 50})
     {'out_indices': (2, 3), 'depth': 50}
     """
     if isinstance(value, (str, bytes, bytearray, memoryview, type)) or value is None:
         return value
     if isinstance(value, Mapping):
-        items = {key: plain(item) for key, item in value.items()}
+        items = {key: to_builtin(item) for key, item in value.items()}
         if not isinstance(value, dict):
             return items
         if all(items[key] is item for key, item in value.items()):
@@ -61,7 +61,7 @@ def plain(value: Any) -> Any:
         changed.update(items)
         return changed
     if isinstance(value, Sequence):
-        entries = [plain(item) for item in value]
+        entries = [to_builtin(item) for item in value]
         if isinstance(value, (list, tuple)) and all(a is b for a, b in zip(entries, value, strict=True)):
             return value
         return entries if isinstance(value, MutableSequence) else tuple(entries)
@@ -72,23 +72,23 @@ def plain(value: Any) -> Any:
     return value
 
 
-def plain_arguments(constructor: Constructor) -> Constructor:
-    """Decorate a constructor to receive its arguments in Python's own types, as :func:`plain` returns them."""
+def convert_arguments(constructor: Constructor) -> Constructor:
+    """Decorate a constructor to receive its arguments in Python's own types, as :func:`to_builtin` returns them."""
     names = list(inspect.signature(constructor).parameters)[1:]
 
     @functools.wraps(constructor)
     def construct(self: object, *args: Any, **kwargs: Any) -> None:
-        plain_args = [plain_argument(name, value) for name, value in zip(names, args, strict=False)]
-        plain_kwargs = {name: plain_argument(name, value) for name, value in kwargs.items()}
+        plain_args = [convert_argument(name, value) for name, value in zip(names, args, strict=False)]
+        plain_kwargs = {name: convert_argument(name, value) for name, value in kwargs.items()}
         constructor(self, *plain_args, *args[len(names) :], **plain_kwargs)
 
     return cast(Constructor, construct)
 
 
-def plain_argument(name: str, value: Any) -> Any:
-    """Return one argument as :func:`plain` does; raise ValueError if it is nested in itself."""
+def convert_argument(name: str, value: Any) -> Any:
+    """Return one argument as :func:`to_builtin` does; raise ValueError if it is nested in itself."""
     try:
-        return plain(value)
+        return to_builtin(value)
     except RecursionError:
         raise ValueError(f"`{name}` must not contain itself") from None
 
@@ -126,7 +126,7 @@ def check_type(name: str, value: object, allowed: type | tuple[type, ...], expec
 
 def check_flag(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is True or False."""
-    check_type(name, plain(value), bool, "True or False")
+    check_type(name, to_builtin(value), bool, "True or False")
 
 
 def check_int(name: str, value: object, *, low: int, high: int | None = None) -> int:
@@ -136,7 +136,7 @@ def check_int(name: str, value: object, *, low: int, high: int | None = None) ->
         TypeError: If it is no integer.
         ValueError: If it is out of range.
     """
-    number = plain(value)
+    number = to_builtin(value)
     if not isinstance(number, int) or isinstance(number, bool):
         raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}")
     if number < low or (high is not None and number > high):
@@ -231,7 +231,7 @@ def check_sequence(name: str, value: object, *, length: int | None = None, why: 
         TypeError: If it is none.
         ValueError: If its length is wrong.
     """
-    entries = plain(value)
+    entries = to_builtin(value)
     if not isinstance(entries, (list, tuple)):
         raise TypeError(f"`{name}` must be a list or tuple, got {value!r} of type {type(value).__name__}")
     if length is not None and len(entries) != length:

@@ -260,7 +260,7 @@ def test_s1_an_installed_plugin_registers_types(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     import_plugins.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="the plugin 'no_such_plugin' was left out"):
+        with pytest.warns(UserWarning, match="the plugin 'no_such_plugin' was not imported"):
             assert type(build_backbone({**TINY, "type": "Plugged"})).__name__ == "Plugged"
     finally:
         MODELS.module_dict.pop("Plugged", None)

@@ -26,7 +26,7 @@ from resbackbone import build_backbone
 from resbackbone.backbones import Backbone, SharedHead, TridentResNet
 from resbackbone.config import construct_backbone
 from resbackbone.necks import FPN
-from resbackbone.utils.validation import UnknownKeyError, plain
+from resbackbone.utils.validation import UnknownKeyError, to_builtin
 
 PACKAGE = Path(resbackbone.__file__).parent
 LARGEST_STRIDE = 128  # for which images have two pixels at least
@@ -252,7 +252,7 @@ def _check_gradients(net: nn.Module, outs: Any) -> None:
 
 
 def _rebuild(net: Backbone, drawn: Draw) -> None:
-    config = plain(drawn.config)
+    config = to_builtin(drawn.config)
     if not _is_plain(config):
         return
     from mmengine.config import Config

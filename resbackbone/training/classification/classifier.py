@@ -17,13 +17,13 @@ from resbackbone.checkpoints.loading import read_tensors
 from resbackbone.checkpoints.readers.files import check_weights
 from resbackbone.config import construct_backbone, load_config
 from resbackbone.data.preprocessing import Preprocessing, preprocessing_of
-from resbackbone.layers.init_cfg import check_init_cfg
-from resbackbone.layers.initialization import initialize
-from resbackbone.registry import MODELS, find_type, of_kind, split_type
+from resbackbone.registry import MODELS, register_kind, resolve_type, split_type
+from resbackbone.registry.init_cfg import check_init_cfg
+from resbackbone.registry.initialization import initialize
 from resbackbone.training.classification.losses import CrossEntropy
 from resbackbone.training.classification.mixup import Mixing
 from resbackbone.training.engine.loop import BatchTooSmall, is_too_small
-from resbackbone.utils.validation import check_choice, check_count, check_mapping, plain_arguments
+from resbackbone.utils.validation import check_choice, check_count, check_mapping, convert_arguments
 
 MOST_CLASSES = 2**20
 _WRAPPING = "state_dict."  # of a run's checkpoint
@@ -66,7 +66,7 @@ class Normalize(BaseDataPreprocessor):
         return {**batch, "inputs": (pictures - self.mean) / self.std}
 
 
-@of_kind("classifier")
+@register_kind("classifier")
 @MODELS.register_module()
 class ImageClassifier(BaseModel):
     """Classifies pictures.
@@ -89,7 +89,7 @@ class ImageClassifier(BaseModel):
             read; None where it does not say.
     """
 
-    @plain_arguments
+    @convert_arguments
     def __init__(
         self,
         backbone: str | Path | Mapping[str, Any],
@@ -222,7 +222,7 @@ def _build_loss(cfg: Mapping[str, Any] | None) -> nn.Module:
     if cfg is None:
         return CrossEntropy()
     try:
-        find_type(split_type(cfg, "loss")[0], "loss")
+        resolve_type(split_type(cfg, "loss")[0], "loss")
         loss: nn.Module = MODELS.build(dict(cfg))
     except (KeyError, TypeError, ValueError) as error:
         raise type(error)(f"`loss` {dict(cfg)!r}: {error.args[0]}") from error

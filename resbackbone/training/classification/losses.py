@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resbackbone.registry import MODELS, of_kind
+from resbackbone.registry import MODELS, register_kind
 from resbackbone.utils.validation import check_number
 
 
-@of_kind("loss")
+@register_kind("loss")
 @MODELS.register_module()
 class CrossEntropy(nn.Module):
     """Softmax cross-entropy.
@@ -33,7 +33,7 @@ class CrossEntropy(nn.Module):
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
 
-@of_kind("loss")
+@register_kind("loss")
 @MODELS.register_module()
 class BinaryCrossEntropy(nn.Module):
     """A yes or no for every class by itself, so that a mixed picture may be two classes at once.

@@ -19,7 +19,7 @@ from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
 
 from resbackbone import MODELS, ResNet, SharedHead, build_backbone
-from resbackbone.layers.init_cfg import check_init_cfg
+from resbackbone.registry.init_cfg import check_init_cfg
 from resbackbone.training.classification import ImageClassifier
 from resbackbone.utils import logs
 
