@@ -29,12 +29,12 @@ from torch import Tensor
 
 from resbackbone import build_backbone
 from resbackbone.analysis.benchmark import (
-    about_machine,
-    alternate,
+    describe_machine,
     markdown_table,
     matmul_rate,
     peak_memory,
-    seconds,
+    time_alternating,
+    time_call,
     write_section,
 )
 from resbackbone.analysis.cost import build_on_meta, measure
@@ -209,7 +209,7 @@ def latency(nets: dict[str, Net], runs: int, device: str) -> dict[str, dict[str,
     times = {}
     for shape, (batch, *size) in SHAPES.items():
         x = torch.randn(batch, 3, *size, device=device)
-        times[shape] = alternate({name: partial(net, x) for name, net in nets.items()}, runs=runs)
+        times[shape] = time_alternating({name: partial(net, x) for name, net in nets.items()}, runs=runs)
     return times
 
 
@@ -221,7 +221,7 @@ def stream(nets: dict[str, Net], device: str) -> dict[str, float]:
     for size in varying_sizes():
         x = torch.randn(1, 3, *size, device=device)
         for name, net in nets.items():
-            taken[name] += seconds(partial(net, x))
+            taken[name] += time_call(partial(net, x))
     return taken
 
 
@@ -233,7 +233,7 @@ def scaling(nets: dict[str, Net], threads: int, runs: int, device: str) -> dict[
         torch.set_num_threads(count)
         for batch in (1, 2, 4, 8, 16):
             x = torch.randn(batch, 3, 224, 224, device=device)
-            times = alternate({name: partial(net, x) for name, net in nets.items()}, runs=runs)
+            times = time_alternating({name: partial(net, x) for name, net in nets.items()}, runs=runs)
             rates[f"{count} threads, batch {batch}"] = {name: batch / time for name, time in times.items()}
     torch.set_num_threads(threads)
     return rates
@@ -249,7 +249,7 @@ def families(runs: int, device: str) -> dict[str, dict[str, float]]:
         nets[f"{OURS} bfloat16"] = fed_in_channels_last(partial(optimize, net, "bfloat16"))
         for size in ((224, 224), (480, 640)):
             x = torch.randn(1, 3, *size, device=device)
-            times = alternate({name: partial(net, x) for name, net in nets.items()}, runs=runs)
+            times = time_alternating({name: partial(net, x) for name, net in nets.items()}, runs=runs)
             figures[f"{config} {size[0]}x{size[1]}"] = times
     return figures
 
@@ -269,7 +269,7 @@ def measure_alone(contestant: Contestant, device: str) -> dict[str, float]:
     x = torch.randn(1, 3, 224, 224, device=device)
     before = peak_memory(device)
     made: list[Net] = []
-    first = seconds(lambda: made.append(contestant.make())) + seconds(lambda: made[0](x))
+    first = time_call(lambda: made.append(contestant.make())) + time_call(lambda: made[0](x))
     for _ in range(3):
         made[0](torch.randn(1, 3, 800, 1216, device=device))
     return {"start-up, s": first, "memory, MiB": (peak_memory(device) - before) / 2**20}
@@ -362,7 +362,7 @@ def run_all(
     """Measure everything that is asked for; what there is so far comes after each part."""
     nets = {name: way.make() for name, way in ways.items()}
     figures: dict[str, Any] = {
-        "about": about_machine(),
+        "about": describe_machine(),
         "matmul": {
             name: matmul_rate(getattr(torch, name), device=device)
             for name in ("float32", "bfloat16")

@@ -29,7 +29,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from resbackbone import build_backbone
-from resbackbone.analysis.benchmark import about_machine, alternate, markdown_table, peak_memory, write_section
+from resbackbone.analysis.benchmark import (
+    describe_machine,
+    markdown_table,
+    peak_memory,
+    time_alternating,
+    write_section,
+)
 from resbackbone.utils.allocator import keep_freed_memory
 
 FROZEN, TRAINED = "frozen statistics", "norms in train mode"
@@ -245,7 +251,7 @@ def main(
         return
     options = ["--memory-size", *map(str, memory_size), "--device", device, "--threads", str(threads)]
     figures: dict[str, Any] = {
-        "about": about_machine(),
+        "about": describe_machine(),
         "step size": step_size,
         "memory size": memory_size,
         "memory": {name: alone(name, options) for name in ways},
@@ -256,7 +262,7 @@ def main(
         name: partial(way.step, way.prepare(device), way.images(step_size, device))  # type: ignore[arg-type]
         for name, way in ways.items()
     }
-    figures["seconds"] = alternate(steps, runs=runs, warmup=2)
+    figures["seconds"] = time_alternating(steps, runs=runs, warmup=2)
     if out is not None:
         out.write_text(json.dumps(figures, indent=1))
     text = table(figures, ways)

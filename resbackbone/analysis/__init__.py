@@ -1,1 +1,1 @@
-"""Measurements of backbones: parameters and multiply-adds, and benchmarks."""
+"""Cost of backbones (parameters, multiply-accumulates) and benchmarking utilities."""

@@ -1,4 +1,4 @@
-"""Measuring contestants beside each other: in one process, in turn, by medians."""
+"""Benchmarking utilities: alternating timings, matmul rate, peak memory, and Markdown tables of results."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Call = Callable[[], Any]
 _PACKAGES = ("torch", "torchvision", "timm", "transformers", "mmdet", "onnxruntime", "openvino")
 
 
-def seconds(call: Call) -> float:
-    """Time one call; on a CUDA device until its work is done."""
+def time_call(call: Call) -> float:
+    """Return the duration of one call in seconds, synchronizing CUDA."""
     start = time.perf_counter()
     call()
     if torch.cuda.is_available():
@@ -26,42 +26,42 @@ def seconds(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def alternate(calls: Mapping[str, Call], *, runs: int, warmup: int = 3) -> dict[str, float]:
-    """Time contestants in turn, so that what disturbs the machine disturbs all.
+def time_alternating(calls: Mapping[str, Call], *, runs: int, warmup: int = 3) -> dict[str, float]:
+    """Time several callables in alternation, so that load on the machine affects all of them equally.
 
     Args:
-        calls: What is timed, by name.
-        runs: How often each.
-        warmup: How often each is called before.
+        calls: The callables by name.
+        runs: Timed calls of each.
+        warmup: Untimed calls of each before that.
 
     Returns:
-        The median of each, in seconds.
+        The median duration of each in seconds.
     """
     for call in calls.values():
         for _ in range(warmup):
-            seconds(call)
+            time_call(call)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(runs):
         for name, call in calls.items():
-            times[name].append(seconds(call))
+            times[name].append(time_call(call))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def matmul_rate(dtype: torch.dtype, *, device: str = "cpu", side: int = 2048) -> float:
-    """Measure what the machine can do: floating-point operations per second of one large matrix product, at best."""
+    """Return the best rate of a large matrix product, in floating-point operations per second."""
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
 
     def multiply() -> Tensor:
         return left @ right
 
-    return 2 * side**3 / min(seconds(multiply) for _ in range(6))
+    return 2 * side**3 / min(time_call(multiply) for _ in range(6))
 
 
 def peak_memory(device: str = "cpu") -> int:
-    """Return the most bytes that this process has taken so far, from the system or on the CUDA device."""
+    """Return the peak memory of this process in bytes, on the CPU or on the CUDA device."""
     if device == "cuda":
         return torch.cuda.max_memory_reserved()
-    try:  # `getrusage` would begin with what the parent process had
+    try:  # `getrusage` includes the memory of the parent process
         status = Path("/proc/self/status").read_text()
     except OSError:
         import resource  # not on Windows
@@ -70,8 +70,8 @@ def peak_memory(device: str = "cpu") -> int:
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def about_machine() -> dict[str, str]:
-    """Say what figures were measured on: processor, devices, threads and versions."""
+def describe_machine() -> dict[str, str]:
+    """Return the processor, device, number of threads and package versions, to report with benchmark results."""
     facts = {"processor": _processor(), "threads": str(torch.get_num_threads())}
     if torch.cuda.is_available():
         facts["device"] = torch.cuda.get_device_name()
@@ -81,17 +81,17 @@ def about_machine() -> dict[str, str]:
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table in Markdown."""
+    """Return a Markdown table."""
     lines = [list(header), *map(list, rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def write_section(page: str | Path, name: str, text: str) -> None:
-    """Replace what stands between ``<!-- NAME -->`` and ``<!-- end of NAME -->`` in a page.
+    """Replace the text between ``<!-- NAME -->`` and ``<!-- end of NAME -->`` in a file.
 
     Raises:
-        ValueError: If the page has no such section.
+        ValueError: If the file has no such section.
     """
     path = Path(page)
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"

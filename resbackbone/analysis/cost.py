@@ -1,4 +1,4 @@
-"""Count parameters and multiply-accumulates of each part of a backbone, without computing anything."""
+"""Count parameters and multiply-accumulates of a backbone on the meta device."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _COUNTED = (nn.Conv2d, nn.Linear, DeformConv2d)
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one part of a backbone costs and hands on.
+class PartCost:
+    """Cost and output shape of one part of a backbone.
 
     Attributes:
-        name: ``"stem"`` (whatever lies in no stage), ``"layer1"``, ... Where the stem's map is an output and is pooled
-            afterwards, ``"maxpool"`` is a part of its own.
-        channels: Channels that it hands on.
-        stride: Input pixels per feature pixel at its output.
-        height: Feature pixels, top to bottom.
-        width: Feature pixels, left to right.
-        params: Numbers that ``parameters()`` yields, frozen ones included, statistics not.
-        macs: Multiply-accumulates of its convolutions (deformable ones too, without their interpolation) and linear
-            layers for one image; norms, activations, pooling and attention are left out, as in published figures.
+        name: ``"stem"`` (all layers outside the stages), ``"layer1"``, ... If the stem's output precedes its pooling,
+            ``"maxpool"`` is a separate part.
+        channels: Output channels.
+        stride: Output stride in input pixels.
+        height: Height of the output in feature pixels.
+        width: Width of the output in feature pixels.
+        params: Number of parameters, including frozen ones, without running statistics.
+        macs: Multiply-accumulates of convolutions (including deformable ones, without interpolation) and linear layers
+            for one image; norms, activations, pooling and attention are not counted, as in published figures.
     """
 
     name: str
@@ -48,13 +48,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Complexity:
-    """What a backbone costs, alone and below a classifier of 1000 classes (average pooling and a linear layer).
+    """Cost of a backbone, alone and with a 1000-class classifier (average pooling and a linear layer).
 
     Attributes:
-        parts: The stem and each stage, in the order they run.
+        parts: The stem and the stages, in execution order.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[PartCost, ...]
 
     @property
     def params(self) -> int:
@@ -68,20 +68,20 @@ class Complexity:
 
     @property
     def params_with_classifier(self) -> int:
-        """Parameters of the backbone and the classifier, the number that is published."""
+        """Parameters of the backbone with the classifier, as published."""
         return self.params + self.parts[-1].channels * NUM_CLASSES + NUM_CLASSES
 
     @property
     def macs_with_classifier(self) -> int:
-        """Multiply-accumulates of the backbone and the classifier for one image, the number that is published."""
+        """Multiply-accumulates of the backbone with the classifier for one image, as published."""
         return self.macs + self.parts[-1].channels * NUM_CLASSES
 
 
 def build_on_meta(config: BackboneSource) -> Backbone:
-    """Build a backbone of shapes only: no memory, no initialization, no pretrained weights fetched.
+    """Build a backbone on the meta device: no memory, no initialization, no download of pretrained weights.
 
     Args:
-        config: As for :func:`resbackbone.build_backbone`, which says what is raised, too.
+        config: As for :func:`resbackbone.build_backbone`, which documents the exceptions, too.
 
     Returns:
         The backbone on torch's meta device.
@@ -91,17 +91,17 @@ def build_on_meta(config: BackboneSource) -> Backbone:
 
 
 def measure(net: Backbone, *, size: int | tuple[int, int] = 224) -> Complexity:
-    """Count what a backbone costs for one image.
+    """Count the cost of a backbone for one image.
 
     Args:
-        net: The backbone, on whatever device; it stays as it is.
+        net: The backbone, on any device; it is not modified.
         size: Side of the image in pixels, or (height, width).
 
     Returns:
-        The cost of the stem and of each stage, whether they are outputs or not.
+        The cost of the stem and of every stage, including stages that are not outputs.
 
     Raises:
-        TypeError, ValueError: If ``net`` is no backbone of this library, or the size no positive integer or pair.
+        TypeError, ValueError: If ``net`` is not a backbone of this library, or the size is invalid.
 
     >>> from resbackbone import build_backbone
     >>> measure(build_backbone("resnet18")).params_with_classifier
@@ -115,11 +115,11 @@ def measure(net: Backbone, *, size: int | tuple[int, int] = 224) -> Complexity:
     names = [*_pooling_behind_an_output(net), *net.res_layers]
     layers: list[nn.Module] = [getattr(net, name) for name in names]
     macs: Counter[nn.Module] = Counter()
-    shapes: list[torch.Size] = []  # what the stem and each layer after it pass on
+    shapes: list[torch.Size] = []  # output shapes of the stem and each layer after it
 
     def count(module: Any, _: Any, out: Tensor) -> None:
-        # Each output number takes one kernel's worth: in_channels / groups * height * width, or in_features.
-        runs = 2 if isinstance(module, SAConv2d) else 1  # that one convolves at two dilations
+        # Each output value takes in_channels / groups * height * width multiplications, or in_features.
+        runs = 2 if isinstance(module, SAConv2d) else 1  # it convolves at two dilations
         macs[module] += runs * out.numel() * module.weight[0].numel()
 
     def note_shape(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
@@ -136,11 +136,11 @@ def measure(net: Backbone, *, size: int | tuple[int, int] = 224) -> Complexity:
     params = _with_stem(_num_params(net), [_num_params(layer) for layer in layers])
     all_macs = _with_stem(macs.total(), [sum(macs[module] for module in layer.modules()) for layer in layers])
     infos = zip(("stem", *names), _strides(net, names), shapes, params, all_macs, strict=True)
-    return Complexity(tuple(Part(name, c, stride, h, w, p, m) for name, stride, (_, c, h, w), p, m in infos))
+    return Complexity(tuple(PartCost(name, c, stride, h, w, p, m) for name, stride, (_, c, h, w), p, m in infos))
 
 
 def _pooling_behind_an_output(net: Backbone) -> list[str]:
-    """The name of the stem's pooling, if there is one and what it pools is an output."""
+    """Return the name of the stem's pooling if the stem's output precedes it."""
     pooling = getattr(net, "maxpool", None)
     return [] if "stem" not in net.out_indices or isinstance(pooling, (nn.Identity, type(None))) else ["maxpool"]
 
@@ -154,7 +154,7 @@ def _with_stem(total: int, layers: list[int]) -> list[int]:
 
 
 def _strides(net: Backbone, names: list[str]) -> list[int]:
-    """The strides of the stem and, after it, of the pooling, if it is a part, and the stages."""
+    """Return the output strides of the stem, of the pooling if it is a part, and of the stages."""
     stem = total_stride(child for name, child in net.named_children() if name not in names)
     pooled = [stem * total_stride([getattr(net, name)]) for name in names if name not in net.res_layers]
     return [stem, *pooled, *(info.stride for info in net.feature_info if info.name in net.res_layers)]

@@ -38,7 +38,7 @@ def bench(
     import torch
 
     from resbackbone import build_backbone
-    from resbackbone.analysis.benchmark import about_machine, matmul_rate
+    from resbackbone.analysis.benchmark import describe_machine, matmul_rate
     from resbackbone.analysis.cost import measure
     from resbackbone.cli.features import check_device
     from resbackbone.config import load_config
@@ -72,13 +72,13 @@ def bench(
         for name in names:
             figures[name] = _time(net, name, images, runs, operations)
             say(_row(name, figures[name]))
-        say(", ".join(f"{key} {value}" for key, value in about_machine().items()))
+        say(", ".join(f"{key} {value}" for key, value in describe_machine().items()))
         peaks = {}
         for name in dtypes:
             peaks[name] = matmul_rate(getattr(torch, name), device=device)
             say(f"matrix products, {name}: {peaks[name] / 1e9:.0f} GFLOP/s")
         if out is not None:
-            about = {"config": config, "shape": list(images.shape), "machine": about_machine(), "matmul": peaks}
+            about = {"config": config, "shape": list(images.shape), "machine": describe_machine(), "matmul": peaks}
             with atomic_write(out) as path:
                 path.write_text(json.dumps(about | {"ways": figures}, indent=1))
 
@@ -110,15 +110,15 @@ def _time(net: nn.Module, name: str, images: Any, runs: int, operations: int) ->
     """Time what is made of a net in turn with the net, so that what disturbs the machine disturbs both."""
     import torch
 
-    from resbackbone.analysis.benchmark import alternate, seconds
+    from resbackbone.analysis.benchmark import time_alternating, time_call
 
     made: list[nn.Module] = []
     # What is optimized returns feature maps in the format of the images; in this one it need not convert them.
     given = images if name == "as it is" else images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        start = seconds(lambda: made.append(_make(net, name, images)))
-        start += seconds(partial(made[0], given))
-        medians = alternate({"as it is": partial(net, images), name: partial(made[0], given)}, runs=runs)
+        start = time_call(lambda: made.append(_make(net, name, images)))
+        start += time_call(partial(made[0], given))
+        medians = time_alternating({"as it is": partial(net, images), name: partial(made[0], given)}, runs=runs)
     taken = medians[name]
     return {
         "seconds": taken,

@@ -1,1 +1,1 @@
-"""Adapters that put the library into other frameworks; each imports its host, and nothing imports them."""
+"""Adapters for other frameworks; each imports its host, and no other module imports them."""

@@ -1,4 +1,4 @@
-"""Register this library's classes under their plain names in an OpenMMLab host."""
+"""Registration of this library's classes under their plain names in an OpenMMLab host."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ from resbackbone.utils.logs import log_info_later
 
 
 def replace_in_registry(host: str, classes: Mapping[str, type[nn.Module]], *, install: str) -> None:
-    """Make plain names in a host's registry mean our classes, whatever they meant before.
-
-    Doing it again changes nothing.
+    """Register classes under plain names in a host's registry, replacing the host's own. Idempotent.
 
     Args:
         host: The host's import name, such as "mmdet".
-        classes: Our classes by name. All of a family belong here: the host's own ResNeXt would keep the host's ResNet.
-        install: The commands that install the host, for the error.
+        classes: The classes by name, for the whole family: the host's ResNeXt would still subclass the host's ResNet.
+        install: The commands that install the host, for the error message.
 
     Raises:
-        ImportError: If the host or something that it needs is not installed.
+        ImportError: If the host or one of its dependencies is not installed.
     """
     try:
-        # The host's own backbones come first: they refuse to register under a name that is taken.
+        # Import the host's backbones first: registering under an existing name is an error for them.
         import_module(f"{host}.models")
         registry = import_module(f"{host}.registry").MODELS
     except ImportError as error:

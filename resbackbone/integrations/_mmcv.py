@@ -1,4 +1,4 @@
-"""A guard around mmcv's compiled operators, many of which read every tensor as contiguous, whatever its strides are."""
+"""Wrappers that make mmcv's compiled operators, many of which ignore strides, accept non-contiguous tensors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NAME = re.compile(r"(\w+): ")  # of an argument in the signature that pybind11 writes into the docstring
-# What no operator writes to, by the names that mmcv's operators have for it: these need not be looked at afterwards.
+_NAME = re.compile(r"(\w+): ")  # an argument in the signature that pybind11 puts into the docstring
+# Names of read-only arguments of mmcv's operators; all others are compared after the call, since it may write to them.
 _READ = {
     *("input", "input1", "input2", "features", "value", "points", "rois", "boxes", "weight", "offset", "mask", "masks"),
     *("grad_output", "gradOutput", "grad_out", "top_grad", "sampling_locations", "attention_weights", "best_bboxes"),
@@ -21,12 +21,10 @@ _READ = {
 
 
 def guard_operators() -> bool:
-    """Have the compiled operators of the installed mmcv read tensors of any memory format as what they are.
-
-    Called again, it changes nothing.
+    """Make the compiled operators of the installed mmcv accept tensors in any memory format. Idempotent.
 
     Returns:
-        Whether there are compiled operators; mmcv-lite has none, and what is no compiled module is left alone.
+        Whether there are compiled operators; mmcv-lite has none, and a module in pure Python is not changed.
     """
     try:
         module = importlib.import_module("mmcv._ext")
@@ -58,7 +56,7 @@ def _guarded(operator: Callable[..., Any]) -> Callable[..., Any]:
         with torch.no_grad():
             for name, arg in others:
                 if name not in _READ and not torch.equal(arg, copies[id(arg)]):
-                    arg.copy_(copies[id(arg)])  # an output, or what the operator works in
+                    arg.copy_(copies[id(arg)])  # an output or a workspace
         return result
 
     return guarded

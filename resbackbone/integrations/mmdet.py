@@ -1,7 +1,7 @@
-"""Importing this module makes plain ``type="ResNet"`` and its variants in mmdet's registry ours.
+"""Registers this library's backbones under plain names (``type="ResNet"``, ...) in mmdet on import.
 
 In a config: ``custom_imports = dict(imports=["resbackbone.integrations.mmdet"], allow_failed_imports=False)``.
-mmcv's compiled operators then read feature maps in any memory format.
+It also makes mmcv's compiled operators accept feature maps in any memory format.
 ``"ResLayer"`` in that registry is the shared head of C4 detectors, :class:`resbackbone.backbones.SharedHead`.
 """
 

@@ -1,8 +1,8 @@
-"""Importing this module makes plain ``type="ResNet"`` and its variants in mmpretrain's registry ours.
+"""Registers this library's backbones under plain names (``type="ResNet"``, ...) in mmpretrain on import.
 
 In a config: ``custom_imports = dict(imports=["resbackbone.integrations.mmpretrain"], allow_failed_imports=False)``. The
-classes here have mmpretrain's argument names and defaults and load its checkpoints; the keys that they save are those
-of mmdet's and mmseg's ResNets. They serve a subclass that was written for mmpretrain's ResNet, too.
+classes have mmpretrain's argument names and defaults and load its checkpoints; they save the keys of mmdet's and
+mmseg's ResNets. Subclasses written for mmpretrain's ResNet can derive from them.
 """
 
 from __future__ import annotations

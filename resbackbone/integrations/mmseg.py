@@ -1,7 +1,7 @@
-"""Importing this module makes plain ``type="ResNet"`` and its variants in mmseg's registry ours, with mmseg's defaults.
+"""Registers this library's backbones under plain names (``type="ResNet"``, ...) in mmseg on import.
 
 In a config: ``custom_imports = dict(imports=["resbackbone.integrations.mmseg"], allow_failed_imports=False)``. The
-classes are here too, for a subclass that was written for mmseg's ResNet.
+classes have mmseg's defaults; subclasses written for mmseg's ResNet can derive from them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from resbackbone.integrations._mmcv import guard_operators
 
 
 class MmsegDefaults(backbones.ResNet):
-    """The constructor that mmseg's configs expect; it goes before a backbone in the list of base classes.
+    """Mixin with mmseg's defaults; it precedes the backbone in the base classes.
 
     Args:
         depth: As for :class:`resbackbone.ResNet`.
-        stem_channels: 64 here, whatever ``base_channels`` is.
-        norm_eval: False here: batch norms follow the batch, as semantic segmentation trains them.
+        stem_channels: 64 by default, independent of ``base_channels``.
+        norm_eval: False by default: batch norms use batch statistics, as in semantic segmentation.
         kwargs: As for the backbone.
     """
 

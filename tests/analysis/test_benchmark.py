@@ -8,20 +8,26 @@ import pytest
 import torch
 from command_line import fails, run
 
-from resbackbone.analysis.benchmark import about_machine, alternate, markdown_table, matmul_rate, write_section
+from resbackbone.analysis.benchmark import (
+    describe_machine,
+    markdown_table,
+    matmul_rate,
+    time_alternating,
+    write_section,
+)
 from resbackbone.utils import processor
 
 
 def test_contestants_run_in_turn():
     order = []
-    medians = alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, runs=3, warmup=1)
+    medians = time_alternating({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, runs=3, warmup=1)
     assert order == ["a", "b", *["a", "b"] * 3]
     assert set(medians) == {"a", "b"}
     assert min(medians.values()) > 0
 
 
 def test_the_machine_is_described():
-    facts = about_machine()
+    facts = describe_machine()
     assert facts["torch"] == torch.__version__
     assert facts["threads"] == str(torch.get_num_threads())
     assert matmul_rate(torch.float32, side=64) > 0
