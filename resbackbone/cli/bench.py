@@ -40,11 +40,11 @@ def bench(
     from resbackbone import build_backbone
     from resbackbone.analysis.benchmark import describe_machine, matmul_rate
     from resbackbone.analysis.cost import measure
-    from resbackbone.cli.features import check_device
     from resbackbone.config import load_config
     from resbackbone.data.pictures import parse_size
     from resbackbone.utils import processor
     from resbackbone.utils.atomic_write import atomic_write
+    from resbackbone.utils.devices import check_device
 
     with user_errors():
         import_named(imports)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
-from resbackbone.utils.validation import message_of
+from resbackbone.utils.validation import one_line
 
 Item = TypeVar("Item")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -63,14 +63,6 @@ def with_progress(
     if not (shown and messages.is_terminal):
         return items
     return track(items, description, total=total, console=messages, transient=True)
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message in one line."""
-    text = message_of(error) or ("there is not enough memory" if isinstance(error, MemoryError) else "")
-    if "Original Traceback (most recent call last):" in text:  # a data loader's worker has all of it in its message
-        text = text.strip().splitlines()[-1]
-    return " ".join(text.split()) or type(error).__name__
 
 
 def import_named(modules: Iterable[str] | None) -> None:

@@ -1,10 +1,8 @@
-"""``resbackbone extract``: feature pyramids of pictures, as files."""
+"""``resbackbone extract``: feature maps of pictures, as files."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,8 +21,7 @@ from resbackbone.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from resbackbone.cli.pipeline import Job, Outcome
-    from resbackbone.cli.ranks import Ranks
+    from resbackbone.extraction import DistributedContext, ExtractionSummary, PictureResult
 
 
 class Dtype(str, Enum):
@@ -37,7 +34,7 @@ class Dtype(str, Enum):
 
 
 class Backend(str, Enum):
-    """What computes: a backend of ``optimize``, or the net as it is."""
+    """A backend of ``optimize``, or "plain" for the backbone unchanged."""
 
     AUTO = "auto"
     ONEDNN = "onednn"
@@ -47,7 +44,7 @@ class Backend(str, Enum):
 
 
 class Format(str, Enum):
-    """Files that features are written to."""
+    """File format of the feature maps."""
 
     NPY = "npy"
     SAFETENSORS = "safetensors"
@@ -64,117 +61,94 @@ def extract(
         str | None, typer.Option(help="Weights: a file, a name that `resbackbone list --weights` shows, or a URL.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Number format; bfloat16 is float32 in .npy files.")] = Dtype.FLOAT32,
+    dtype: Annotated[Dtype, typer.Option(help="Number format; .npy files hold bfloat16 as float32.")] = Dtype.FLOAT32,
     backend: Annotated[
-        Backend, typer.Option(help="How `optimize` makes it faster; plain for the net as it is, to the bit.")
+        Backend, typer.Option(help="How to optimize the backbone; plain: not at all, bit-identical to PyTorch.")
     ] = Backend.AUTO,
     size: Annotated[
         str | None, typer.Option(help="Resize first: shorter side in pixels, or HEIGHTxWIDTH.", show_default="as it is")
     ] = None,
-    fpn: Annotated[bool, typer.Option("--fpn", help="An FPN of 256 channels on top: p2 to p6.")] = False,
+    fpn: Annotated[bool, typer.Option("--fpn", help="Outputs of an FPN with 256 channels instead: p2 to p6.")] = False,
     file_format: Annotated[
         Format, typer.Option("--format", help="One .npy per level, or one features.safetensors.")
     ] = Format.NPY,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Consecutive pictures of one size at a time; of large ones fewer.")
+        int, typer.Option(min=1, help="Batch up to this many consecutive pictures of one size; of large ones fewer.")
     ] = 8,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep results that are complete and made with the same settings.")
+        bool, typer.Option("--resume", help="Keep results that are complete and were made with the same settings.")
     ] = False,
     imports: Imports = None,
 ) -> None:
-    """Write every feature map of each picture, (channels, height, width), and pyramid.png, an overview.
+    """Write each feature map of each picture, (channels, height, width), and pyramid.png, an overview.
 
     Results of an earlier run are replaced. Without a checkpoint the weights are random, the same in every run. A
-    picture that cannot be read is reported and left out; the exit status is 1 then. Under torchrun each process takes
+    picture that cannot be read is reported and skipped; the exit status is 1 then. Under torchrun each process extracts
     its share of the pictures.
     """
-    from resbackbone.cli.features import Extractor
-    from resbackbone.cli.pipeline import Job, Pipeline
-    from resbackbone.cli.ranks import Ranks, own_device
-    from resbackbone.cli.result_files import ResultFiles
-    from resbackbone.data.pictures import describe_left_out, find_images, parse_size
+    from resbackbone import extraction
+    from resbackbone.data.pictures import parse_size
     from resbackbone.utils.allocator import keep_freed_memory
 
     keep_freed_memory()
     with user_errors():
         import_named(imports)
-        ranks = Ranks.from_environment()
-        pixels = None if size is None else parse_size(size)
         check_folder("--out", out)
-        left_out: dict[Path, str] = {}
-        found = find_images(pictures, leave_out=out, on_left_out=left_out.__setitem__)
-        jobs = [Job(path, out / name) for path, name in ranks.share(found).items()]
-        _make_folder(out, jobs)
-        extractor = Extractor(
-            config,
-            checkpoint=checkpoint,
-            device=own_device(device),
-            dtype=dtype.value,
-            fpn=fpn,
-            backend=backend.value,
-        )
-    files = ResultFiles({**extractor.settings, "size": pixels}, extractor.levels, file_format.value)
-    pipeline = Pipeline(extractor, files, size=pixels, batch_size=batch_size, resume=resume, warn=_warn)
-    with user_errors(RuntimeError):
-        ranks.join()
-    if ranks.rank == 0:
-        for line in extractor.about:
-            say(line)
-        for line in describe_left_out(left_out):
-            _warn(line)
-    with closing(pipeline.run(jobs)) as outcomes:
-        done, counts = _report(with_progress(outcomes, "extracting", total=len(jobs), shown=ranks.rank == 0))
-    _summarise(ranks, out, done, counts)
+        with extraction.DistributedContext.from_environment() as distributed:
 
+            def show(results: Iterable[PictureResult], total: int) -> Iterator[PictureResult]:
+                for result in with_progress(results, "extracting", total=total, shown=distributed.rank == 0):
+                    _print_problems(result)
+                    yield result
 
-def _make_folder(out: Path, jobs: Iterable[Job]) -> None:
-    for job in jobs:
-        if job.folder.is_file():
-            raise ValueError(
-                f"the results of {job.path} need a folder {job.folder}, which is a file; give another --out"
+            summary = extraction.extract(
+                config,
+                pictures,
+                out=out,
+                checkpoint=checkpoint,
+                device=device,
+                dtype=dtype.value,
+                backend=backend.value,
+                size=None if size is None else parse_size(size),
+                fpn=fpn,
+                file_format=file_format.value,
+                batch_size=batch_size,
+                resume=resume,
+                progress=show,
+                report=say,
+                warn=_warn,
+                distributed=distributed,
             )
-    out.mkdir(parents=True, exist_ok=True)
+            _print_summary(summary, out, distributed)
+    if summary.errors:
+        raise typer.Exit(1)
 
 
 def _warn(text: str) -> None:
     say(text, style="yellow", console=messages)
 
 
-def _report(outcomes: Iterable[Outcome]) -> tuple[Path | None, Counter[str]]:
-    """Say what went wrong as it comes; return a folder of results, and how many there are of each outcome."""
-    first = None
-    counts: Counter[str] = Counter()
-    for outcome in outcomes:
-        path = printable(outcome.job.path)
-        counts[outcome.status] += 1
-        if outcome.status == "failed":
-            reason = outcome.error if repr(str(outcome.job.path)) in outcome.error else f"{path}: {outcome.error}"
-            say(f"skipped: {reason}", style="red", console=messages)
-        else:
-            first = first or outcome.job.folder
-        if outcome.not_finite:
-            _warn(f"{path}: infinite or NaN in {', '.join(outcome.not_finite)}; try another --dtype")
-    return first, counts
+def _print_problems(result: PictureResult) -> None:
+    path = printable(result.path)
+    if result.status == "failed":
+        reason = result.error if repr(str(result.path)) in result.error else f"{path}: {result.error}"
+        say(f"skipped: {reason}", style="red", console=messages)
+    if result.non_finite:
+        _warn(f"{path}: infinite or NaN in {', '.join(result.non_finite)}; try another --dtype")
 
 
-def _summarise(ranks: Ranks, out: Path, folder: Path | None, counts: Counter[str]) -> None:
-    """Say what came of it, the first rank for all, and end with status 1 where something failed."""
-    from resbackbone.cli.result_files import OVERVIEW
-
-    with user_errors(RuntimeError):
-        extracted, kept, failed = ranks.sum(*(counts[status] for status in ("extracted", "kept", "failed")))
-    if ranks.rank == 0 or not ranks.connected:
-        total = extracted + kept + failed
-        who = f"rank {ranks.rank} of {ranks.world_size}: " if ranks.world_size > 1 and not ranks.connected else ""
-        earlier = f", {kept} of them by an earlier run" if kept else ""
-        text = f"{who}{extracted + kept} of {total} picture{'' if total == 1 else 's'} extracted to {out}{earlier}"
-        say(text, style="green" if extracted + kept else "")
-        if folder is not None:
-            say(f"look at {printable(folder / OVERVIEW)}")
-        if failed:
-            say(f"{failed} skipped", style="red", console=messages)
-    with user_errors(RuntimeError):
-        ranks.leave()
-    if counts["failed"]:
-        raise typer.Exit(1)
+def _print_summary(summary: ExtractionSummary, out: Path, distributed: DistributedContext) -> None:
+    """Print the counts: of all ranks in the first, or, where they are not connected, of each in its own."""
+    if distributed.is_connected and distributed.rank > 0:
+        return
+    extracted = summary.num_extracted + summary.num_kept
+    total = extracted + summary.num_failed
+    alone = distributed.world_size > 1 and not distributed.is_connected
+    who = f"rank {distributed.rank} of {distributed.world_size}: " if alone else ""
+    kept = f", {summary.num_kept} of them by an earlier run" if summary.num_kept else ""
+    text = f"{who}{extracted} of {total} picture{'' if total == 1 else 's'} extracted to {out}{kept}"
+    say(text, style="green" if extracted else "")
+    if summary.overview is not None:
+        say(f"look at {printable(summary.overview)}")
+    if summary.num_failed:
+        say(f"{summary.num_failed} skipped", style="red", console=messages)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from resbackbone.utils.validation import check_choice, check_int, warn_user
+from resbackbone.utils.validation import check_choice, check_int, check_ints, warn_user
 
 # What Pillow decodes without another program, as EPS needs one; HEIF and JXL come with plugins.
 # Formats without a signature are tried only if the suffix names them.
@@ -294,6 +294,14 @@ def parse_size(text: str) -> Size:
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
+def check_size(size: Size) -> None:
+    """Raise TypeError or ValueError unless a size is a positive integer or a pair (height, width) of such."""
+    if isinstance(size, (list, tuple)):
+        check_ints("size", size, low=1, length=2, why="height, width")
+    else:
+        check_int("size", size, low=1)
+
+
 def resize(picture: Image.Image, *, size: Size) -> Image.Image:
     """Resize a picture, bilinear and antialiased.
 
@@ -302,19 +310,17 @@ def resize(picture: Image.Image, *, size: Size) -> Image.Image:
         size: The shorter side in pixels, keeping the aspect ratio, or (height, width).
 
     Returns:
-        The picture; the very same where the size is right already.
+        The resized picture; the same object if it has that size already.
 
     Raises:
-        TypeError, ValueError: If a side is no positive integer, or the result would have more than ``MAX_PIXELS``.
+        TypeError, ValueError: As :func:`check_size` does, or if the result would have more than ``MAX_PIXELS``.
     """
+    check_size(size)
     if isinstance(size, int):
-        check_int("size", size, low=1)
         shorter = min(picture.size)
         height, width = (round(side * size / shorter) for side in (picture.height, picture.width))
     else:
         height, width = size
-    check_int("height", height, low=1)
-    check_int("width", width, low=1)
     if height * width > MAX_PIXELS:
         raise ValueError(f"resized to {height}x{width} the picture would have more than {MAX_PIXELS:,} pixels")
     if (width, height) == picture.size:

@@ -31,6 +31,14 @@ def message_of(error: BaseException) -> str:
     return str(error.args[0] if isinstance(error, KeyError) and len(error.args) == 1 else error)
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message in one line, or its type where it has none."""
+    text = message_of(error) or ("there is not enough memory" if isinstance(error, MemoryError) else "")
+    if "Original Traceback (most recent call last):" in text:  # raised in a worker process of a data loader
+        text = text.strip().splitlines()[-1]
+    return " ".join(text.split()) or type(error).__name__
+
+
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn, and name the line outside this package, or mmengine and torch between, that led here: the caller's."""
     frame, level = sys._getframe(1), 2  # the one of `stacklevel=2` is whoever calls this function

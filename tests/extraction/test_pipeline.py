@@ -1,24 +1,21 @@
 """`resbackbone extract` of many pictures: optimised, in batches, in threads, on several ranks, broken off, resumed."""
 
 import signal
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from command_line import fails, make_picture, maps, net_and_checkpoint, run, start, write_config, written
+from command_line import fails, finished, make_picture, maps, net_and_checkpoint, run, start, write_config, written
 from PIL import Image
 
 from resbackbone import ResNet
-from resbackbone.cli import features
-from resbackbone.cli.background import read_ahead, write_behind
-from resbackbone.cli.features import Extractor
-from resbackbone.cli.pipeline import Job, Loaded, Outcome, in_batches
-from resbackbone.cli.ranks import Ranks, own_device
 from resbackbone.data.pictures import read_image
 from resbackbone.data.preprocessing import TORCHVISION
+from resbackbone.extraction import PictureResult, extractor
+from resbackbone.extraction.extractor import Extractor
+from resbackbone.extraction.pipeline import Job, LoadedPicture, in_batches
 from resbackbone.inference import optimize
 
 TOLERANCE = 1e-5  # relative to the largest number of a level: what rounding makes of another order of the same sums
@@ -33,7 +30,7 @@ def assert_alike(one, other):
 
 
 def make_extractor(config="small.yaml", **options):
-    return Extractor(config, **{"checkpoint": None, "device": "cpu", "dtype": "float32", "fpn": False, **options})
+    return Extractor(config, **options)
 
 
 @pytest.fixture
@@ -56,7 +53,7 @@ class TestBackend:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_optimised_unless_told_otherwise(self, monkeypatch, dtype):
         asked = []
-        monkeypatch.setattr(features, "optimize", lambda *args: asked.append(args[1:]) or optimize(*args))
+        monkeypatch.setattr(extractor, "optimize", lambda *args: asked.append(args[1:]) or optimize(*args))
         for options in ((), ("--backend", "eager"), ("--backend", "plain")):
             run("extract", "small.yaml", "a.png", "--out", "out", "--dtype", dtype, *options)
         assert asked == [(dtype, "auto"), (dtype, "eager")]
@@ -73,7 +70,7 @@ class TestBackend:
     def test_u3_float16_on_a_cpu_is_refused_before_work_starts(self):
         arguments = ("extract", "small.yaml", "a.png", "--out", "half", "--dtype", "float16")
         for backend in ((), ("--backend", "auto"), ("--backend", "eager"), ("--backend", "onednn")):
-            assert fails(*arguments, *backend).startswith("`dtype` float16 is not for CPUs; take float32 or bfloat16")
+            assert fails(*arguments, *backend).startswith("`dtype` float16 is not for CPUs; use float32 or bfloat16")
         assert written("half") == []
         run(*arguments, "--backend", "plain")
         assert maps("half/a.png")["layer4"].dtype == "float16"
@@ -102,95 +99,21 @@ class TestBackend:
         assert written("named") == []
 
 
-class TestReadAhead:
-    def read(self, items, read=lambda item: item, *, threads=3, limit=10, weigh=lambda result: 1):
-        return read_ahead(items, read, threads=threads, limit=limit, weigh=weigh)
-
-    def test_everything_comes_in_order(self):
-        def read(item):
-            time.sleep(0.001 * (item % 5))
-            return -item
-
-        assert list(self.read(range(100), read)) == [-item for item in range(100)]
-        assert list(self.read([])) == []
-
-    @pytest.mark.parametrize(("weight", "most"), [(1, 10 + 3), (4, 3 + 3), (1000, 1 + 3)])
-    def test_it_reads_while_nobody_asks_but_no_more_than_the_limit(self, weight, most):
-        begun = []
-        results = self.read(range(100), lambda item: begun.append(item) or item, weigh=lambda result: weight)
-        for taken in range(3):
-            assert next(results) == taken
-            time.sleep(0.1)
-            ahead = len(begun) - (taken + 1)
-            assert (10 // weight or 1) <= ahead <= most
-        assert list(results) == list(range(3, 100))
-
-    def test_an_error_comes_where_its_item_would(self):
-        results = self.read([3, 1, 0, 2], lambda item: 6 // item)
-        assert [next(results), next(results)] == [2, 6]
-        with pytest.raises(ZeroDivisionError):
-            next(results)
-
-    def test_nothing_is_read_once_the_consumer_has_left(self):
-        begun = []
-        results = self.read(range(1000), lambda item: begun.append(item) or time.sleep(0.01), limit=1000)
-        next(results)
-        results.close()
-        count = len(begun)
-        time.sleep(0.1)
-        assert len(begun) == count < 500
-
-    def test_background_threads_compute_alone_and_leave_the_main_one_its_own(self):
-        before = torch.get_num_threads()
-        torch.set_num_threads(3)
-        try:
-            assert set(self.read(range(6), lambda item: torch.get_num_threads())) == {1}
-            assert torch.get_num_threads() == 3
-        finally:
-            torch.set_num_threads(before)
-
-
-class TestWriteBehind:
-    def test_everything_comes_in_order_and_waits_within_the_limit(self):
-        writing, most = threading.Semaphore(0), []
-
-        def items():
-            for item in range(20):
-                most.append(item - len(done))
-                writing.release()
-                yield item
-
-        def write(item):
-            writing.acquire()
-            time.sleep(0.002)
-            return -item
-
-        done = []
-        for result in write_behind(items(), write, threads=2, limit=3, weigh=lambda item: 1):
-            done.append(result)
-        assert done == [-item for item in range(20)]
-        assert 1 < max(most) <= 4
-
-    def test_an_error_is_raised_here(self):
-        with pytest.raises(ZeroDivisionError):
-            list(write_behind([1, 0], lambda item: 1 / item, threads=1, limit=9, weigh=lambda item: 1))
-
-
 class TestBatches:
     @staticmethod
     def loaded(*sizes):
         """Pictures of so many pixels a side, each (name, side); None for one that failed."""
+        failed, picture = PictureResult(Path("bad"), Path("bad"), "failed"), Image.new("RGB", (1, 1))
+        jobs = [Job(Path(str(side)), Path("out")) for side in sizes]
         return [
-            Outcome(Job(Path("bad"), Path("bad")), "failed")
-            if side is None
-            else Loaded(Job(Path(str(side)), Path("out")), Image.new("RGB", (1, 1)), torch.empty(1, 3, side, side), "")
-            for side in sizes
+            failed if side is None else LoadedPicture(job, picture, torch.empty(1, 3, side, side), "")
+            for side, job in zip(sizes, jobs, strict=True)
         ]
 
     @staticmethod
     def sides(batches):
         return [
-            None if isinstance(batch, Outcome) else [loaded.image.shape[-1] for loaded in batch] for batch in batches
+            None if isinstance(batch, PictureResult) else [one.image.shape[-1] for one in batch] for batch in batches
         ]
 
     @pytest.mark.parametrize(
@@ -233,7 +156,7 @@ class TestBatches:
         run("extract", "small.yaml", "in", "--out", "out", "--format", "safetensors", "--backend", "plain")
         assert shapes == [(3, 3, 50, 70), (1, 3, 50, 90), (2, 3, 50, 70)]
 
-    def test_norms_of_the_batch_get_pictures_one_by_one(self, folder):
+    def test_norms_of_the_batch_get_pictures_uses_batch_statistics(self, folder):
         write_config("mixing.yaml", norm_cfg={"type": "BN", "track_running_stats": False})
         for name in "abc":
             make_picture(f"in/{name}.png")
@@ -241,11 +164,11 @@ class TestBatches:
         run("extract", "mixing.yaml", "in", "--out", "single", "--batch-size", "1")
         for name in "abc":
             assert_alike(f"batches/{name}.png", f"single/{name}.png")
-        extractor = make_extractor("mixing.yaml", backend="plain")
+        mixing = make_extractor("mixing.yaml", backend="plain")
         images = torch.cat([TORCHVISION(read_image(f"in/{name}.png")) for name in "ab"])
-        alone, together = extractor(images[:1])[0].maps["layer4"], extractor(images)[0].maps["layer4"]
+        alone, together = mixing(images[:1])[0].maps["layer4"], mixing(images)[0].maps["layer4"]
         assert (alone - together).abs().max() > 0.01 * alone.abs().max()  # they would differ
-        assert not make_extractor().one_by_one
+        assert not make_extractor().uses_batch_statistics
 
     def test_a_batch_that_does_not_fit_into_memory(self, folder, monkeypatch):
         for name in "abcd":
@@ -261,7 +184,7 @@ class TestBatches:
         monkeypatch.setattr(Extractor, "__call__", short_of_memory)
         result = run("extract", "small.yaml", "in", "--out", "out", status=1)
         assert sorted(path.name for path in Path("out").iterdir()) == ["a.png", "b.png", "d.png"]
-        assert "4 pictures at a time did not work: no memory left; taking them one by one\n" in result.stderr
+        assert "a batch of 4 pictures failed: no memory left; computing them one by one\n" in result.stderr
         assert "skipped: in/c.png: no memory left\n" in result.stderr
         assert "3 of 4 pictures extracted" in result.stdout
 
@@ -355,7 +278,7 @@ class TestResume:
             path.write_bytes(b"other")
 
         with monkeypatch.context() as patch:
-            patch.setattr(features.Features, "save_npy", fill_the_disk)
+            patch.setattr(extractor.Features, "save_npy", fill_the_disk)
             run(*self.ARGUMENTS[:-1], "--size", "40", status=1)
         assert not Path("out/a.png/pyramid.png").exists()
         result = run(*self.ARGUMENTS)
@@ -385,81 +308,3 @@ class TestResume:
         assert written("out") == written("unbroken")
         for path in Path("unbroken").iterdir():
             assert_alike(f"out/{path.name}", path)
-
-
-def finished(folder):
-    return {path.parent.name for path in Path(folder).glob("*/pyramid.png")}
-
-
-class TestRanks:
-    def test_each_rank_takes_its_share(self, folder, monkeypatch):
-        for index in range(7):
-            make_picture(f"in/{index}.png")
-        shares = []
-        for rank in range(3):
-            monkeypatch.setenv("RANK", str(rank))
-            monkeypatch.setenv("WORLD_SIZE", "3")
-            result = run("extract", "small.yaml", "in", "--out", f"out{rank}")
-            shares.append(finished(f"out{rank}"))
-            assert f"rank {rank} of 3: {len(shares[-1])} of {len(shares[-1])} pictures extracted" in result.stdout
-            assert ("weights: random" in result.stdout) == (rank == 0)
-        assert sorted(name for share in shares for name in share) == [f"{index}.png" for index in range(7)]
-        assert sorted(map(len, shares)) == [2, 2, 3]
-
-    def test_a_share_may_be_empty(self, folder, monkeypatch):
-        make_picture("in/a.png")
-        monkeypatch.setenv("RANK", "1")
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert "rank 1 of 2: 0 of 0 pictures" in run("extract", "small.yaml", "in", "--out", "out").stdout
-
-    @pytest.mark.parametrize(
-        ("rank", "world_size", "message"),
-        [
-            ("1", None, "the environment needs both RANK and WORLD_SIZE"),
-            (None, "2", "the environment needs both RANK and WORLD_SIZE"),
-            ("one", "2", "as numbers, or neither; got {'RANK': 'one', 'WORLD_SIZE': '2'}"),
-            ("-1", "2", "as numbers, or neither"),
-            ("2", "2", "RANK must be below WORLD_SIZE (=2), got 2"),
-        ],
-    )
-    def test_numbers_that_make_no_sense(self, folder, monkeypatch, rank, world_size, message):
-        make_picture("in/a.png")
-        for name, value in (("RANK", rank), ("WORLD_SIZE", world_size)):
-            if value is not None:
-                monkeypatch.setenv(name, value)
-        assert message in fails("extract", "small.yaml", "in", "--out", "out")
-        assert written("out") == []
-
-    def test_every_rank_has_its_gpu(self, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-        assert own_device("cuda") == "cuda"
-        monkeypatch.setenv("LOCAL_RANK", "1")
-        assert [own_device(device) for device in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
-        monkeypatch.setenv("LOCAL_RANK", "3")  # where each sees its own only
-        assert own_device("cuda") == "cuda:1"
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-        assert own_device("cuda") == "cuda"
-
-    def test_alone_without_variables(self):
-        ranks = Ranks.from_environment()
-        assert (ranks.rank, ranks.world_size, ranks.connected) == (0, 1, False)
-        assert ranks.sum(3, 4) == [3, 4]
-
-    @pytest.mark.slow  # three processes that import torch
-    def test_under_torchrun_a_rank_with_bad_pictures_does_not_end_the_others(self, folder):
-        """It kills all as soon as one has failed; here the second has failed long before the first is done."""
-        good, bad = ({f"{index:02}.png" for index in range(first, 48, 2)} for first in (0, 1))
-        for name in good:
-            make_picture(f"in/{name}", size=(700, 500))
-        for name in bad:
-            Path("in", name).touch()
-        launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-        process = start("extract", "small.yaml", "in", "--out", "out", launcher=launcher)
-        stdout, stderr = process.communicate(timeout=300)
-        assert finished("out") == good
-        assert process.returncode == 1
-        assert stdout.count("weights: random") == 1
-        assert stdout.count("24 of 48 pictures extracted to out") == 1
-        assert stdout.count("extracted") == 1
-        assert all(f"skipped: cannot read picture 'in/{name}'" in stderr for name in bad)
-        assert "24 skipped" in stderr

@@ -60,6 +60,11 @@ def written(folder):
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
 
 
+def finished(folder):
+    """Names of the pictures whose results in a folder are complete."""
+    return {path.parent.name for path in Path(folder).glob("*/pyramid.png")}
+
+
 def maps(folder):
     return {path.stem: np.load(path) for path in sorted(Path(folder).glob("*.npy"))}
 

@@ -1,4 +1,4 @@
-"""Compute the feature maps of pictures, for ``resbackbone extract``."""
+"""The model that extracts features: preprocessing, backbone, optional FPN, and the feature maps of one picture."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,66 +15,79 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resbackbone import build_backbone
 from resbackbone.backbones import Backbone
 from resbackbone.checkpoints import load_checkpoint
-from resbackbone.cli.pyramid import Level, draw_pyramid
-from resbackbone.config import config_files, load_config
+from resbackbone.config import BackboneSource, build_backbone, config_files, load_config
 from resbackbone.data.preprocessing import preprocessing_of
+from resbackbone.extraction.visualization import Level, draw_pyramid
 from resbackbone.inference import optimize
 from resbackbone.necks import FPN
 from resbackbone.utils import processor
+from resbackbone.utils.devices import check_device
+from resbackbone.utils.validation import check_choice
 
-SEED = 0  # of random weights: two runs without a checkpoint agree
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Backend = Literal["auto", "onednn", "compile", "eager", "plain"]
+SEED = 0  # of random weights: runs without a checkpoint agree
 FPN_CHANNELS, FPN_LEVELS = 256, 5
 
 
 class Extractor:
-    """A backbone, an FPN on top of it if wanted, and the preprocessing that goes with it.
+    """A backbone with its preprocessing, and an FPN on top if wanted: images in, feature maps out.
 
     Args:
-        config: A name or path, as for :func:`resbackbone.build_backbone`.
-        checkpoint: Weights for the backbone, as for :func:`resbackbone.checkpoints.load_checkpoint`.
-        device: A device of :func:`available_devices`.
-        dtype: Name of a torch dtype.
-        fpn: Whether an FPN's outputs take the place of the backbone's.
-        backend: As for :func:`resbackbone.inference.optimize`, where "auto" falls back on "plain": the net as it is.
+        config: As for :func:`resbackbone.build_backbone`.
+        checkpoint: Weights of the backbone, as for :func:`resbackbone.checkpoints.load_checkpoint`.
+        device: One of :func:`resbackbone.utils.devices.available_devices`.
+        dtype: "float32", "bfloat16", "float16" or "float64".
+        fpn: Whether to return the outputs of an FPN instead of the backbone's.
+        backend: As for :func:`resbackbone.inference.optimize`, where "auto" falls back to "plain": the model unchanged.
 
     Attributes:
-        about: Lines that say where the weights are from, and what the user may not expect.
-        title: The weights in a few words, with the config's name.
+        notes: Lines for the user: the source of the weights, fallbacks of the dtype and the backend.
+        title: Name of the config and of the weights.
         in_channels: Of the pictures: 3 for color, 1 for grayscale.
-        levels: Name and stride of each output, finest first.
-        one_by_one: Whether a batch must be of one picture, because those of a batch would influence each other.
-        settings: What the features of a picture depend on, as JSON has it.
+        levels: Stride of each output by its name, finest first.
+        uses_batch_statistics: Whether a norm normalizes over the batch in eval mode, so that images affect each other.
+        settings: Everything but the picture that the features depend on, as JSON values.
 
     Raises:
-        KeyError, TypeError, ValueError, FileNotFoundError: If something does not fit; the message is for the user.
+        KeyError, TypeError, ValueError, OSError: As :func:`extract` does.
     """
 
     def __init__(
-        self, config: str, *, checkpoint: str | None, device: str, dtype: str, fpn: bool, backend: str = "auto"
+        self,
+        config: BackboneSource,
+        *,
+        checkpoint: str | Path | None = None,
+        device: str = "cpu",
+        dtype: Dtype = "float32",
+        fpn: bool = False,
+        backend: Backend = "auto",
     ) -> None:
+        check_choice("dtype", dtype, get_args(Dtype))
+        check_choice("backend", backend, get_args(Backend))
         check_device(device)
         if dtype == "float16" and backend != "plain" and device == "cpu":
             raise ValueError(
-                "`dtype` float16 is not for CPUs; take float32 or bfloat16, or --backend plain for the net as it is"
+                "`dtype` float16 is not for CPUs; use float32 or bfloat16, or backend 'plain', the model unchanged"
             )
         backbone_config = load_config(config).backbone
-        torch.manual_seed(SEED)
-        net = build_backbone(backbone_config)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(SEED)
+            net = build_backbone(backbone_config)
         self.in_channels = net.in_channels
-        name = config if config in config_files() else Path(config).stem
         weights = _configured_weights(backbone_config)
-        self.title = f"{name}   {'random weights' if weights is None else Path(weights).name}"
+        weights_name = "random weights" if weights is None else Path(weights).name
         if checkpoint is not None:
             weights = f"{checkpoint} ({load_checkpoint(net, checkpoint).summary()})"
-            self.title = f"{name}   {Path(checkpoint).name}"
+            weights_name = Path(checkpoint).name
+        self.title = f"{_config_name(config)}   {weights_name}"
         self.preprocessing = preprocessing_of(net)
-        self.about = [f"weights: {weights or 'random (no checkpoint given)'}"]
+        self.notes = [f"weights: {weights or 'random (no checkpoint given)'}"]
         self.levels = {info.name: info.stride for info in net.feature_info}
-        model = self._with_fpn(net) if fpn else net
-        self.one_by_one = _mixes_pictures(model)
+        model = self._add_fpn(net) if fpn else net
+        self.uses_batch_statistics = _uses_batch_statistics(model)
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.settings = {
@@ -84,35 +97,36 @@ class Extractor:
             "fpn": fpn,
             "dtype": dtype,
         }
-        self.computed_dtype = self._choose_dtype()
+        self.computed_dtype = self._choose_computed_dtype()
         model.to(self.device).eval()
-        self.model = self._prepare(model, backend)
+        self.model = self._optimize(model, backend)
 
-    def _with_fpn(self, net: Backbone) -> nn.Module:
-        torch.manual_seed(SEED)
+    def _add_fpn(self, net: Backbone) -> nn.Module:
         infos = net.feature_info
         num_levels = max(FPN_LEVELS, len(infos))
-        fpn = FPN(in_channels=net.out_channels, out_channels=FPN_CHANNELS, num_outs=num_levels)
-        fpn.init_weights()
-        self.about.append("weights of the FPN: random")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(SEED)
+            fpn = FPN(in_channels=net.out_channels, out_channels=FPN_CHANNELS, num_outs=num_levels)
+            fpn.init_weights()
+        self.notes.append("weights of the FPN: random")
         self.title += "   FPN, random"
         self.levels = {"p0" if info.name == "image" else f"p{info.stage + 2}": info.stride for info in infos}
         for extra in range(1, num_levels - len(infos) + 1):
             self.levels[f"p{infos[-1].stage + 2 + extra}"] = infos[-1].stride * 2**extra
         return nn.Sequential(net, fpn)
 
-    def _choose_dtype(self) -> torch.dtype:
-        """Return what to compute in: float32 where a CPU has no instructions for the dtype."""
+    def _choose_computed_dtype(self) -> torch.dtype:
+        """Return the dtype to compute in: float32 where a CPU has no instructions for the one asked for."""
         computed = processor.computed_dtype(self.dtype) if self.device.type == "cpu" else self.dtype
         if computed is not self.dtype:
             self.settings["computed dtype"] = "float32"
             name = str(self.dtype).removeprefix("torch.")
             reason = f"{processor.reason(self.dtype)}, and would be several times slower in it"
-            self.about.append(f"computed in float32 and written in {name}: {reason}")
+            self.notes.append(f"computed in float32 and written in {name}: {reason}")
         return computed
 
-    def _prepare(self, model: nn.Module, backend: Any) -> nn.Module:
-        """Return what computes: the model optimized, or as it is in the dtype."""
+    def _optimize(self, model: nn.Module, backend: Backend) -> nn.Module:
+        """Return the model optimized; with backend "plain", or where "auto" cannot optimize it, converted only."""
         self.settings["backend"] = backend
         if backend != "plain":
             try:
@@ -120,13 +134,20 @@ class Extractor:
             except ValueError as error:
                 if backend != "auto":
                     raise
-                self.about.append(f"computed by the plain net: {error}")
+                self.notes.append(f"computed by the plain net: {error}")
         self.settings["backend"] = "plain"
         return model.to(self.computed_dtype)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> list[Features]:
-        """Compute the feature maps of pictures, normalized, ``(N, in_channels, H, W)``; one entry for each."""
+        """Compute feature maps.
+
+        Args:
+            images: Normalized by ``preprocessing``, ``(N, in_channels, H, W)``.
+
+        Returns:
+            The feature maps of each image, on the CPU.
+        """
         outputs = self.model(images.to(self.device, self.computed_dtype))
         outputs = [output.to(self.dtype).cpu() for output in outputs]
         return [
@@ -140,8 +161,8 @@ class Features:
     """The feature maps of one picture.
 
     Attributes:
-        maps: By the level's name, finest first, ``(C, H, W)`` on the CPU.
-        strides: Input pixels per feature pixel of each.
+        maps: By name of the level, finest first; each ``(C, H, W)`` on the CPU.
+        strides: Stride of each level in input pixels.
     """
 
     maps: Mapping[str, Tensor]
@@ -149,25 +170,25 @@ class Features:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the maps take."""
+        """Size of the maps in bytes."""
         return sum(tensor.nbytes for tensor in self.maps.values())
 
-    def not_finite(self) -> list[str]:
-        """Return the levels that hold an infinity or NaN, which is how half precision overflows."""
+    def non_finite(self) -> list[str]:
+        """Return the levels that contain an infinity or NaN, as when half precision overflows."""
         return [name for name, tensor in self.maps.items() if not tensor.isfinite().all()]
 
     def save_npy(self, path: Path, *, level: str) -> None:
-        """Write one level; as float32 if it is bfloat16, which NumPy has not."""
+        """Write one level; bfloat16 is written as float32, since NumPy has no bfloat16."""
         tensor = self.maps[level]
         with path.open("wb") as file:
             np.save(file, (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).contiguous().numpy())
 
     def save_safetensors(self, path: Path) -> None:
-        """Write all levels into one file, in the dtype that they have."""
+        """Write all levels into one file, in their own dtype."""
         path.write_bytes(to_safetensors({name: tensor.contiguous() for name, tensor in self.maps.items()}))
 
     def draw(self, picture: Image.Image, *, title: str) -> Image.Image:
-        """Draw the overview of the input and every level."""
+        """Draw an overview of the picture and every level."""
         levels = [
             Level(name, len(tensor), self.strides[name], tensor.float().abs().mean(0).numpy())
             for name, tensor in self.maps.items()
@@ -175,13 +196,12 @@ class Features:
         return draw_pyramid(picture, levels=levels, title=title)
 
 
-def _mixes_pictures(model: nn.Module) -> bool:
-    """Whether a norm takes its statistics from the batch in evaluation, too."""
+def _uses_batch_statistics(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) and module.running_mean is None for module in model.modules())
 
 
 def _digest(model: nn.Module) -> str:
-    """A number that tells these weights from all others."""
+    """Return a hash of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -189,20 +209,14 @@ def _digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def available_devices() -> list[str]:
-    """The devices that torch can compute on here."""
-    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    return devices + (["mps"] if torch.backends.mps.is_available() else [])
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not among :func:`available_devices`."""
-    if device not in (available := available_devices()) and f"{device}:0" not in available:
-        raise ValueError(f"device {device!r} is not there; available: {', '.join(available)}")
+def _config_name(config: BackboneSource) -> str:
+    if isinstance(config, Mapping):
+        return str(config.get("type"))
+    return str(config) if str(config) in config_files() else Path(config).stem
 
 
 def _configured_weights(config: Mapping[str, Any]) -> str | None:
-    """The checkpoint that the config itself names, if it does."""
+    """Return the checkpoint that the config itself names, if any."""
     init = config.get("init_cfg")
     for entry in init if isinstance(init, (list, tuple)) else [init]:
         if isinstance(entry, Mapping) and entry.get("type") in ("Pretrained", "PretrainedInit"):
