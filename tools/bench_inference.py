@@ -86,7 +86,7 @@ def compiled_net(dtype: torch.dtype = torch.float32, *, device: str = "cpu", fre
     import torch._inductor.config
 
     net = build_backbone("resnet50").eval().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    compiled = torch.compile(net, dynamic=False if freezing else None)
+    compiled: Callable[[Tensor], Any] = torch.compile(net, dynamic=False if freezing else None)
 
     def call(x: Tensor) -> Any:
         # Without what earlier runs left on the disk: who compiles for the first time waits.
@@ -113,7 +113,7 @@ def quantized_onnx_file(folder: Path) -> Path:
     if path.exists():
         return path
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # it ships no types
         def __init__(self) -> None:
             self.images: Iterator[Any] = iter([{"images": torch.randn(1, 3, 224, 224).numpy()} for _ in range(4)])
 
@@ -245,7 +245,7 @@ def families(runs: int, device: str) -> dict[str, dict[str, float]]:
     figures = {}
     for config in FAMILIES:
         net = build_backbone(config).eval().to(device)
-        nets = {PLAIN: net, OURS: fed_in_channels_last(partial(optimize, net))}
+        nets: dict[str, Any] = {PLAIN: net, OURS: fed_in_channels_last(partial(optimize, net))}
         nets[f"{OURS} bfloat16"] = fed_in_channels_last(partial(optimize, net, "bfloat16"))
         for size in ((224, 224), (480, 640)):
             x = torch.randn(1, 3, *size, device=device)

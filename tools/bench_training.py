@@ -64,7 +64,7 @@ class Contestant:
     def prepare(self, device: str) -> Callable[[Tensor], Any]:
         """Build the net and what runs it."""
         net = self.make().to(device=device, memory_format=self.memory_format)
-        return torch.compile(net) if self.compiled else net  # type: ignore[no-any-return]
+        return torch.compile(net) if self.compiled else net
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -122,7 +122,9 @@ def contestants() -> dict[str, Contestant]:
     bf16 = torch.bfloat16
     folded = partial(ours, frozen_stages=1, fold_frozen_norms=True)
     plain = partial(ours, frozen_stages=1)
-    theirs = {name: partial(freeze_as_detectors, make) for name, make in _installed().items()}
+    theirs: dict[str, Callable[[], Any]] = {
+        name: partial(freeze_as_detectors, make) for name, make in _installed().items()
+    }
     if find_spec("mmdet"):
         theirs = {"mmdet": mmdet_training, **theirs}
     ways = {}

@@ -177,7 +177,7 @@ def read_timm() -> Iterator[Published]:
                 **preprocessing(cfg.mean, cfg.std, unit=255, size=size),
                 "crop_pct": cfg.test_crop_pct or cfg.crop_pct,
             },
-            preferred=timm.get_pretrained_cfg(cfg.architecture).tag == cfg.tag,
+            preferred=getattr(timm.get_pretrained_cfg(cfg.architecture), "tag", None) == cfg.tag,
             build=partial(timm.create_model, cfg.architecture),
         )
 

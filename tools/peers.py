@@ -17,7 +17,7 @@ _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_declarations = torch.library.Library("torchvision", "FRAGMENT")  # the schemas live as long as this object
+_declarations = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]  # the schemas live as long as it
 
 
 def import_torchvision() -> ModuleType:
@@ -35,7 +35,7 @@ def import_torchvision() -> ModuleType:
         if "operator torchvision::nms does not exist" not in str(error):
             raise
     for schema in _SCHEMAS:
-        _declarations.define(schema)
+        _declarations.define(schema)  # type: ignore[no-untyped-call]
     return importlib.import_module("torchvision")
 
 
@@ -61,10 +61,9 @@ def timm_net() -> Net:
 def transformers_net() -> Net:
     """The ResNet-50 of Hugging Face."""
     import_torchvision()  # which transformers imports, too
-    from transformers import ResNetBackbone, ResNetConfig
-
-    config = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
-    net: Net = ResNetBackbone(config).eval()
+    transformers: Any = importlib.import_module("transformers")
+    config = transformers.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+    net: Net = transformers.ResNetBackbone(config).eval()
     return net
 
 

@@ -124,7 +124,7 @@ def _backbones_in(value: Any, host: str) -> Iterator[dict[str, Any]]:
             yield from _backbones_in(item, host)
 
 
-def build_pair(host: str, config: Mapping[str, Any]) -> tuple[nn.Module, nn.Module]:
+def build_pair(host: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
     """Build a backbone dict natively and with ours, both through the host's registry.
 
     The host's class is taken from its module, where it stays whatever the registry says.
@@ -171,6 +171,7 @@ def randomise(net: nn.Module, seed: int = 0) -> None:
                 buffer.normal_(0, 0.1, generator=generator)
             elif name.endswith("running_var"):
                 buffer.uniform_(0.5, 1.5, generator=generator)
+        module: Any
         for module in net.modules():
             if hasattr(module, "weight_gamma"):  # ConvAWS, whose standardized filters are that many times as long
                 scale = 1 / math.sqrt(module.weight[0].numel())
@@ -239,7 +240,7 @@ def _train(net: nn.Module, images: Tensor) -> Sequence[Tensor]:
     pulls = [torch.randn(output.shape, generator=generator) for output in outputs]
     attached = [(output, pull) for output, pull in zip(outputs, pulls, strict=True) if output.requires_grad]
     if attached:
-        torch.autograd.backward(*map(list, zip(*attached, strict=True)))
+        torch.autograd.backward([output for output, _ in attached], [pull for _, pull in attached])
     return tuple(outputs)
 
 

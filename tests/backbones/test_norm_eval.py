@@ -196,7 +196,7 @@ def test_w1_inside_of_a_model_that_trains(images):
 
 def test_w1_signatures_and_errors_of_constructors_stay():
     with pytest.raises(TypeError, match="unexpected keyword argument 'dept'"):
-        ResNet(18, dept=1)
+        ResNet(18, **{"dept": 1})
     with pytest.warns(FutureWarning, match="old spelling") as warned:
         ResNet(**TINY, pretrained="net.pth")
     assert warned[0].filename == __file__

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -770,7 +771,7 @@ def test_building_and_initialising_leave_the_callers_config_alone(gate):
 
 
 def test_a_net_keeps_no_reference_to_the_callers_config(gate):
-    given = {
+    given: dict[str, Any] = {
         "norm_cfg": {"type": "BN"},
         "multi_grid": [1, 2, 4],
         "init_cfg": [{"type": "Constant", "val": 0.5, "layer": "Conv2d"}],

@@ -27,7 +27,7 @@ def test_the_depths_are_the_papers(depth):
 
 def test_a_convolution_strides_in_place_of_the_pooling():
     net = ResNetRS(50).eval()
-    assert [type(layer) for layer in net.maxpool] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    assert [type(layer) for layer in net.maxpool.children()] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
     assert net.maxpool[0].weight.shape == (64, 64, 3, 3)
     assert net.out_strides == (4, 8, 16, 32)
     assert [type(net.layer2[0].downsample[index]) for index in (0, 1)] == [nn.AvgPool2d, nn.Conv2d]

@@ -7,7 +7,7 @@ import build_catalog
 import pytest
 import torch
 import yaml
-from catalog_origins import mmengine_names
+from catalog_origins import ORIGINS, mmengine_names
 from faulty_web import serve
 from rich.console import Console
 from safetensors.torch import save
@@ -35,7 +35,7 @@ FAMILY = re.compile(r"(.*/)?(wide_|se-)?(resnet|resnext|resnest|regnet|res2net)[
 
 def test_there_are_many():
     assert len(ALL) > 350
-    assert {name.partition("/")[0] for name in NAMES} == set(build_catalog.ORIGINS)
+    assert {name.partition("/")[0] for name in NAMES} == set(ORIGINS)
 
 
 def test_no_entry_hides_another():
@@ -288,8 +288,8 @@ def copy(tmp_path, monkeypatch):
     """The generator works on a copy, and finds no package but can do detectron2's part, which needs none."""
     path = tmp_path / "catalog.yaml"
     path.write_bytes(build_catalog.CATALOG.read_bytes())
-    origins = {name: origin._replace(packages=("no-such",)) for name, origin in build_catalog.ORIGINS.items()}
-    monkeypatch.setattr(build_catalog, "ORIGINS", origins | {"detectron2": build_catalog.ORIGINS["detectron2"]})
+    origins = {name: origin._replace(packages=("no-such",)) for name, origin in ORIGINS.items()}
+    monkeypatch.setattr(build_catalog, "ORIGINS", origins | {"detectron2": ORIGINS["detectron2"]})
     monkeypatch.setattr(build_catalog, "CATALOG", path)
     return path
 
@@ -308,7 +308,7 @@ def test_a_changed_figure_is_noticed(copy):
 
 
 def test_a_backbone_that_does_not_fit_is_refused():
-    (right, *_) = build_catalog.ORIGINS["detectron2"].read()
+    (right, *_) = ORIGINS["detectron2"].read()
     values = {"layout": "native", "classes": 1000}
     right = type(right)(**vars(right) | {"values": values, "build": lambda: build_on_meta("resnet50")})
     for fits, config in ((True, "resnet50"), (True, "resnet50_v1b"), (False, "resnet50_v1d"), (False, "resnet18")):
@@ -321,7 +321,7 @@ def test_a_backbone_that_does_not_fit_is_refused():
 
 
 def test_figures_that_are_not_the_models_are_reported():
-    (right, *_) = build_catalog.ORIGINS["detectron2"].read()
+    (right, *_) = ORIGINS["detectron2"].read()
     said = {"config": "resnet50", "values": {"classes": 1000}, "params": 2180000, "gmacs": 4.09}
     reports = list(build_catalog.differences(type(right)(**vars(right) | said)))
     assert [re.search(r"states ([\d.,]+)", report)[1] for report in reports] == ["2,180,000", "4.09"]

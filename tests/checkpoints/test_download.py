@@ -151,7 +151,7 @@ def test_a_stalled_connection_is_left(web, tmp_path, monkeypatch):
     """The server would wait until the test ends; only the first attempt is short of time, however busy the machine."""
     usual = http_requests.TIMEOUT
     monkeypatch.setattr(http_requests, "TIMEOUT", 2)
-    monkeypatch.setattr(partial_download.time, "sleep", lambda _: monkeypatch.setattr(http_requests, "TIMEOUT", usual))
+    monkeypatch.setattr("time.sleep", lambda _: monkeypatch.setattr(http_requests, "TIMEOUT", usual))
     web.faults = [{"cut": 1000, "wait": True}]
     assert fetch(f"{web.url}/{named(CONTENT)}", folder=tmp_path).read_bytes() == CONTENT
     assert not web.waited  # the client left first

@@ -298,11 +298,11 @@ class Restricted(pickle.Unpickler):
 def test_the_unpickler_in_c_takes_functions_from_the_registry():
     """Why `SafeUnpickler` is no subclass of it; if this fails, it could be."""
     for code, opcode, _ in EXTENSIONS:
-        copyreg._extension_cache[code] = os.mkdir  # as it is once one was used
+        vars(copyreg)["_extension_cache"][code] = os.mkdir  # as it is once one was used
         try:
             assert Restricted(io.BytesIO(pickled(opcode))).load() is os.mkdir
         finally:
-            del copyreg._extension_cache[code]
+            del vars(copyreg)["_extension_cache"][code]
 
 
 def test_the_unpickler_in_c_dies_of_a_deep_key():

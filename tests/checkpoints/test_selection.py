@@ -4,6 +4,7 @@ import itertools
 import random
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -253,7 +254,7 @@ def test_r7_pytorchs_own_wrappers(tmp_path):
     net.layer1 = torch.compile(net.layer1)
     net.layer2[0] = torch.nn.DataParallel(net.layer2[0])
     net.layer2[1] = checkpoint_wrapper(torch.compile(net.layer2[1]))
-    whole = torch.compile(torch.nn.DataParallel(net))
+    whole: Any = torch.compile(torch.nn.DataParallel(net))
     assert any("_orig_mod.module.layer1._orig_mod." in key for key in whole.state_dict())
     torch.save(whole.state_dict(), tmp_path / "m.pth")
     fresh = ResNet(18, **SIZE)

@@ -330,7 +330,7 @@ class Tagged(torch.Tensor):
 
 def test_r8_tensors_with_attributes_or_a_class_are_tensors(tmp_path):
     parameter = nn.Parameter(torch.arange(3.0))
-    parameter.optim = {"lr": 0.1, "where": pathlib.PurePosixPath("a")}
+    vars(parameter)["optim"] = {"lr": 0.1, "where": pathlib.PurePosixPath("a")}
     tagged = torch.arange(4.0).as_subclass(Tagged)
     torch.save({"a": parameter, "b": tagged, "c": torch.ones(2, dtype=torch.complex64)}, tmp_path / "a.pth")
     content = read_file(tmp_path / "a.pth")

@@ -4,11 +4,12 @@ from importlib import metadata
 
 import build_catalog
 import pytest
+from catalog_origins import ORIGINS
 
 
 @pytest.mark.parametrize("origin", ["mmpretrain", "open-mmlab"])
 def test_the_catalog_is_what_the_packages_say(origin, capsys):
-    packages = build_catalog.ORIGINS[origin].packages
+    packages = ORIGINS[origin].packages
     try:
         installed = {name: metadata.version(name) for name in packages}
     except metadata.PackageNotFoundError as error:

@@ -69,7 +69,7 @@ def test_identical_with_options(build_pair, name):
     options = OPTIONS[name]
     native, ours = build_pair(TINY, **options)
     # mmcv's deformable convolution wants feature maps of 3x3 pixels at least, and the last stage has a stride of 32.
-    assert compare_backbones(native, ours, images(options.get("in_channels", 3), 96)) == []
+    assert compare_backbones(native, ours, images(dict(options).get("in_channels", 3), 96)) == []
 
 
 def test_checkpointing_in_ours_is_none_in_mmdets(build_pair):

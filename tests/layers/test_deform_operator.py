@@ -207,7 +207,7 @@ def test_torchvision_adapter_passes_its_arguments_in_order(monkeypatch: pytest.M
         return scalar_reference(input, offset, weight, bias, stride, padding, dilation, mask)
 
     package, module = types.ModuleType("torchvision"), types.ModuleType("torchvision.ops")
-    package.ops, module.deform_conv2d = module, deform_conv2d
+    vars(package)["ops"], vars(module)["deform_conv2d"] = module, deform_conv2d
     monkeypatch.setitem(sys.modules, "torchvision", package)
     monkeypatch.setitem(sys.modules, "torchvision.ops", module)
     for cls in CLASSES:

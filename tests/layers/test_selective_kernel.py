@@ -66,7 +66,7 @@ def test_it_takes_the_place_of_the_convolution_that_may_stride(net):
         conv = selective(block)
         assert isinstance(conv, SelectiveKernelConv2d)
         assert not hasattr(block, "bn1" if block.num_convs == 2 else "bn2")
-        assert len(conv.paths) == options.get("num_paths", 2)
+        assert len(conv.paths) == dict(options).get("num_paths", 2)
     strides = {path.conv.stride for path in selective(built.layer2[0]).paths}
     assert strides == ({(1, 1)} if net == "caffe" else {(2, 2)})
     for size in ((64, 64), (65, 97)):

@@ -1,6 +1,7 @@
 """Every registered backbone, small, for what holds for all of them; a new class is here by being registered."""
 
 import inspect
+from typing import Any
 
 import pytest
 
@@ -8,13 +9,13 @@ from resbackbone import MODELS
 from resbackbone.backbones import Backbone
 from resbackbone.layers import ConvAWS2d
 
-CLASSES = {
+CLASSES: dict[str, Any] = {
     name: item
     for name, item in MODELS.module_dict.items()
     if inspect.isclass(item) and issubclass(item, Backbone) and item.__module__.startswith("resbackbone.")
 }
 # What makes a class small; those that are not here take their least depth and 8 channels.
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "ResNetV2": {"depth": 18, "base_channels": 8, "deep_stem": True},  # its plain stem has no norm
     "ResNeXt": {"depth": 50, "base_channels": 8, "groups": 4, "base_width": 4},
     "RegNet": {"arch": "regnetx_200mf"},
@@ -23,7 +24,7 @@ SMALL = {
     "ResNetV2T": {"depth": 18, "base_channels": 8, "stem_channels": 16},
 }
 # Beside each class with its defaults, options that change what the layers compute.
-OPTIONS = {
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "ResNetV2-BiT": (
         "ResNetV2",
         {
@@ -63,33 +64,33 @@ OPTIONS = {
         },
     ),
 }
-CASES = {name: (name, {}) for name in CLASSES} | OPTIONS
+CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in CLASSES} | OPTIONS
 
 every_class = pytest.mark.parametrize("case", CLASSES)
 every_case = pytest.mark.parametrize("case", CASES)
 
 
-def small(name):
+def small(name: str) -> dict[str, Any]:
     return SMALL.get(name) or {"depth": min(CLASSES[name].arch_settings), "base_channels": 8}
 
 
-def arguments_of(case, **options):
+def arguments_of(case: str, **options: Any) -> dict[str, Any]:
     """The constructor's arguments of a small net whose norms train."""
     name, own = CASES[case]
     return {**small(name), "norm_eval": False, **own, **options}
 
 
-def stages(net):
+def stages(net: Backbone) -> list[list[Any]]:
     """The blocks of each stage."""
     return [list(getattr(net, name)) for name in net.res_layers]
 
 
-def blocks(net):
+def blocks(net: Backbone) -> list[Any]:
     """The blocks of all stages."""
     return [block for stage in stages(net) for block in stage]
 
 
-def make(case, **options):
+def make(case: str, **options: Any) -> Any:
     net = CLASSES[CASES[case][0]](**arguments_of(case, **options))
     for layer in net.modules():
         if isinstance(layer, ConvAWS2d):
@@ -97,10 +98,10 @@ def make(case, **options):
     return net
 
 
-def one_block_per_stage(monkeypatch):
+def one_block_per_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every depth shallow, two blocks in the second stage, for what takes long per block and shows nothing new."""
     for net_class in CLASSES.values():
-        settings = {}
+        settings: dict[Any, Any] = {}
         for depth, value in net_class.arch_settings.items():
             block, counts = value if isinstance(value, tuple) else (None, ())
             settings[depth] = (block, (1, 2, 1, 1)[: len(counts)]) if block else value

@@ -361,7 +361,7 @@ TYPES = (
     *(torch.nn.BatchNorm1d, torch.nn.Conv3d, torch.nn.Linear, torch.nn.LayerNorm, torch.nn.LazyConv2d, torch.nn.Module),
     *(torch.nn.Identity, dict, print),
 )
-VALUES = (
+VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2, 3, 5, 7, 64, 3.0, 2.5, 0.5, -0.5, 1e9, 1e-300, 1e300),
     *(float("nan"), float("inf"), -float("inf"), 10**6, 10**9, 2**31, 2**63, 10**30, -(10**30), 1j),
     *("", "64", "1", "False", "None", "nan", "BN", "a" * 300, b"64", bytearray(b"1"), (), {}, frozenset({1})),

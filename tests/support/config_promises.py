@@ -242,7 +242,7 @@ def _check_gradients(net: nn.Module, outs: Any) -> None:
     attached = [out.square().mean() for out in outs if out.requires_grad]
     if not attached:
         return
-    sum(attached).backward()  # type: ignore[union-attr]
+    torch.stack(attached).sum().backward()  # type: ignore[no-untyped-call]
     for name, parameter in net.named_parameters():
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             raise Broken(f"the gradient of {name} is not finite")

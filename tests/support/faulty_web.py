@@ -5,9 +5,10 @@ import hashlib
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 OTHER = CONTENT[::-1]
@@ -19,7 +20,7 @@ def named(content: bytes, stem: str = "weights") -> str:
     return f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}.pth"
 
 
-def drip(head, seconds):
+def drip(head: bytes, seconds: float) -> Iterator[bytes]:
     """An answer that goes on a byte at a time, for ever."""
     yield head
     for _ in itertools.count():
@@ -27,7 +28,7 @@ def drip(head, seconds):
         yield b"1"
 
 
-def pour(head, piece):
+def pour(head: bytes, piece: bytes) -> Iterator[bytes]:
     """An answer that goes on for ever, as fast as it can."""
     yield head
     yield from itertools.repeat(piece)
@@ -40,15 +41,17 @@ class Web(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.etag, self.modified, self.ranges = CONTENT, '"v1"', None, True
+        self.content, self.ranges = CONTENT, True
+        self.etag: str | None = '"v1"'
+        self.modified: str | None = None
         self.if_range = True
-        self.faults: list[dict] = []
-        self.requests: list[tuple[str, dict]] = []
+        self.faults: list[dict[str, Any]] = []
+        self.requests: list[tuple[str, dict[str, str]]] = []
         self.waited = False  # whether such a request waited in vain
         self.release = threading.Event()  # what a request with "wait" waits for
         self.url = f"http://127.0.0.1:{self.server_port}"
 
-    def handle_error(self, *_):
+    def handle_error(self, *_: object) -> None:
         """A client that hangs up is no news."""
 
     @property
@@ -59,11 +62,12 @@ class Web(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    server: Web
 
-    def log_message(self, *_):
+    def log_message(self, *_: object) -> None:
         """The tests look at ``requests``."""
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         web = self.server
         web.requests.append((self.path, dict(self.headers)))
         fault = web.faults.pop(0) if web.faults else {}
@@ -85,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send_file(fault)
 
-    def send_file(self, fault):
+    def send_file(self, fault: Mapping[str, Any]) -> None:
         web, start = self.server, 0
         current = not web.if_range or self.headers.get("If-Range") in (None, web.etag, web.modified)
         if web.ranges and "Range" in self.headers and current:

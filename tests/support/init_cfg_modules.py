@@ -1,11 +1,13 @@
 """Every kind of module that has an ``init_cfg``, every spelling of a checkpoint in one, and a pickle that runs code."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hostile_configs import TINY
 from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS as ROOT_MODELS
-from torch import nn
+from torch import Tensor, nn
 
 from resbackbone import MODELS, ResNet, SharedHead
 from resbackbone.backbones.res_layer import ResLayer
@@ -17,37 +19,38 @@ from resbackbone.training.classification import ImageClassifier
 
 
 @MODELS.register_module(name="tests.ForeignPlugin")
-class ForeignPlugin(BaseModule):
+class ForeignPlugin(BaseModule):  # type: ignore[misc]  # mmengine ships no types
     """A plugin of somebody who has mmengine's base class; so mmengine itself would load what it is told to."""
 
-    def __init__(self, in_channels, init_cfg=None):
+    def __init__(self, in_channels: int, init_cfg: Any = None) -> None:
         super().__init__(init_cfg)
         self.conv = nn.Conv2d(in_channels, in_channels, 1)
         self.relu = nn.ReLU()
 
-    def forward(self, x):
-        return x + self.conv(x)
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.conv(x)
+        return out
 
 
-class ForeignHolder(BaseModule):
+class ForeignHolder(BaseModule):  # type: ignore[misc]
     """A module that has mmengine build another one."""
 
-    def __init__(self, inner):
+    def __init__(self, inner: Any) -> None:
         super().__init__()
         self.inner = ROOT_MODELS.build(inner)
 
 
-def plugged(init_cfg):
+def plugged(init_cfg: Any) -> ResNet:
     cfg = {"type": ForeignPlugin, "init_cfg": init_cfg}
     return ResNet(50, base_channels=4, plugins=[{"cfg": cfg, "position": "after_conv2"}])
 
 
-def fpn(init_cfg):
+def fpn(init_cfg: Any) -> FPN:
     return FPN([4, 8], 4, 2, init_cfg=init_cfg)
 
 
 # Modules with an `init_cfg`, not yet initialized.
-MODULES = {
+MODULES: dict[str, Callable[[Any], nn.Module]] = {
     "ResNet": lambda init_cfg: ResNet(18, base_channels=4, init_cfg=init_cfg),
     "DetectoRS": lambda init_cfg: MODELS.build({**TINY, "type": "DetectoRS_ResNet", "init_cfg": init_cfg}),
     "SharedHead": lambda init_cfg: SharedHead(18, stage=1, init_cfg=init_cfg),
@@ -65,7 +68,7 @@ MODULES = {
     "Module": Module,
 }
 PATH = "mmengine.model.weight_init.PretrainedInit"
-SAYINGS = {
+SAYINGS: dict[str, Callable[[Any], Any]] = {
     "Pretrained": lambda file: {"type": "Pretrained", "checkpoint": file},
     "PretrainedInit": lambda file: {"type": "PretrainedInit", "checkpoint": file},
     "mmengine.Pretrained": lambda file: {"type": "mmengine.Pretrained", "checkpoint": file},
@@ -80,8 +83,8 @@ SAYINGS = {
 
 
 class Payload:
-    def __init__(self, mark):
+    def __init__(self, mark: str | Path) -> None:
         self.mark = mark
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path(self.mark),)

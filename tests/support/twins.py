@@ -15,5 +15,5 @@ def compare_starts(native: nn.Module, ours: nn.Module) -> list[str]:
     """
     for model in (native, ours):
         torch.manual_seed(0)
-        model.init_weights()
+        model.init_weights()  # type: ignore[operator]
     return compare_tensors("initial", native.state_dict(), ours.state_dict())

@@ -78,7 +78,7 @@ def test_uneven_batches_are_normalised_as_one(of_two):
 @pytest.fixture(scope="module")
 def group_of_one(tmp_path_factory):
     """A process group of this process alone, in which ``DistributedDataParallel`` complains as in any other."""
-    store = distributed.FileStore(str(tmp_path_factory.mktemp("one") / "store"), 1)
+    store = distributed.FileStore(str(tmp_path_factory.mktemp("one") / "store"), 1)  # type: ignore[attr-defined]
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
@@ -158,7 +158,7 @@ def test_several_processes_synchronise_what_is_plain_and_nothing_else(monkeypatc
     assert own_log.messages == ["2 batch norms see the batches of 2 processes"]
     monkeypatch.setattr("resbackbone.training.sync_batch_norm.num_processes", lambda: 1)
     sync_batch_norms(net)
-    assert [type(layer) for layer in net[:2]] == [BatchNorm, BatchNorm]
+    assert [type(layer) for layer in list(net)[:2]] == [BatchNorm, BatchNorm]
 
 
 def test_one_process_of_several_writes_the_line_about_batch_norms(monkeypatch, own_log):

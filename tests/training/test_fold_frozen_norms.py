@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -383,7 +384,7 @@ def test_a_compiled_training_step(monkeypatch, shake, images, dtype):
     one_block_per_stage(monkeypatch)
     net, folding = pair(shake)
     torch.compiler.reset()
-    compiled = torch.compile(folding, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(folding, fullgraph=True, backend="aot_eager")
     results = []
     for n in (folding if dtype is torch.bfloat16 else net, compiled):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is torch.bfloat16):
