@@ -23,20 +23,13 @@ from typing import Annotated, Any
 import torch
 import torch._dynamo
 import typer
+from bench_report import markdown_table, peak_memory, write_section
 from peers import PEERS, Net
 from rich.console import Console
 from torch import Tensor
 
 from resbackbone import build_backbone
-from resbackbone.analysis.benchmark import (
-    describe_machine,
-    markdown_table,
-    matmul_rate,
-    peak_memory,
-    time_alternating,
-    time_call,
-    write_section,
-)
+from resbackbone.analysis.benchmark import describe_machine, matmul_rate, time_alternating, time_call
 from resbackbone.analysis.cost import build_on_meta, measure
 from resbackbone.inference import export, optimize, quantize
 from resbackbone.utils import processor

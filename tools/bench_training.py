@@ -23,19 +23,14 @@ from typing import Annotated, Any
 import torch
 import torch._dynamo
 import typer
+from bench_report import markdown_table, peak_memory, write_section
 from peers import mmdet_net, timm_net, torchvision_net
 from rich.console import Console
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from resbackbone import build_backbone
-from resbackbone.analysis.benchmark import (
-    describe_machine,
-    markdown_table,
-    peak_memory,
-    time_alternating,
-    write_section,
-)
+from resbackbone.analysis.benchmark import describe_machine, time_alternating
 from resbackbone.utils.allocator import keep_freed_memory
 
 FROZEN, TRAINED = "frozen statistics", "norms in train mode"

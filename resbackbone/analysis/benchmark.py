@@ -1,19 +1,27 @@
-"""Benchmarking utilities: alternating timings, matmul rate, peak memory, and Markdown tables of results."""
+"""Benchmarks of a backbone: alternating timings of the plain, optimized and quantized backbone, and the matmul rate."""
 
 from __future__ import annotations
 
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from resbackbone.analysis.cost import measure
+from resbackbone.backbones import Backbone
+from resbackbone.inference import optimize, quantize
+from resbackbone.utils import processor
 
 Call = Callable[[], Any]
+PLAIN = "plain"  # the variant that the others are compared with
 _PACKAGES = ("torch", "torchvision", "timm", "transformers", "mmdet", "onnxruntime", "openvino")
 
 
@@ -57,17 +65,74 @@ def matmul_rate(dtype: torch.dtype, *, device: str = "cpu", side: int = 2048) ->
     return 2 * side**3 / min(time_call(multiply) for _ in range(6))
 
 
-def peak_memory(device: str = "cpu") -> int:
-    """Return the peak memory of this process in bytes, on the CPU or on the CUDA device."""
-    if device == "cuda":
-        return torch.cuda.max_memory_reserved()
-    try:  # `getrusage` includes the memory of the parent process
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        import resource  # not on Windows
+@dataclass(frozen=True)
+class Timing:
+    """Speed of one variant of a backbone.
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    Attributes:
+        seconds: Median duration of one batch.
+        images_per_second: Throughput.
+        speedup: Over the plain backbone, timed in alternation with it.
+        flops_per_second: Floating-point operations per second, two for each multiply-accumulate.
+        startup_seconds: Duration of the conversion and the first batch.
+    """
+
+    seconds: float
+    images_per_second: float
+    speedup: float
+    flops_per_second: float
+    startup_seconds: float
+
+
+def benchmarked_dtypes(device: str) -> list[str]:
+    """Return "float32", and "bfloat16" unless the device is a CPU without instructions for it."""
+    slow = device == "cpu" and processor.computed_dtype(torch.bfloat16) is not torch.bfloat16
+    return ["float32"] if slow else ["float32", "bfloat16"]
+
+
+def list_variants(device: str, *, compiled: bool = False) -> list[str]:
+    """Return the variants that :func:`time_variant` can time on a device, :data:`PLAIN` first.
+
+    Args:
+        device: Such as "cpu" or "cuda:1".
+        compiled: Whether to include "torch.compile".
+    """
+    low_precision = "optimize, float16" if device.startswith("cuda") else "quantize, int8"
+    variants = [PLAIN, *(f"optimize, {dtype}" for dtype in benchmarked_dtypes(device)), low_precision]
+    return [*variants, "torch.compile"] if compiled else variants
+
+
+@torch.no_grad()
+def time_variant(net: Backbone, variant: str, images: Tensor, *, runs: int) -> Timing:
+    """Time one variant of a backbone in alternation with the plain backbone.
+
+    Args:
+        net: In eval mode, on the device of the images.
+        variant: One of :func:`list_variants`.
+        images: ``(N, C, H, W)``.
+        runs: Timed runs, of which the median counts.
+    """
+    converted: list[nn.Module] = []
+    # Optimized backbones return feature maps in the memory format of the images, and compute in channels_last.
+    inputs = images if variant == PLAIN else images.contiguous(memory_format=torch.channels_last)
+    startup = time_call(lambda: converted.append(_convert(net, variant, images)))
+    startup += time_call(partial(converted[0], inputs))
+    calls = {PLAIN: partial(net, images), variant: partial(converted[0], inputs)}
+    medians = time_alternating(calls, runs=runs)
+    seconds = medians[variant]
+    num_images, _, height, width = images.shape
+    flops = 2 * num_images * measure(net, size=(height, width)).macs
+    return Timing(seconds, num_images / seconds, medians[PLAIN] / seconds, flops / seconds, startup)
+
+
+def _convert(net: Backbone, variant: str, images: Tensor) -> nn.Module:
+    if variant == PLAIN:
+        return net
+    if variant == "torch.compile":
+        return optimize(net, backend="compile")
+    if variant == "quantize, int8":
+        return quantize(net, [images])
+    return optimize(net, variant.removeprefix("optimize, "))  # type: ignore[arg-type]
 
 
 def describe_machine() -> dict[str, str]:
@@ -78,28 +143,6 @@ def describe_machine() -> dict[str, str]:
     facts["cpu capability"] = torch.backends.cpu.get_cpu_capability()
     facts["Python"] = platform.python_version()
     return facts | {name: found for name in _PACKAGES if (found := _version(name))}
-
-
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [list(header), *map(list, rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def write_section(page: str | Path, name: str, text: str) -> None:
-    """Replace the text between ``<!-- NAME -->`` and ``<!-- end of NAME -->`` in a file.
-
-    Raises:
-        ValueError: If the file has no such section.
-    """
-    path = Path(page)
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    before, found, rest = path.read_text().partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"{path} has no section {begin} ... {end} to write the table to")
-    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def _processor() -> str:
