@@ -1,4 +1,4 @@
-"""The names of architectures and arguments in other libraries, and suggestions for unknown names."""
+"""Names of architectures and arguments in other libraries, and suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-# Architectures whose weights timm publishes under names of theirs are in the catalog; these have none there.
+# timm's names of architectures without published weights; the catalog has the others.
 _TIMM = {
     "regnetx_004_tv": "regnetx_400mf_tv",
     "regnety_008_tv": "regnety_800mf_tv",
@@ -15,42 +15,42 @@ _TIMM = {
     "seresnext26tn_32x4d": "seresnext26t_32x4d",
 }
 _ORIGINS = ("timm", "torchvision")
-# What stands before a name of timm's or torchvision's: where it is kept, and who trained it.
+# Prefixes of timm's and torchvision's names: the hub, and who trained the weights.
 _HUB = re.compile(r"^(hf[-_]hub:|catalog:|tu-|timm-)")
 _TRAINER = re.compile(r"^(gluon|tv|ssl|swsl|ig)_(?=.*res)")
-# Which weights of an architecture, as timm writes it: resnet50.a1_in1k.
+# timm's tag of the weights of an architecture: resnet50.a1_in1k.
 _TAG = re.compile(r"^(?:timm/)?([a-z]\w*)\.[a-z]\w*$")
-# Owners on the Hugging Face hub, and what their names are in our configs or timm's.
+# Names on the Hugging Face hub, and the names in our configs or timm's.
 _HUGGING_FACE = (
     (re.compile(r"^microsoft/resnet-(18|26|34|50|101|152)$"), r"resnet\1"),
     (re.compile(r"^facebook/regnet-([xy])-(\d{3,4})(-seer)?(-in1k)?$"), r"regnet\1_\2"),
     (re.compile(r"^torchvision/(\w+)$"), r"\1"),
     (re.compile(r"^timm/(\w+)$"), r"\1"),
 )
-# RT-DETR's names for its detectors, and PaddlePaddle's for these backbones with and without its distilled weights. Its
-# "vd" nets project in the first stage, too, which at the depths of bottlenecks ResNet-D does anyway.
+# RT-DETR's names of detectors, and PaddlePaddle's of these backbones with and without its distilled weights. Its "vd"
+# models have a projection in the first stage, too, as ResNet-D with bottlenecks does.
 _PADDLE = (
     (re.compile(r"^(?:PekingU/)?rt-?detr(?:[-_]?v[23])?[-_]r(18|34|50|101)vd(?:[-_]\w+)?$", re.I), r"rtdetr_r\1"),
     (re.compile(r"^p?resnet(18|34|50|101)[-_]?vd(?:_ssld)?(?:_v2)?(?:_pretrained)?$", re.I), r"rtdetr_r\1"),
     (re.compile(r"^p?resnet(152|200)[-_]?vd(?:_ssld)?(?:_v2)?(?:_pretrained)?$", re.I), r"resnet\1_v1d"),
 )
-_NO_CLASSIFIER = "a backbone ends with its feature maps; ImageClassifier puts a classifier on top"
+_NO_CLASSIFIER = "a backbone returns feature maps; ImageClassifier adds a classifier"
 _RELU = "the activation is ReLU; a subclass changes it, see docs/add_a_variant.md"
 _FROZEN_NORMS = (
-    "`norm_eval` keeps batch norms in eval mode; `norm_cfg`=dict(type='FrozenBN') freezes them for good, and "
-    "requires_grad=False in it their weights"
+    "`norm_eval` keeps batch norms in eval mode; `norm_cfg`=dict(type='FrozenBN') freezes them permanently, and "
+    "requires_grad=False in it freezes their weights"
 )
-_OUT_INDICES = "`out_indices` says which stages are returned, counted from 0"
-_DEFORMABLE = "`dcn` is the config of deformable convolutions, and `stage_with_dcn` says which stages have them"
-_WIDTHS = "widths follow from `depth` and `base_channels`; what a net returns is in its attribute out_channels"
-_VARIANTS = "variants are classes of their own here, such as ResNetV1c and ResNetV1d"
-_PARAM_GROUPS = "learning rates and decay of layers are the optimizer's; resbackbone.training.param_groups sorts them"
-_STRIDES = "`strides` and `dilations` have one number per stage, such as strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)"
-_MOST_CLASSES = 4  # with an argument; what more have is no clue
+_OUT_INDICES = "`out_indices` selects the returned stages, counted from 0"
+_DEFORMABLE = "`dcn` is the config of deformable convolutions, and `stage_with_dcn` selects the stages"
+_WIDTHS = "widths follow from `depth` and `base_channels`; the attribute out_channels has those of the outputs"
+_VARIANTS = "variants are separate classes here, such as ResNetV1c and ResNetV1d"
+_PARAM_GROUPS = "the optimizer sets learning rates and decay of layers; see resbackbone.training.param_groups"
+_STRIDES = "`strides` and `dilations` have one value per stage, such as strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)"
+_MOST_CLASSES = 4  # an argument of more classes is no useful hint
 ARGUMENTS = {
     **dict.fromkeys(("num_classes", "global_pool", "drop_rate", "head_cfg", "num_labels"), _NO_CLASSIFIER),
-    "features_only": "every backbone here returns feature maps; `out_indices` says which",
-    **dict.fromkeys(("progress", "exportable", "scriptable", "cache_dir"), "there is nothing like it; leave it out"),
+    "features_only": "every backbone here returns feature maps; `out_indices` selects them",
+    **dict.fromkeys(("progress", "exportable", "scriptable", "cache_dir"), "it has no equivalent; remove it"),
     **dict.fromkeys(
         ("weights", "checkpoint_path", "encoder_weights", "pretrained_cfg", "use_pretrained_backbone"),
         "build_backbone(..., checkpoint=...) loads weights: a file, a URL or a name of `resbackbone list --weights`",
@@ -77,13 +77,13 @@ ARGUMENTS = {
     **dict.fromkeys(("lr_mult_list", "lr_mult", "norm_decay", "layer_decay", "paramwise_cfg"), _PARAM_GROUPS),
     **dict.fromkeys(
         ("encoder_name", "backbone_name", "model_name", "backbone"),
-        "the name of an architecture is the first argument of build_backbone; `depth` says the depth",
+        "the name of an architecture is the first argument of build_backbone; `depth` is the depth",
     ),
-    "downsample_in_first_stage": "`strides`=(2, 2, 2, 2) for True: the first of them is the first stage's",
-    "replace_stem_pool": "ResNetRS has a convolution in place of the stem's pooling; others are classes of their own",
-    "stem_pool": "the pooling of the stem is the class's; ResNetRS has a convolution in its place",
-    "down_kernel_size": "the kernel of shortcuts is the class's: `avg_down` pools in them before a 1x1 convolution",
-    "block_reduce_first": "the block is the class's; `depth` says which one",
+    "downsample_in_first_stage": "`strides`=(2, 2, 2, 2) for True: the first one is that of the first stage",
+    "replace_stem_pool": "ResNetRS has a convolution instead of the stem's pooling; other stems are separate classes",
+    "stem_pool": "the class determines the stem's pooling; ResNetRS has a convolution instead",
+    "down_kernel_size": "the class determines the kernel of shortcuts: `avg_down` pools before a 1x1 convolution",
+    "block_reduce_first": "the class and `depth` determine the block",
     **dict.fromkeys(
         ("freeze_stages", "freeze_stage", "frozen_layers", "num_frozen_stages"), "it is `frozen_stages` here"
     ),
@@ -91,15 +91,13 @@ ARGUMENTS = {
     "stochastic_depth_prob": "it is `drop_path_rate` here",
     "drop_block_rate": "there is no DropBlock; `drop_path_rate` drops whole branches",
     **dict.fromkeys(("zero_init_last", "zero_init_last_bn", "zero_init_gamma"), "it is `zero_init_residual` here"),
-    "stem_width": "it is `stem_channels` here, twice as large where the stem is deep",
-    "stem_type": "it is `deep_stem` here, True or False; other stems are classes of their own, such as ResNetT",
+    "stem_width": "it is `stem_channels` here, twice as large for a deep stem",
+    "stem_type": "it is `deep_stem` here, True or False; other stems are separate classes, such as ResNetT",
     "embedding_size": "it is `stem_channels` here",
-    **dict.fromkeys(
-        ("layers", "depths", "block_counts"), "it is `stage_blocks` here, beside a `depth` that says the block"
-    ),
+    **dict.fromkeys(("layers", "depths", "block_counts"), "it is `stage_blocks` here; `depth` determines the block"),
     **dict.fromkeys(
         ("block", "layer_type", "downsample_in_bottleneck"),
-        "`depth` says which block it is, and `style` ('pytorch' or 'caffe') where a bottleneck strides",
+        "`depth` determines the block, and `style` ('pytorch' or 'caffe') where a bottleneck has its stride",
     ),
     "stride_in_1x1": "it is style='caffe' here, and style='pytorch' for False",
     **dict.fromkeys(
@@ -107,16 +105,16 @@ ARGUMENTS = {
         _OUT_INDICES,
     ),
     "freeze_at": "it is `frozen_stages` here, which counts from 0 for the stem: freeze_at - 1",
-    "trainable_layers": "it is `frozen_stages` here: those at the end train, so 4 - trainable_layers",
-    "trainable_backbone_layers": "it is `frozen_stages` here: those at the end train, so 4 - trainable_backbone_layers",
+    "trainable_layers": "it is `frozen_stages` here, of all 4: 4 - trainable_layers",
+    "trainable_backbone_layers": "it is `frozen_stages` here, of all 4: 4 - trainable_backbone_layers",
     **dict.fromkeys(("grad_checkpointing", "gradient_checkpointing", "use_checkpoint"), "it is `with_cp` here"),
     **dict.fromkeys(
         ("attn_layer", "block_args"),
-        "attention layers are `plugins` here, and SEResNet, SKResNet and the like are classes",
+        "attention layers are `plugins` here, or classes such as SEResNet and SKResNet",
     ),
-    **dict.fromkeys(("aa_layer", "antialias"), "anti-aliased nets are classes of their own here: ResNetAA, ResNeXtAA"),
+    **dict.fromkeys(("aa_layer", "antialias"), "anti-aliased models are separate classes here: ResNetAA, ResNeXtAA"),
     "encoder_depth": "it is `num_stages` here",
-    "custom_imports": "data imports nothing; name modules by --import, or build_backbone(..., imports=[])",
+    "custom_imports": "configs that are data cannot import modules; use --import, or build_backbone(..., imports=[])",
 }
 
 
@@ -124,12 +122,12 @@ def find_architecture(name: str, configs: Collection[str]) -> tuple[str, Mapping
     """Find the config of an architecture by its name in timm, torchvision, on the Hugging Face hub or in the catalog.
 
     Args:
-        name: Such as "resnet50d", "gluon_resnet50_v1d", "timm/resnet50d.ra2_in1k", "regnet_y_3_2gf" or
+        name: The name, such as "resnet50d", "gluon_resnet50_v1d", "timm/resnet50d.ra2_in1k", "regnet_y_3_2gf" or
             "microsoft/resnet-50".
         configs: The names that :func:`resbackbone.list_backbones` lists.
 
     Returns:
-        One of ``configs``, and arguments beside that config's; None where nobody has it.
+        One of ``configs`` and additional arguments; None if the name is unknown.
     """
     known = _architectures()
     bare = re.sub(r"_bitm(_in21k)?$", "_bit", _HUB.sub("", name))
@@ -145,7 +143,7 @@ def find_architecture(name: str, configs: Collection[str]) -> tuple[str, Mapping
 
 
 def names_weights(name: str) -> bool:
-    """Return whether a name, one of :func:`find_architecture`, means published weights and not only their net."""
+    """Return whether a name accepted by :func:`find_architecture` refers to published weights, too."""
     return "://" in name or _TAG.match(_HUB.sub("", name)) is not None or _in_catalog(_HUB.sub("", name))
 
 
@@ -156,12 +154,12 @@ def _in_catalog(name: str) -> bool:
 
 
 def nearest_architecture(name: str, known: Iterable[str], *, list_all: str) -> str:
-    """Return the tail of the error for an unknown architecture, which never names one of another family or size.
+    """Return the end of the error message for an unknown architecture: names of the same family and size.
 
     Args:
-        name: What the user wrote.
-        known: The names that there are.
-        list_all: How to see them all.
+        name: The unknown name.
+        known: The known names.
+        list_all: How to list all names.
     """
     guesses = _guesses(name, {*known, *(alias for alias in _architectures() if "/" not in alias)})
     if len(guesses) == 1:
@@ -172,12 +170,12 @@ def nearest_architecture(name: str, known: Iterable[str], *, list_all: str) -> s
 
 
 def argument_hint(name: str, known: Iterable[str], others: Mapping[str, Collection[str]]) -> str:
-    """Return what to do instead of an unknown argument, as the tail of an error.
+    """Return the end of the error message for an unknown argument: the equivalent here, or the nearest name.
 
     Args:
-        name: What the user wrote.
-        known: The arguments that there are.
-        others: The arguments that other classes have, by the class's name.
+        name: The unknown argument.
+        known: The known arguments.
+        others: The arguments of other classes, by class name.
     """
     if name in ARGUMENTS:
         return f"; {ARGUMENTS[name]}"
@@ -190,7 +188,7 @@ def argument_hint(name: str, known: Iterable[str], others: Mapping[str, Collecti
 
 
 def _near_argument(name: str, names: list[str]) -> str | None:
-    """Find what a name is a slip of a few letters from, or the beginning of."""
+    """Return the known name with few different letters, or with the given name as its beginning."""
     distances = {other: _num_slips(name, other) for other in names}
     near = min(names, key=distances.__getitem__, default=None)
     if near is not None:
@@ -205,7 +203,7 @@ def _letters(name: str) -> str:
 
 
 def _num_slips(given: str, known: str) -> int:
-    """Count the letters to add, drop, replace or swap between two names, whatever their case and underscores."""
+    """Return the edit distance (with swaps) between two names, ignoring case and underscores."""
     a, b = _letters(given), _letters(known)
     rows = [list(range(len(b) + 1))]
     for i, letter in enumerate(a, 1):
@@ -219,7 +217,7 @@ def _num_slips(given: str, known: str) -> int:
 
 
 def _begins_words(given: str, known: str) -> bool:
-    """Whether the words of one name begin those of the other: "frozen" and "widen_factor" for our longer names."""
+    """Return whether the words of one name begin those of the other, such as "frozen" for `frozen_stages`."""
     words, longer = given.lower().split("_"), known.lower().split("_")
     return (
         len(words) <= len(longer)
@@ -229,13 +227,13 @@ def _begins_words(given: str, known: str) -> bool:
 
 
 def _without_gluon(name: str) -> str:
-    """Return timm's present name of a ResNet for its old one of gluon's variants: gluon_resnet50_v1s is resnet50s."""
+    """Return timm's current name for an old gluon name: gluon_resnet50_v1s is resnet50s."""
     return re.sub(r"^gluon_(resnet\d+)_v1([bcds])$", lambda match: match[1] + match[2].replace("b", ""), name)
 
 
 @lru_cache(maxsize=1)
 def _architectures() -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Map every name in another library to a config and arguments beside it."""
+    """Map every name in another library to a config and additional arguments."""
     from resbackbone.checkpoints.hub.catalog import all_names, list_weights
 
     found: dict[str, tuple[str, Mapping[str, Any]]] = {name: (config, {}) for name, config in _TIMM.items()}
@@ -247,7 +245,7 @@ def _architectures() -> dict[str, tuple[str, Mapping[str, Any]]]:
 
 
 def _tokens(name: str) -> tuple[str, ...]:
-    """Split a name into its runs of letters, those of neighbors joined, and numbers."""
+    """Split a name into numbers and runs of letters, joining adjacent runs."""
     parts = re.findall(r"[a-z]+|\d+", name.lower())
     joined: list[str] = []
     for part in parts:
@@ -276,7 +274,7 @@ def _guesses(name: str, known: Iterable[str]) -> list[str]:
 
 
 def _begins(given: tuple[str, ...], parts: tuple[str, ...]) -> bool:
-    """Whether a name is another's beginning, up to letters that are missing at its end."""
+    """Return whether a name is the beginning of another one; its last word may be incomplete."""
     last = len(given) - 1
     return (
         parts[:last] == given[:last]
@@ -287,12 +285,12 @@ def _begins(given: tuple[str, ...], parts: tuple[str, ...]) -> bool:
 
 
 def _alike(given: str, candidate: str, families: set[str]) -> bool:
-    """Whether two parts are the same but for one slip of the fingers; numbers and the names of families are not."""
+    """Return whether two parts differ by at most one typo; numbers and names of families must be equal."""
     if given == candidate:
         return True
     if given.isdigit() or candidate.isdigit() or given in families or min(len(given), len(candidate)) < 5:
         return False
-    if (given[0], given[-1]) != (candidate[0], candidate[-1]):  # xresnet and regnetv are nets of their own
+    if (given[0], given[-1]) != (candidate[0], candidate[-1]):  # xresnet and regnetv are other models
         return False
     if len(given) == len(candidate):
         different = [index for index, (a, b) in enumerate(zip(given, candidate, strict=True)) if a != b]

@@ -1,4 +1,4 @@
-"""What weights expect of a picture: order of the channels, mean and deviation."""
+"""Preprocessing of pictures: channel order, mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor
 
 from resbackbone.utils.validation import check_choice, check_int, check_number, check_sequence
 
-if TYPE_CHECKING:  # backbones know what they expect of pictures, and need no library for them
+if TYPE_CHECKING:  # backbones import this module, and Pillow is needed only to read pictures
     from PIL import Image
     from torch import nn
 
 
-MOST = 2**16 - 1  # of a picture with two bytes a channel
+MOST = 2**16 - 1  # the largest value of a 16-bit channel
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a backbone's weights expect of a picture.
+    """Normalization that a backbone's weights expect of a picture.
 
     Attributes:
-        mean: Subtracted from each channel, 0-255, in the order of ``order``; one number for grayscale.
-        std: What each channel is then divided by, 0-255.
-        order: Order of the channels.
-        size: Side in pixels of the square crops that the published accuracy is for; None where nobody says.
+        mean: Mean of each channel, 0-255, in the order of ``order``; one value for grayscale.
+        std: Standard deviation of each channel, 0-255.
+        order: Channel order.
+        size: Side of the square crops in pixels for the published accuracy; None if unknown.
     """
 
     mean: tuple[float, ...] = (123.675, 116.28, 103.53)
@@ -47,7 +47,7 @@ class Preprocessing:
             check_int("size", self.size, low=1)
 
     def gray(self) -> Preprocessing:
-        """Return what one channel in place of three alike ones means: mean and deviation, averaged over them."""
+        """Return the preprocessing for one gray channel: mean and std averaged over the channels."""
         mean, std = (sum(numbers) / len(numbers) for numbers in (self.mean, self.std))
         return Preprocessing(mean=(mean,), std=(std,), size=self.size)
 
@@ -55,14 +55,14 @@ class Preprocessing:
         """Normalize a picture.
 
         Args:
-            picture: Of mode "RGB", or "L" where ``mean`` has one entry, as :func:`resbackbone.data.pictures.read_image`
-                returns it.
+            picture: Of mode "RGB", or "L" if ``mean`` has one entry, as returned by
+                :func:`resbackbone.data.pictures.read_image`.
 
         Returns:
             ``(1, C, H, W)``, float32.
 
         Raises:
-            ValueError: If the mode is another one.
+            ValueError: If the picture has another mode.
         """
         check_choice("picture.mode", picture.mode, ("L",) if len(self.mean) == 1 else ("RGB",))
         pixels = torch.from_numpy(np.array(picture)).reshape(picture.height, picture.width, -1)
@@ -72,50 +72,50 @@ class Preprocessing:
 
 
 TORCHVISION = Preprocessing()
-CAFFE = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), order="BGR")  # as detectron2 has it
-DETECTRON = Preprocessing(mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), order="BGR")  # and its forerunner
+CAFFE = Preprocessing(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), order="BGR")  # detectron2's values
+DETECTRON = Preprocessing(mean=(102.9801, 115.9465, 122.7717), std=(1.0, 1.0, 1.0), order="BGR")  # Detectron's values
 
-INCEPTION = Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3)  # from -1 to 1, which BiT expects
+INCEPTION = Preprocessing(mean=(127.5,) * 3, std=(127.5,) * 3)  # -1 to 1, for BiT
 
-UNIT_RANGE = Preprocessing(mean=(0.0,) * 3, std=(255.0,) * 3)  # from 0 to 1, as whole RT-DETRs take it
+UNIT_RANGE = Preprocessing(mean=(0.0,) * 3, std=(255.0,) * 3)  # 0 to 1, for whole RT-DETR models
 
 
 def preprocessing_for(*, in_channels: int, style: str) -> Preprocessing:
-    """Return the usual preprocessing: for one channel the colors' numbers, averaged.
+    """Return the default preprocessing; for one channel, the averages over the color channels.
 
     Args:
-        in_channels: Channels that the backbone takes.
+        in_channels: Input channels of the backbone.
         style: The backbone's ``style``: "caffe" for weights converted from Caffe, "pytorch" otherwise.
 
     Raises:
-        ValueError: If there are not 1 or 3 channels.
+        ValueError: If ``in_channels`` is neither 1 nor 3.
     """
     if in_channels not in (1, 3):
         raise ValueError(
             f"pictures have 1 or 3 channels, the backbone's `in_channels` is {in_channels}; "
-            "feed it from Python, with tensors of your own"
+            "call it from Python, with your own tensors"
         )
-    colour = CAFFE if style == "caffe" else TORCHVISION
-    return colour if in_channels == 3 else colour.gray()
+    color = CAFFE if style == "caffe" else TORCHVISION
+    return color if in_channels == 3 else color.gray()
 
 
 def preprocessing_of(net: nn.Module) -> Preprocessing:
-    """Return what a backbone's weights expect of a picture: its own ``preprocessing``, or the usual one by its style.
+    """Return the preprocessing of a backbone: its attribute ``preprocessing``, or the default for its style.
 
     Args:
-        net: A backbone, or what holds one. Of what holds none, the numbers of torchvision are expected.
+        net: A backbone, or a model that contains one; for other models, torchvision's preprocessing is returned.
 
     Raises:
-        ValueError: If the backbone says nothing, and does not take 1 or 3 channels; or if weights were loaded of which
-            nobody knows it, and ``net.preprocessing`` is None therefore.
+        ValueError: If ``net.preprocessing`` is None because that of the loaded weights is unknown, or if it is not set
+            and the backbone has neither 1 nor 3 input channels.
     """
     backbone = next((module for module in net.modules() if hasattr(module, "preprocessing")), net)
     own: Preprocessing | None = getattr(backbone, "preprocessing", None)
-    if own is None and "preprocessing" in vars(backbone):  # set when weights were loaded; until then the class has it
+    if own is None and "preprocessing" in vars(backbone):  # set by loading weights
         raise ValueError(
-            "nobody says what the loaded weights expect of a picture, as they were trained on, or adapted to, channels "
-            "that are not those of a color or gray picture; set `net.preprocessing` to a `Preprocessing(mean=..., "
-            "std=...)`, or feed the net from Python, with tensors of your own"
+            "the preprocessing of the loaded weights is unknown, since they were trained on, or adapted to, channels "
+            "other than color or gray; set `net.preprocessing = Preprocessing(mean=..., std=...)`, or call the "
+            "backbone from Python, with your own tensors"
         )
     return own or preprocessing_for(
         in_channels=getattr(backbone, "in_channels", 3), style=getattr(backbone, "style", "pytorch")

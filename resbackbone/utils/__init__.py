@@ -1,1 +1,1 @@
-"""Shared helpers below everything else: validation, logging, atomic writes, facts about the processor."""
+"""Helpers without knowledge of neural networks: validation, logging, atomic writes, CPU features, the allocator."""

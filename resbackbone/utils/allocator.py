@@ -1,4 +1,4 @@
-"""How the process gets the memory of large tensors."""
+"""Tuning of the C library's memory allocator for large tensors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # parameters of mallopt(3), from glibc's ma
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees, for what it allocates next.
+    """Make the allocator keep freed memory for later allocations.
 
-    The C library of Linux returns blocks of more than 32 MiB to the system at once. The feature maps of detectors are
-    larger, so each call gets its memory anew, and waits for the system to clear it. This holds for the whole process
-    and until it ends, which is why only the command ``resbackbone extract``, whose process is its own, does it unasked.
-    The memory that is kept is what was needed at the worst moment.
+    By default, glibc returns blocks of more than 32 MiB to the system at once. The feature maps of detectors are
+    larger, so every call waits for the system to allocate and zero them. The setting applies to the whole process until
+    it ends, and keeps the peak memory; so the library makes it by itself only in the command ``resbackbone extract``.
 
     Returns:
-        Whether it will: False where the C library is another than glibc.
+        Whether the setting took effect: False for C libraries other than glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -15,24 +15,24 @@ from typing import Any
 
 ABANDONED_AFTER = 24 * 3600.0  # seconds without a change, on file systems without locks
 _fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
-_STEM = 50  # characters of the target's name in the temporary one: even of four bytes each they fit into 255
+_STEM = 50  # characters of the target's name in the temporary name; up to four bytes each, below the limit of 255
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{8}\.writing(\..*)?", re.DOTALL)
 
 
 @contextmanager
 def atomic_write(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside a file, which replaces the file at the end unless the block raises.
+    """Yield a temporary path in the file's folder; at the end it replaces the file, unless the block raises.
 
-    The temporary file is locked meanwhile. So the next call deletes what killed processes have left in the folder, and
-    nothing that another process is writing. A link is followed, a device or pipe is written to directly.
+    The temporary file is locked during the block, so that later calls delete temporary files of killed processes, but
+    none that another process is writing. Symbolic links are followed; devices and pipes are written to directly.
 
     Args:
-        path: The file. An earlier one is replaced.
-        sync: Whether to wait until bytes and name are on the disk, so that a power cut cannot leave an empty file.
+        path: The file to create or replace.
+        sync: Whether to fsync the file and its folder, so that a power failure cannot leave an empty file.
 
     Raises:
-        OSError: If the file cannot be written, with its name and the system's reason, such as a full disk. The block's
-            own exceptions pass, except those that hide such a reason.
+        OSError: If the file cannot be written, with its name and the system's reason, such as a full disk. Other
+            exceptions of the block propagate, unless they hide such a reason.
     """
     path = Path(path)
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
@@ -51,7 +51,7 @@ def atomic_write(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
         if sync:
             _sync(temporary)
         temporary.replace(target)
-        if sync and os.name == "posix":  # elsewhere folders cannot be opened
+        if sync and os.name == "posix":  # on Windows, folders cannot be opened
             _sync(target.parent)
     except Exception as error:
         reason = _system_error(error, temporary)
@@ -65,22 +65,22 @@ def atomic_write(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
 
 
 def delete_abandoned(folder: Path) -> None:
-    """Delete the temporary files in a folder that no process is writing any more."""
+    """Delete temporary files in a folder that no process is writing."""
     for path in folder.glob(".*.writing*"):
         if _TEMPORARY.fullmatch(path.name):
-            with suppress(OSError):  # another user's, or gone meanwhile
+            with suppress(OSError):  # another user's file, or already deleted
                 _delete_if_abandoned(path)
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block for the same folder; without locks do not wait."""
+    """Hold an exclusive lock of a folder, waiting for other processes; does nothing where locks are not supported."""
     if _fcntl is None:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks, or with none for folders
+        with suppress(OSError):  # the file system does not support locks on folders
             _fcntl.flock(descriptor, _fcntl.LOCK_EX)
         yield
     finally:
@@ -88,21 +88,21 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def _create(target: Path, suffix: str) -> tuple[Path, int | None]:
-    """Create and lock a temporary file; return it and the open descriptor that holds the lock, if there is one."""
+    """Create and lock a temporary file; return its path and the descriptor that holds the lock, if any."""
     while True:
         temporary = target.with_name(f".{target.stem[:_STEM]}.{secrets.token_hex(4)}.writing{suffix}")
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         if _fcntl is None:
-            os.close(descriptor)  # or it could not be renamed
+            os.close(descriptor)  # Windows cannot rename open files
             return temporary, None
         _lock(descriptor)
-        if temporary.exists():  # and was not deleted as abandoned before it was locked
+        if temporary.exists():  # not deleted as abandoned before it was locked
             return temporary, descriptor
         os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Lock a file until the descriptor is closed; return False if another has locked it, None if nobody can."""
+    """Lock a file until the descriptor is closed; return False if it is locked, None if locks are unsupported."""
     try:
         _fcntl.flock(descriptor, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
     except BlockingIOError:
@@ -113,13 +113,13 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _unlock(descriptor: int) -> None:
-    with suppress(OSError):  # also of processes that were forked meanwhile, which have the descriptor, too
+    with suppress(OSError):  # forked processes may share the descriptor
         _fcntl.flock(descriptor, _fcntl.LOCK_UN)
     os.close(descriptor)
 
 
 def _delete_if_abandoned(path: Path) -> None:
-    if _fcntl is None:  # Windows, where a file that is open, here or in the process that writes it, cannot be deleted
+    if _fcntl is None:  # Windows cannot delete open files
         if _is_old(path):
             path.unlink()
         return
@@ -128,7 +128,7 @@ def _delete_if_abandoned(path: Path) -> None:
         locked = _lock(descriptor)
         if locked or (
             locked is None and _is_old(path)
-        ):  # still held, so that a process that is about to write there sees that the file is gone
+        ):  # locked while deleting, so that a process about to lock it sees that it is gone
             path.unlink()
     finally:
         os.close(descriptor)
@@ -147,10 +147,10 @@ def _sync(path: Path) -> None:
 
 
 def _system_error(error: Exception, temporary: Path) -> OSError | None:
-    """Return why a file cannot be written: the error itself, or what it hides; None if it is about something else."""
+    """Return the OS error behind a failed write, even if a library hides it; None for unrelated errors."""
     if isinstance(error, OSError) and error.errno is not None:
         return error if error.filename in (None, str(temporary), temporary) else None
-    try:  # libraries raise errors of their own, which do not say why; so see whether the file can grow
+    try:  # libraries may hide the reason; test whether the file can grow
         with temporary.open("ab") as file:
             file.write(bytes(1 << 16))
             file.flush()

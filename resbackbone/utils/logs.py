@@ -1,4 +1,4 @@
-"""Log a line in one process: to mmengine's logger where there is one, else to the logger "resbackbone"."""
+"""Logging on rank 0: to mmengine's logger if a run has one, otherwise to the logger "resbackbone"."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import sys
 
 import torch
 
-_waiting: list[str] = []  # said while a config was read, before mmengine made the log
+_waiting: list[str] = []  # messages logged while a config is read, before mmengine creates its logger
 
 
 def log_info(message: str) -> None:
-    """Write a line of level INFO."""
+    """Log a message at level INFO on rank 0."""
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     (_mmengines_logger() or logging.getLogger("resbackbone")).info(message)
 
 
 def log_info_later(message: str) -> None:
-    """Write a line as soon as :func:`write_waiting` is called with a log of mmengine's there, and no sooner."""
+    """Queue a message until mmengine's logger exists; :func:`write_waiting` logs it."""
     _waiting.append(message)
 
 
 def write_waiting() -> None:
-    """Write the lines that wait, if mmengine has made its log."""
+    """Log the queued messages if mmengine's logger exists."""
     if _waiting and _mmengines_logger() is not None:
         messages = list(_waiting)
         _waiting.clear()
@@ -32,7 +32,7 @@ def write_waiting() -> None:
 
 
 def _mmengines_logger() -> logging.Logger | None:
-    """Return the log of the latest run; not the one that mmengine makes for itself, which writes to the terminal."""
+    """Return the logger of the latest run, but not mmengine's own default logger, which writes to the terminal."""
     module = sys.modules.get("mmengine.logging")
     loggers: dict[str, logging.Logger] = {} if module is None else module.MMLogger._instance_dict
     return next((loggers[name] for name in reversed(loggers) if name != "mmengine"), None)

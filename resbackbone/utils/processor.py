@@ -1,4 +1,4 @@
-"""Which number formats the CPU computes in hardware, and what to compute in where it does not."""
+"""Hardware support of the CPU for bfloat16 and float16."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import platform
 
 import torch
 
-# Instruction sets without arithmetic in bfloat16, by the names of the variable that limits oneDNN to one of them.
+# Values of oneDNN's ISA limit (ONEDNN_MAX_CPU_ISA) without bfloat16 arithmetic.
 _WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def computes_natively(dtype: torch.dtype) -> bool:
-    """Return whether PyTorch multiplies numbers of this dtype with instructions made for it, on this CPU.
+    """Return whether this CPU has instructions for a dtype, so that PyTorch does not emulate it.
 
-    Where it does not, it converts every number in software: a convolution takes several times as long as in float32.
-    This is the only place that asks for it.
+    Without them, PyTorch converts every value in software, and a convolution is several times slower than in float32.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return True
@@ -27,21 +26,21 @@ def computes_natively(dtype: torch.dtype) -> bool:
 
 
 def computed_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return what to compute in on this CPU, where ``dtype`` is asked for: float32 if that is faster."""
+    """Return the dtype to compute in on this CPU: ``dtype``, or float32 if ``dtype`` would be emulated."""
     return dtype if computes_natively(dtype) else torch.float32
 
 
 def reason(dtype: torch.dtype) -> str:
-    """Return why not to compute in a dtype on this CPU, as the first clause of a sentence."""
+    """Return the reason why a dtype is not used on this CPU, as a clause for messages."""
     return f"this processor has no instructions for {str(dtype).removeprefix('torch.')}"
 
 
 def _has_bfloat16_instructions() -> bool:
-    """Return whether oneDNN, which accepts bfloat16 on any AVX-512, has more than conversions for it."""
+    """Return whether oneDNN has bfloat16 arithmetic; on AVX-512 alone it accepts bfloat16 but only converts."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     if limit.upper() in _WITHOUT_BFLOAT16:
         return False
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True  # there it accepts bfloat16 only with instructions for it
-    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # from torch 2.6 on
+        return True  # on other architectures it accepts bfloat16 only with hardware support
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # since torch 2.6
     return asked is None or bool(asked())

@@ -309,7 +309,9 @@ def test_w6_only_of_colors_and_gray_anybody_knows_what_is_expected(tmp_path, tra
     report = load_checkpoint(net, tmp_path / "m.pth")
     assert net.preprocessing == expected
     if expected is None:
-        with pytest.raises(ValueError, match=r"nobody says what the loaded weights expect .* set `net\.preprocessing`"):
+        with pytest.raises(
+            ValueError, match=r"the preprocessing of the loaded weights is unknown.* set `net\.preprocessing`"
+        ):
             preprocessing_of(net)
     else:
         assert preprocessing_of(net) == expected
@@ -345,7 +347,7 @@ def test_w6_the_command_says_so(tmp_path, monkeypatch):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     result = CliRunner().invoke(app, ["extract", "resnet18", "a.png", "--checkpoint", "m.pth", "--out", "features"])
     assert result.exit_code == 2
-    assert "nobody says what the loaded weights expect of a picture" in result.output
+    assert "the preprocessing of the loaded weights is unknown" in result.output
 
 
 def test_group_norms_by_whatever_name(tmp_path):
