@@ -59,7 +59,7 @@ def export(
     from resbackbone.config import config_files
     from resbackbone.data.pictures import parse_size
     from resbackbone.inference import export as export_net
-    from resbackbone.inference.export_formats import FORMATS
+    from resbackbone.inference.export_formats import EXPORT_FORMATS
 
     with user_errors():
         import_named(imports)
@@ -72,7 +72,7 @@ def export(
         name = config if config in config_files() else Path(config).stem
         exported = export_net(
             net,
-            out or Path(name + FORMATS[to.value].suffix),
+            out or Path(name + EXPORT_FORMATS[to.value].suffix),
             to.value,
             dtype=dtype.value,
             size=(pixels, pixels) if isinstance(pixels, int) else pixels,

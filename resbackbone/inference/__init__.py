@@ -1,7 +1,7 @@
-"""Backbones that compute the same, faster or elsewhere."""
+"""Inference: optimize, quantize and export nets."""
 
-from resbackbone.inference.export import Exported, export
+from resbackbone.inference.export import ExportResult, export
 from resbackbone.inference.optimize import optimize
 from resbackbone.inference.quantization import quantize
 
-__all__ = ["Exported", "export", "optimize", "quantize"]
+__all__ = ["ExportResult", "export", "optimize", "quantize"]

@@ -1,4 +1,4 @@
-"""Passes over images of one size, each recorded on a CUDA device and launched at once."""
+"""CUDA graphs: forward passes on images of one shape, captured once and replayed."""
 
 from __future__ import annotations
 
@@ -12,79 +12,81 @@ from torch.utils._pytree import tree_map_only
 
 from resbackbone.utils.validation import warn_user
 
-Pass = Callable[[Tensor], Any]
+ForwardPass = Callable[[Tensor], Any]
 _CAPTURING = threading.Lock()  # CUDA captures one graph at a time in a process
 
 
-class Recorder:
-    """What all passes of one net share: a stream, on which one follows the other, and so the memory in between.
+class CudaGraphPool:
+    """Captures the CUDA graphs of one net, on one stream and with one memory pool for intermediate tensors.
 
-    A copy, in this process or another, records its own.
+    A copy, in this process or another, captures its own graphs.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._works = True
-        self._stream: Any = None  # made on the device that the first images are on
-        self._pool: Any = None
+        self._is_capturable = True
+        self._stream: Any = None  # created on the device of the first images
+        self._memory: Any = None
 
-    def __reduce__(self) -> tuple[type[Recorder], tuple[()]]:
-        return Recorder, ()
+    def __reduce__(self) -> tuple[type[CudaGraphPool], tuple[()]]:
+        return CudaGraphPool, ()
 
-    def record(self, run: Pass, x: Tensor) -> Pass:
-        """Return a recorded pass; if an operator cannot be captured, warn once, and return the pass as it is.
+    def capture(self, run: ForwardPass, x: Tensor) -> ForwardPass:
+        """Return a captured forward pass; if an operator cannot be captured, warn once and return ``run``.
 
         Args:
-            run: What is recorded; of a tensor on a CUDA device.
-            x: A tensor of the size.
+            run: The forward pass, of a tensor on a CUDA device.
+            x: An input of the shape.
         """
         with self._lock, _CAPTURING, torch.cuda.device(x.device):
-            if self._works:
+            if self._is_capturable:
                 try:
                     if self._stream is None:
                         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-                        self._pool = torch.cuda.graph_pool_handle()
-                    return CudaGraph(run, x, self._stream, self._pool, self._lock)
+                        self._memory = torch.cuda.graph_pool_handle()
+                    return CudaGraph(run, x, self._stream, self._memory, self._lock)
                 except RuntimeError as error:
-                    self._works = False
+                    self._is_capturable = False
                     reason = str(error).partition("\n")[0]
-                    warn_user(f"no CUDA graph can be made of this net, it runs without: {reason}")
+                    warn_user(f"this net cannot be captured as a CUDA graph and runs without: {reason}")
         return run
 
 
 class CudaGraph:
-    """A pass that was recorded.
+    """A captured forward pass.
 
     Args:
-        run: What is recorded; of a tensor on a CUDA device.
-        x: A tensor of the size.
-        stream: Where it runs, and those that share its memory.
-        pool: That memory.
-        lock: Held while the stream is given work; the caller holds it here.
+        run: The forward pass, of a tensor on a CUDA device.
+        x: An input of the shape.
+        stream: The stream that all graphs of the net are replayed on.
+        memory: Handle of the memory pool that they share.
+        lock: Held while work is submitted to the stream; the caller holds it here.
     """
 
-    def __init__(self, run: Pass, x: Tensor, stream: torch.cuda.Stream, pool: Any, lock: threading.Lock) -> None:
+    def __init__(
+        self, run: ForwardPass, x: Tensor, stream: torch.cuda.Stream, memory: Any, lock: threading.Lock
+    ) -> None:
         self._stream, self._lock = stream, lock
         self._graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._x = torch.empty_like(x).copy_(x)
-            for _ in range(3):  # libraries choose their algorithms and get their workspaces
+            for _ in range(3):  # warm-up: libraries choose their algorithms and allocate workspaces
                 run(self._x)
         x.record_stream(stream)
         stream.synchronize()
-        # What other threads do on the device meanwhile is no part of it, and no error.
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        # "thread_local": work that other threads submit meanwhile is neither captured nor an error.
+        with torch.cuda.graph(self._graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
             self._outs = run(self._x)
 
     def __call__(self, x: Tensor) -> Any:
-        """Compute on another tensor of the size; what it returns is the caller's."""
+        """Replay the graph on another input of the shape, and return copies of its outputs."""
         caller = torch.cuda.current_stream(x.device)
         with self._lock, torch.cuda.stream(self._stream):
             self._stream.wait_stream(caller)
             self._x.copy_(x)
             self._graph.replay()
-            outs = tree_map_only(Tensor, torch.clone, self._outs)  # the next pass computes in the same memory
+            outs = tree_map_only(Tensor, torch.clone, self._outs)  # the next replay overwrites the originals
         caller.wait_stream(self._stream)
         x.record_stream(self._stream)
         tree_map_only(Tensor, lambda out: out.record_stream(caller), outs)

@@ -1,4 +1,4 @@
-"""Export a net to a file that runs without this library; its outputs are compared with the net's first."""
+"""Export a net to a file that runs without this library, after comparing the file's outputs with the net's."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from resbackbone.backbones.base import Backbone
 from resbackbone.backbones.feature_info import FeatureInfo
 from resbackbone.data.preprocessing import preprocessing_of
-from resbackbone.inference.copying import copy_for_inference
-from resbackbone.inference.export_formats import FORMATS, Axes, ExportFormat
-from resbackbone.inference.levels import FeatureMaps, backbone_of, read_levels
-from resbackbone.inference.progress import quiet_libraries, step
+from resbackbone.inference.engines import copy_for_inference
+from resbackbone.inference.export_formats import EXPORT_FORMATS, AxisNames, ExportFormat
+from resbackbone.inference.levels import HeadlessModel, find_backbone, infer_levels
+from resbackbone.inference.progress import report_progress, silence_libraries
 from resbackbone.utils import processor
 from resbackbone.utils.atomic_write import atomic_write
 from resbackbone.utils.logs import log_info
@@ -30,24 +30,24 @@ from resbackbone.utils.validation import check_choice, check_ints, check_type, w
 if TYPE_CHECKING:  # takes a second to import
     from torch.export import ExportedProgram
 
-AXES = {0: "batch", 2: "height", 3: "width"}
-# Batch, and height and width in the largest stride and pixels beyond, that a net is recorded with, and that the file is
-# checked on: the last map has two pixels or more. Halved and rounded up, the first stay odd down to the last map: of a
-# pooling that nothing is left over of, Inductor believes that nothing ever will be.
-RECORDED = (2, (3, 1), (2, 1))
-CHECKED = ((1, (2, 0), (3, 0)), (3, (3, 5), (2, 11)))
-LEAST_STRIDE = 32  # where the largest is smaller, as if it were this
+AXIS_NAMES = {0: "batch", 2: "height", 3: "width"}
+# Shapes of the images that a net is traced with, and that the file is checked on: the batch, then height and width as a
+# multiple of the largest stride plus a remainder. The last map has two pixels or more. The sides of the traced image,
+# halved and rounded up, stay odd down to the last map: if a pooling has no remainder there, Inductor assumes none ever.
+TRACED_SHAPE = (2, (3, 1), (2, 1))
+CHECKED_SHAPES = ((1, (2, 0), (3, 0)), (3, (3, 5), (2, 11)))
+MIN_STRIDE = 32  # assumed where the largest stride is smaller
 
 
 @dataclass(frozen=True)
-class Exported:
-    """What :func:`export` made.
+class ExportResult:
+    """What :func:`export` wrote.
 
     Attributes:
         path: The file.
         levels: Its outputs, in order.
-        differences: By the level's name, the largest difference from the net in float32 that the check found, relative
-            to the level's largest number.
+        differences: For each level by name, the largest difference from the net in float32 in the check, relative to
+            the level's largest value.
     """
 
     path: Path
@@ -65,96 +65,99 @@ def export(
     levels: Sequence[FeatureInfo] | None = None,
     metadata: Mapping[str, Any] | None = None,
     report: Callable[[str], None] = log_info,
-) -> Exported:
-    """Write a net, as it computes in evaluation on a CPU, to a file that takes batches and images of any size.
+) -> ExportResult:
+    """Export a net, in eval mode on a CPU, to a file that accepts batches and images of any size.
 
-    The file is first written under another name and run there, on batches and sizes that the net was not recorded
-    with. Only if every level is what the net computes does it appear under its own name, whole.
+    The file is first written under a temporary name and run, on batches and sizes that the net was not traced with.
+    Only if every level agrees with the net's is it moved to its path.
 
     Args:
-        net: A backbone, or a model that has one and returns feature maps, as a tensor, or a tuple, list or dict of
-            them, such as ``nn.Sequential(net, fpn)``; or a detector or segmentor, of which ``backbone`` and ``neck``
-            are exported, without heads. It stays as it is.
-        path: The file: ``.onnx``, or ``.pt2`` for the others. An earlier one is replaced.
-        to: "onnx"; "torch-export", which ``torch.export.load`` reads; or "aoti", compiled for this machine's kind of
-            processor, which ``torch._inductor.aoti_load_package`` reads.
-        dtype: Of the file's input, computation and outputs.
-        size: Height and width in pixels, to fix them; the batch varies still.
-        levels: Name, channels and stride of each output. Unless given, they are the backbone's ``feature_info``, or
-            read off the outputs: called as the keys of a dict, or p2 for stride 4, p3 for stride 8 and so on.
-        metadata: What the file shall say about itself beside dtype, levels and preprocessing, as JSON has it.
-        report: Called with a line as each step begins, and every 15 seconds of a longer one; writes to the log, with
-            level INFO, unless given.
+        net: A backbone; or a model that contains one and returns feature maps, as a tensor, or a tuple, list or dict of
+            tensors, such as ``nn.Sequential(net, fpn)``; or a detector or segmentor, of which ``backbone`` and ``neck``
+            are exported, without heads. It is not changed.
+        path: The file: ``.onnx``, or ``.pt2`` for the other formats. An earlier file is replaced.
+        to: "onnx"; "torch-export", for ``torch.export.load``; or "aoti", compiled ahead of time for this machine's kind
+            of processor, for ``torch._inductor.aoti_load_package``.
+        dtype: Dtype of the file's input, computation and outputs.
+        size: Fixed height and width in pixels, with a dynamic batch size; None for dynamic sizes.
+        levels: Name, channels and stride of each output; None for the backbone's ``feature_info``, or levels inferred
+            from the outputs, with the keys of a dict as names, or p2 for stride 4, p3 for stride 8 and so on.
+        metadata: Entries to add to the file's metadata of dtype, levels and preprocessing; JSON serializable.
+        report: Called with a line as each step begins, and every 15 seconds of a long one; logs at level INFO by
+            default.
 
     Returns:
-        Where the file is, and how far it is from the net.
+        The path, the levels, and how far they are from the net's.
 
     Raises:
         ImportError: If a package that the format needs is not installed.
         TypeError: If an argument is of the wrong type.
-        ValueError: If an argument does not fit, the net cannot be exported so, or the file computes something else.
+        ValueError: If an argument is invalid, the net cannot be exported, or the file computes something else.
         OSError: If the file cannot be written, FileNotFoundError if its folder does not exist.
     """
-    check_choice("to", to, tuple(FORMATS))
-    form = FORMATS[to]
-    check_choice("dtype", dtype, form.dtypes)
+    check_choice("to", to, tuple(EXPORT_FORMATS))
+    export_format = EXPORT_FORMATS[to]
+    check_choice("dtype", dtype, export_format.dtypes)
     path = Path(path)
-    _check_path(path, form)
-    _check_packages(form)
+    _check_path(path, export_format)
+    _check_packages(export_format)
     if to == "aoti" and not processor.computes_natively(getattr(torch, dtype)):
         warn_user(
             f"{processor.reason(getattr(torch, dtype))}: the compiled file, which is for processors like it, will be "
             "several times slower than in float32; pass dtype='float32'"
         )
-    backbone = backbone_of(net)
+    backbone = find_backbone(net)
     if levels is not None:
         levels = _check_levels(levels)
-    facts = _facts(backbone, dtype, metadata or {})
-    _check_bytes(net, getattr(torch, dtype), form)
-    maps = FeatureMaps(net)
-    found = read_levels(net, maps)
-    levels = _agreed_levels(found, levels)
-    facts["levels"] = [{"name": level.name, "channels": level.channels, "stride": level.stride} for level in levels]
+    file_metadata = _file_metadata(backbone, dtype, metadata or {})
+    _check_weight_bytes(net, getattr(torch, dtype), export_format)
+    headless = HeadlessModel(net)
+    inferred = infer_levels(net, headless)
+    levels = _match_levels(inferred, levels)
+    file_metadata["levels"] = [
+        {"name": level.name, "channels": level.channels, "stride": level.stride} for level in levels
+    ]
 
-    whole = net if isinstance(net, Backbone) else maps  # a backbone's tensors keep their names
-    exact = copy_for_inference(whole).cpu().float()
+    exact = copy_for_inference(net if isinstance(net, Backbone) else headless).cpu().float()
     model = copy.deepcopy(exact).to(getattr(torch, dtype))
-    recorded, *checked = _shapes(backbone.in_channels, size, max(level.stride for level in found))
-    axes = AXES if size is None else {0: AXES[0]}
+    traced_shape, *checked_shapes = _shapes(backbone.in_channels, size, max(level.stride for level in inferred))
+    axes = AXIS_NAMES if size is None else {0: AXIS_NAMES[0]}
     with torch.no_grad(), atomic_write(path) as temporary:
         name = type(net).__name__
-        cannot = f"{name} cannot be exported to {to}"
-        with step(f"recording {name}", report):
-            examples = [_compute(exact, model, shape, levels) for shape in checked]
-            with _in_words(cannot):
-                program = _record(form.prepare(model), examples[0].images.new_zeros(recorded), axes)
-        with step(form.writing.format(path.name), report), _in_words(cannot, form.hint):
-            form.write(program, temporary, [level.name for level in levels], axes, facts)
-        with step(f"checking {path.name}", report):
-            differences = _check(form, temporary, examples, levels)
-    return Exported(path, levels, differences)
+        failed = f"{name} cannot be exported to {to}"
+        with report_progress(f"tracing {name}", report):
+            examples = [_compute(exact, model, shape, levels) for shape in checked_shapes]
+            with _library_errors(failed):
+                images = examples[0].images.new_zeros(traced_shape)
+                program = _trace(export_format.prepare(model), images, axes)
+        writing = export_format.writing.format(path.name)
+        with report_progress(writing, report), _library_errors(failed, export_format.hint):
+            export_format.write(program, temporary, [level.name for level in levels], axes, file_metadata)
+        with report_progress(f"checking {path.name}", report):
+            differences = _check_file(export_format, temporary, examples, levels)
+    return ExportResult(path, levels, differences)
 
 
 class _Example(NamedTuple):
-    """Images, what the net makes of them, and what it does in float32."""
+    """Images, the net's outputs for them, and the outputs of the net in float32."""
 
     images: Tensor
     outs: tuple[Tensor, ...]
     exact: tuple[Tensor, ...]
 
 
-def _check_path(path: Path, form: ExportFormat) -> None:
-    if path.suffix != form.suffix:
-        raise ValueError(f"`path` must end in {form.suffix!r} for this format, got {str(path)!r}")
+def _check_path(path: Path, export_format: ExportFormat) -> None:
+    if path.suffix != export_format.suffix:
+        raise ValueError(f"`path` must end in {export_format.suffix!r} for this format, got {str(path)!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {str(path.parent)!r} to write {path.name} into")
 
 
-def _check_packages(form: ExportFormat) -> None:
-    missing = [name for name in form.packages if importlib.util.find_spec(name) is None]
+def _check_packages(export_format: ExportFormat) -> None:
+    missing = [name for name in export_format.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"exporting to {form.suffix} files needs {', '.join(missing)}; pip install 'resbackbone[export]'"
+            f"exporting to {export_format.suffix} files needs {', '.join(missing)}; pip install 'resbackbone[export]'"
         )
 
 
@@ -167,22 +170,22 @@ def _check_levels(levels: Sequence[FeatureInfo]) -> tuple[FeatureInfo, ...]:
     return tuple(levels)
 
 
-def _check_bytes(net: nn.Module, dtype: torch.dtype, form: ExportFormat) -> None:
+def _check_weight_bytes(net: nn.Module, dtype: torch.dtype, export_format: ExportFormat) -> None:
     needed = sum(tensor.numel() for tensor in net.state_dict().values()) * dtype.itemsize
-    if needed >= form.max_bytes:
+    if needed >= export_format.max_bytes:
         raise ValueError(
-            f"{form.suffix} files hold at most {form.max_bytes / 2**30:.3g} GiB, the weights of {type(net).__name__} "
-            f"take {needed / 2**30:.3g} GiB; take a smaller `dtype` or another format"
+            f"{export_format.suffix} files hold at most {export_format.max_bytes / 2**30:.3g} GiB, the weights of "
+            f"{type(net).__name__} take {needed / 2**30:.3g} GiB; choose a smaller `dtype` or another format"
         )
 
 
-def _agreed_levels(found: tuple[FeatureInfo, ...], levels: tuple[FeatureInfo, ...] | None) -> tuple[FeatureInfo, ...]:
-    """Return the levels as the user calls them, if the user does."""
+def _match_levels(inferred: tuple[FeatureInfo, ...], levels: tuple[FeatureInfo, ...] | None) -> tuple[FeatureInfo, ...]:
+    """Return the user's levels if there are any, checked against the inferred ones."""
     if levels is None:
-        return found
-    if len(levels) != len(found):
-        raise ValueError(f"`levels` must be as many as the net's outputs, got {len(levels)} for {len(found)}")
-    for index, (level, actual) in enumerate(zip(levels, found, strict=True)):
+        return inferred
+    if len(levels) != len(inferred):
+        raise ValueError(f"`levels` must be as many as the net's outputs, got {len(levels)} for {len(inferred)}")
+    for index, (level, actual) in enumerate(zip(levels, inferred, strict=True)):
         if level.channels != actual.channels:
             raise ValueError(
                 f"`levels[{index}]` must have the {actual.channels} channels of the net's output, got {level.channels}"
@@ -191,104 +194,106 @@ def _agreed_levels(found: tuple[FeatureInfo, ...], levels: tuple[FeatureInfo, ..
 
 
 def _shapes(channels: int, size: tuple[int, int] | None, stride: int) -> list[tuple[int, ...]]:
-    """The shape of the images that the net is recorded with, and those of the ones that the file is checked on."""
+    """Return the shape of the images that the net is traced with, and those that the file is checked on."""
     if size is not None:
         height, width = check_ints("size", size, low=1, length=2, why="height, width")
-        return [(batch, channels, height, width) for batch, *_ in (RECORDED, *CHECKED)]
-    stride = max(stride, LEAST_STRIDE)
+        return [(batch, channels, height, width) for batch, *_ in (TRACED_SHAPE, *CHECKED_SHAPES)]
+    stride = max(stride, MIN_STRIDE)
     return [
-        (batch, channels, *(count * stride + beyond for count, beyond in sides))
-        for batch, *sides in (RECORDED, *CHECKED)
+        (batch, channels, *(count * stride + remainder for count, remainder in sides))
+        for batch, *sides in (TRACED_SHAPE, *CHECKED_SHAPES)
     ]
 
 
-def _facts(backbone: Backbone, dtype: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file says about itself, beside its levels."""
+def _file_metadata(backbone: Backbone, dtype: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the file's metadata, without its levels."""
     try:
         preprocessing = preprocessing_of(backbone)
-    except ValueError:  # of tensors that are no pictures nobody says it
+    except ValueError:  # unknown for inputs that are no pictures
         preprocessing = None
-    facts = {
+    file_metadata = {
         "type": type(backbone).__name__,
         "dtype": dtype,
         "preprocessing": None if preprocessing is None else asdict(preprocessing),
         **metadata,
     }
-    json.dumps(facts)  # raises here and not after minutes
-    return facts
+    json.dumps(file_metadata)  # raises here and not after minutes
+    return file_metadata
 
 
 def _compute(exact: nn.Module, model: nn.Module, shape: Sequence[int], levels: Sequence[FeatureInfo]) -> _Example:
-    """Compute what the file must reproduce.
+    """Compute outputs that the file must reproduce.
 
     Raises:
-        ValueError: If the net computes numbers that nothing can be compared with.
+        ValueError: If outputs are infinite or NaN, which cannot be compared.
     """
     images = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
-    wanted = exact(images)
+    exact_outs = exact(images)
     images = images.to(next(model.parameters()).dtype)
     outs = model(images)
     for level, out in zip(levels, outs, strict=True):
         if not out.isfinite().all():
-            raise ValueError(f"in {out.dtype} {level.name} is infinite or NaN; take another `dtype`, or other weights")
-    return _Example(images, tuple(outs), tuple(wanted))
+            raise ValueError(
+                f"in {out.dtype} {level.name} is infinite or NaN; choose another `dtype`, or other weights"
+            )
+    return _Example(images, tuple(outs), tuple(exact_outs))
 
 
-def _record(model: nn.Module, images: Tensor, axes: Axes) -> ExportedProgram:
-    varying = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
-    return torch.export.export(model, (images,), dynamic_shapes=(varying,))
+def _trace(model: nn.Module, images: Tensor, axes: AxisNames) -> ExportedProgram:
+    dynamic = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+    return torch.export.export(model, (images,), dynamic_shapes=(dynamic,))
 
 
-def _check(
-    form: ExportFormat, path: Path, examples: Sequence[_Example], levels: Sequence[FeatureInfo]
+def _check_file(
+    export_format: ExportFormat, path: Path, examples: Sequence[_Example], levels: Sequence[FeatureInfo]
 ) -> dict[str, float]:
-    """Return how far each level of the file is from the net.
+    """Return the relative difference of each level of the file from the net in float32.
 
     Raises:
-        ValueError: If that is too far, or the file does not run.
+        ValueError: If it is above the tolerance, or the file does not run.
     """
     worst = dict.fromkeys([level.name for level in levels], 0.0)
-    with _in_words("the exported file does not run, and was not kept"):
-        run = form.load(path)
-    for images, own, exact in examples:
-        with _in_words(f"the exported file does not run on images {tuple(images.shape)}, and was not kept"):
+    with _library_errors("the exported file does not run, and was not kept"):
+        run = export_format.load(path)
+    for images, expected, exact in examples:
+        with _library_errors(f"the exported file does not run on images {tuple(images.shape)}, and was not kept"):
             outs = run(images)
-        for name, out, other, wanted in zip(worst, outs, own, exact, strict=True):
-            if (out.shape, out.dtype) != (other.shape, other.dtype):
+        for name, out, net_out, exact_out in zip(worst, outs, expected, exact, strict=True):
+            if (out.shape, out.dtype) != (net_out.shape, net_out.dtype):
                 raise ValueError(
                     f"the exported file was not kept: {name} of images {tuple(images.shape)} is {tuple(out.shape)} "
-                    f"{out.dtype} there, {tuple(other.shape)} {other.dtype} in the net"
+                    f"{out.dtype} in the file, {tuple(net_out.shape)} {net_out.dtype} in the net"
                 )
-            # In half precision the net itself is as far from float32, and the file rounds elsewhere.
-            allowed = max(form.tolerance, 2 * _difference(other, wanted))
-            difference = _difference(out, wanted)
-            if not difference <= allowed:  # nor if it is NaN
+            # In half precision the net itself differs as much from float32, and the file rounds elsewhere.
+            allowed = max(export_format.tolerance, 2 * _difference(net_out, exact_out))
+            difference = _difference(out, exact_out)
+            if not difference <= allowed:  # also if it is NaN
                 raise ValueError(
                     f"the exported file was not kept: {name} of images {tuple(images.shape)} is {difference:.1e} of "
-                    f"its largest number away from the net's, where {allowed:.1e} is allowed"
+                    f"its largest value away from the net's, where {allowed:.1e} is allowed"
                 )
             worst[name] = max(worst[name], difference)
     return worst
 
 
-def _difference(out: Tensor, wanted: Tensor) -> float:
-    """The largest difference, relative to the largest number."""
-    largest = wanted.abs().max().clamp_min(torch.finfo(wanted.dtype).tiny)
-    return ((out.float() - wanted).abs().max() / largest).item()
+def _difference(out: Tensor, exact: Tensor) -> float:
+    """Return the largest absolute difference, relative to the largest absolute value."""
+    largest = exact.abs().max().clamp_min(torch.finfo(exact.dtype).tiny)
+    return ((out.float() - exact).abs().max() / largest).item()
 
 
 @contextmanager
-def _in_words(what: str, hint: str = "") -> Iterator[None]:
-    """Say in one line what another library raises, of whatever kind, and leave out its warnings, about itself.
+def _library_errors(message: str, hint: str = "") -> Iterator[None]:
+    """Convert the exceptions of another library into a ValueError of one line, and suppress its warnings.
 
     Raises:
-        ValueError: In place of anything but an OSError.
+        ValueError: In place of any exception except an OSError.
     """
     try:
-        with quiet_libraries():
+        with silence_libraries():
             yield
     except OSError:
         raise
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"{what}: {textwrap.shorten(reason, 300)}{hint}") from error
+        raise ValueError(f"{message}: {textwrap.shorten(reason, 300)}{hint}") from error

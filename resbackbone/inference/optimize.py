@@ -7,45 +7,50 @@ from typing import Literal
 import torch
 from torch import nn
 
-from resbackbone.inference.convolution import FoldedConv2d, FusedConv2d
-from resbackbone.inference.copying import copy_for_inference
-from resbackbone.inference.engines import Captured, Compiled, Folded, Fused, Optimized
+from resbackbone.inference.engines import (
+    CompiledEngine,
+    CudaGraphEngine,
+    EagerEngine,
+    Engine,
+    OneDNNEngine,
+    copy_for_inference,
+)
+from resbackbone.inference.fused_conv import FusedConv2d, OneDNNConv2d
 from resbackbone.inference.graph import fuse, trace
 from resbackbone.utils import processor
 from resbackbone.utils.validation import check_choice, check_int, warn_user
 
-Backend = Literal["auto", "onednn", "compile", "eager"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACK_BYTES = 1 << 29  # what packed weights may take unless said otherwise
+PREPACK_BYTES = 1 << 29  # default limit of the memory for prepacked weights
 
 
 def optimize(
     net: nn.Module,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    backend: Backend = "auto",
+    backend: Literal["auto", "onednn", "compile", "eager"] = "auto",
     *,
-    pack_bytes: int = PACK_BYTES,
+    prepack_bytes: int = PREPACK_BYTES,
 ) -> nn.Module:
-    """Return a net for inference with the same inputs and outputs that is faster.
+    """Return a copy of a net that is optimized for inference: the same inputs and outputs, faster.
 
-    Norms are folded into convolutions, and everything lies in channels_last. On CPUs convolutions, sums and ReLUs are
-    operators of oneDNN, which PyTorch ships: nothing is compiled, and a new image size costs nothing. A size that comes
-    back gets weights laid out for it; on CUDA devices it is captured as a CUDA graph.
+    Batch norms are folded into convolutions, and the computation is in channels_last. On CPUs, convolutions are fused
+    with additions and ReLUs into operators of oneDNN, which PyTorch ships: nothing is compiled, and a new image size
+    costs nothing. For repeated sizes weights are prepacked; on CUDA devices a CUDA graph is captured.
 
     Args:
-        net: A backbone, or anything that calls one and can be traced, such as ``nn.Sequential(net, fpn)``. It stays as
-            it is; later changes to it do not reach the result. Its forward hooks stay behind, with a warning, but for
+        net: A backbone, or a traceable model that calls one, such as ``nn.Sequential(net, fpn)``. It is not changed,
+            and later changes to it do not affect the result. Its forward hooks are dropped with a warning, except with
             ``backend`` "compile".
-        dtype: Of the computation and the feature maps; "float16" on CUDA devices only. A CPU without instructions for
-            bfloat16 (on x86 AVX-512 BF16 or AMX) computes in float32, which is faster there, and returns feature maps
-            in bfloat16; a warning says so.
-        backend: "onednn" on CPUs; "eager" for PyTorch's own operators; "compile" for the net through
-            ``torch.compile``; "auto" for the first on CPUs, and elsewhere for the second, on CUDA with graphs.
-        pack_bytes: Bytes that the weights laid out for sizes may take with oneDNN; 0 for none. The others lay out none.
+        dtype: Dtype of the computation and the feature maps; "float16" on CUDA devices only. A CPU without
+            instructions for bfloat16 (on x86 AVX-512 BF16 or AMX) computes in float32, which is faster there, and
+            returns feature maps in bfloat16, with a warning.
+        backend: "onednn" for oneDNN on CPUs; "eager" for PyTorch operators; "compile" for ``torch.compile``; "auto"
+            for oneDNN on CPUs, and PyTorch operators elsewhere, in CUDA graphs on CUDA devices.
+        prepack_bytes: Bytes that weights prepacked for repeated sizes may take with oneDNN; 0 for none.
 
     Returns:
-        A module: images ``(N, in_channels, H, W)`` to the same feature maps. They are contiguous, as the net's are,
-        unless the images are in channels_last, which saves the conversion.
+        A module: images ``(N, in_channels, H, W)`` to the same feature maps as the net's. They are contiguous unless
+        the images are in channels_last, which saves the conversion.
 
     Raises:
         ValueError: If an argument is unknown, ``net`` cannot be traced or has weights that are NaN, or the backend does
@@ -53,19 +58,19 @@ def optimize(
     """
     check_choice("dtype", dtype, tuple(_DTYPES))
     check_choice("backend", backend, ("auto", "onednn", "compile", "eager"))
-    check_int("pack_bytes", pack_bytes, low=0)
-    if dtype == "float16" and not any(tensor.is_cuda for tensor in net.state_dict().values()):
+    check_int("prepack_bytes", prepack_bytes, low=0)
+    if dtype == "float16" and not _is_on_cuda(net):
         raise ValueError(
             "`dtype`='float16' is for nets on a CUDA device, move it there; on a CPU use 'float32' or 'bfloat16'"
         )
     computed = _computed_dtype(net, _DTYPES[dtype])
-    optimized = _optimize(copy_for_inference(net), computed, backend, pack_bytes)
-    optimized.out_dtype = _DTYPES[dtype]
-    return optimized
+    engine = _make_engine(copy_for_inference(net), computed, backend, prepack_bytes)
+    engine.out_dtype = _DTYPES[dtype]
+    return engine
 
 
 def _computed_dtype(net: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """Return what to compute in: float32, with a warning, where a CPU has no instructions for the dtype."""
+    """Return the dtype of the computation: float32, with a warning, if the CPU has no instructions for ``dtype``."""
     computed = processor.computed_dtype(dtype) if _is_on_cpu(net) else dtype
     if computed is not dtype:
         name = str(dtype).removeprefix("torch.")
@@ -77,24 +82,23 @@ def _computed_dtype(net: nn.Module, dtype: torch.dtype) -> torch.dtype:
     return computed
 
 
-def _optimize(net: nn.Module, dtype: torch.dtype, backend: Backend, pack_bytes: int) -> Optimized:
+def _make_engine(net: nn.Module, dtype: torch.dtype, backend: str, prepack_bytes: int) -> Engine:
     if backend == "compile":
-        return Compiled(net.to(dtype, memory_format=torch.channels_last), dtype)  # type: ignore[call-overload]
+        return CompiledEngine(net.to(dtype, memory_format=torch.channels_last), dtype)  # type: ignore[call-overload]
     with_onednn = backend == "onednn" or (backend == "auto" and _runs_onednn(net))
     if with_onednn:
         require_onednn(net)
     traced = trace(net)
     if with_onednn:
-        fused = fuse(traced, FusedConv2d, dtype)
-        return Fused(net, traced.to(dtype), fused, dtype, pack_bytes)
-    folded = fuse(traced, FoldedConv2d, dtype)
-    on_cuda = any(tensor.is_cuda for tensor in net.state_dict().values())
-    engine = Captured if backend == "auto" and on_cuda else Folded
-    return engine(net, traced.to(dtype), folded, dtype)
+        fused = fuse(traced, OneDNNConv2d, dtype)
+        return OneDNNEngine(net, traced.to(dtype), fused, dtype, prepack_bytes)
+    engine_class = CudaGraphEngine if backend == "auto" and _is_on_cuda(net) else EagerEngine
+    convolutions = fuse(traced, FusedConv2d, dtype)
+    return engine_class(net, traced.to(dtype), convolutions, dtype)
 
 
 def require_onednn(net: nn.Module) -> None:
-    """Refuse a net that the operators of oneDNN cannot compute on this machine."""
+    """Raise ValueError unless oneDNN can compute a net on this machine."""
     if not _runs_onednn(net):
         raise ValueError(
             f"oneDNN needs weights on the CPU and a PyTorch built with it; {type(net).__name__} lacks one of these; "
@@ -109,3 +113,7 @@ def _runs_onednn(net: nn.Module) -> bool:
 
 def _is_on_cpu(net: nn.Module) -> bool:
     return all(tensor.device.type == "cpu" for tensor in net.state_dict().values())
+
+
+def _is_on_cuda(net: nn.Module) -> bool:
+    return any(tensor.is_cuda for tensor in net.state_dict().values())

@@ -1,4 +1,4 @@
-"""Weights laid out for one input size."""
+"""Convolutions with weights prepacked, that is reordered, for one input shape."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Protocol
 
 from torch import Tensor
 
-from resbackbone.inference.convolution import Convolution
+from resbackbone.inference.fused_conv import ConvCall
 
 
-class Packable(Protocol):
-    """A convolution whose weights can be laid out for one input size."""
+class PrepackableConv(Protocol):
+    """A convolution that can reorder its weights for one input shape."""
 
     weight: Tensor
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """Convolve a tensor, and add another, of any size."""
+        """Convolve an input of any shape, and add another tensor."""
 
-    def specialize(self, x: Tensor, other: Tensor | None) -> Convolution:
-        """Return what does the same to tensors of these shapes and layouts, with weights laid out for them."""
+    def prepack(self, x: Tensor, other: Tensor | None) -> ConvCall:
+        """Return a call for inputs of these shapes and memory formats, with weights reordered for them."""
 
 
-class Packs:
-    """A net's convolutions for one input size, each packed when it is first called."""
+class PrepackedConvs:
+    """The convolutions of a net for one input shape, each prepacked in its first call."""
 
-    def __init__(self, convolutions: Sequence[Packable]) -> None:
-        self.calls: list[Convolution] = [partial(self._pack, index) for index in range(len(convolutions))]
+    def __init__(self, convolutions: Sequence[PrepackableConv]) -> None:
+        self.calls: list[ConvCall] = [partial(self._prepack, index) for index in range(len(convolutions))]
         self._convolutions = convolutions
 
-    def _pack(self, index: int, x: Tensor, other: Tensor | None = None) -> Tensor:
-        packed = self._convolutions[index].specialize(x, other)
-        self.calls[index] = packed  # two threads may do it at once, to the same end
-        return packed(x, other)
+    def _prepack(self, index: int, x: Tensor, other: Tensor | None = None) -> Tensor:
+        call = self._convolutions[index].prepack(x, other)
+        self.calls[index] = call  # two threads may do so at once, with the same result
+        return call(x, other)

@@ -9,24 +9,24 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-INTERVAL = 15.0  # seconds between two lines of one step
-_TALKATIVE = ("torch.onnx", "torch.export", "torch._inductor", "onnxscript", "onnx_ir")
+INTERVAL = 15.0  # seconds between two progress lines
+_VERBOSE_LOGGERS = ("torch.onnx", "torch.export", "torch._inductor", "onnxscript", "onnx_ir")
 
 
 @contextmanager
-def step(what: str, report: Callable[[str], None]) -> Iterator[None]:
-    """Say what begins, and while it lasts, every ``INTERVAL``, for how long it has.
+def report_progress(step: str, report: Callable[[str], None]) -> Iterator[None]:
+    """Report a step when it begins, and every ``INTERVAL`` the time it has taken so far.
 
     Args:
-        what: What is done.
+        step: What is done.
         report: Called with each line.
     """
-    report(what)
-    begin, done = time.monotonic(), threading.Event()
+    report(step)
+    start, done = time.monotonic(), threading.Event()
 
     def watch() -> None:
         while not done.wait(INTERVAL):
-            report(f"{what}: {time.monotonic() - begin:.0f} s so far")
+            report(f"{step}: {time.monotonic() - start:.0f} s so far")
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -38,12 +38,12 @@ def step(what: str, report: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Leave out warnings of other libraries about themselves, in whichever way they come.
+def silence_libraries() -> Iterator[None]:
+    """Suppress the warnings of other libraries about themselves, whether logged or issued.
 
-    torch's exporter to ONNX logs four lines where torchvision is not installed, one for each operator of its.
+    torch's ONNX exporter logs four lines where torchvision is not installed, one for each of its operators.
     """
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    loggers = [logging.getLogger(name) for name in _VERBOSE_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -1,63 +1,68 @@
-"""What is made for one input size when that comes back, and kept while there is room."""
+"""Cache for repeated input shapes: prepacked weights, captured graphs."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Hashable, Iterator
+from typing import Generic, TypeVar
 
-Size = tuple[Any, ...]  # a shape, or more that what is made depends on
-T = TypeVar("T")
+Key = TypeVar("Key", bound=Hashable)
+Entry = TypeVar("Entry")
 
 
-class ReturningSizes(Generic[T]):
-    """What belongs to the sizes used last.
+class ShapeCache(Generic[Key, Entry]):
+    """A cache whose entries are created the second time that their shape is seen, while there is room.
 
-    A size seen for the first time has nothing: to make it takes longer than one pass saves. One that comes back earns
-    it, and takes the place of the one used least recently if it was itself used later than that. So sizes that take
-    turns, more than there is room for, do not push each other out.
+    Creating an entry takes longer than one pass saves, so the first pass of a shape creates none. A repeated shape
+    replaces the least recently used entry, if its own last use was later than that entry's. So more shapes in turn than
+    there is room for do not evict each other.
 
     Args:
-        capacity: How many sizes may have something at once.
+        capacity: Maximum number of entries.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._seen: OrderedDict[Size, T | None] = OrderedDict()  # in the order of their last use
+        self._seen: OrderedDict[Key, Entry | None] = OrderedDict()  # from the least to the most recently used
         self._lock = threading.Lock()
 
-    def get(self, size: Size, make: Callable[[], T]) -> T | None:
-        """Return what belongs to a size, made if it came back and there is room; None if it has nothing."""
+    def get(self, shape: Key, create: Callable[[], Entry]) -> Entry | None:
+        """Return the entry of a shape, created if the shape is repeated and there is room; None if it has none.
+
+        Args:
+            shape: The input shape, or a tuple with more that the entry depends on.
+            create: Creates the entry.
+        """
         if self._capacity == 0:
             return None
         with self._lock:
-            found = self._seen.get(size)
-            if found is None and size in self._seen and self._has_room(size):
-                found = make()
-            self._seen[size] = found
-            self._seen.move_to_end(size)
+            entry = self._seen.get(shape)
+            if entry is None and shape in self._seen and self._make_room(shape):
+                entry = create()
+            self._seen[shape] = entry
+            self._seen.move_to_end(shape)
             if len(self._seen) > 16 * self._capacity:
                 self._seen.popitem(last=False)
-        return found
+        return entry
 
-    def __iter__(self) -> Iterator[Size]:
-        """The sizes that have something, the one used least recently first."""
+    def __iter__(self) -> Iterator[Key]:
+        """Iterate over the shapes with an entry, from the least to the most recently used."""
         with self._lock:
-            return iter(self._having())
+            return iter(self._cached())
 
-    def _having(self) -> list[Size]:
-        return [size for size, found in self._seen.items() if found is not None]
+    def _cached(self) -> list[Key]:
+        return [shape for shape, entry in self._seen.items() if entry is not None]
 
-    def _has_room(self, size: Size) -> bool:
-        """Whether a size may have something; if another must give way, it has."""
-        having = self._having()
-        if len(having) < self._capacity:
+    def _make_room(self, shape: Key) -> bool:
+        """Return whether there is room for a shape's entry, if need be after evicting the least recently used one."""
+        cached = self._cached()
+        if len(cached) < self._capacity:
             return True
-        if next(other for other in self._seen if other in (size, having[0])) == size:
+        if next(seen for seen in self._seen if seen in (shape, cached[0])) == shape:
             return False
-        self._seen[having[0]] = None
+        self._seen[cached[0]] = None
         return True
 
-    def __reduce__(self) -> tuple[type[ReturningSizes[T]], tuple[int]]:
-        return ReturningSizes, (self._capacity,)  # what was made belongs to the process
+    def __reduce__(self) -> tuple[type[ShapeCache[Key, Entry]], tuple[int]]:
+        return ShapeCache, (self._capacity,)  # entries belong to the process

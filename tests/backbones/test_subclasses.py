@@ -230,7 +230,7 @@ def test_r3_optimized_it_computes_the_same_for_one_tensor(shake, net_class, args
 
 def test_r3_what_takes_no_tensor_is_told_so_when_optimized():
     fast = optimize(OfAList(**TINY))
-    with pytest.raises(TypeError, match="an optimized OfAList takes one tensor, got list; stack its images first"):
+    with pytest.raises(TypeError, match="an optimized OfAList accepts one tensor, got list; stack its images first"):
         fast([torch.zeros(3, 64, 64)])
 
 

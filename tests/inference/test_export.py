@@ -1,4 +1,4 @@
-"""An exported file computes what the net computes, whatever the batch and the size, or it is not there."""
+"""`export`: the file computes what the net does for all batches and sizes, or is not written."""
 
 import copy
 import importlib.util
@@ -24,12 +24,12 @@ from resbackbone import FeatureInfo, ResNet, ResNetV2
 from resbackbone.analysis.cost import build_on_meta
 from resbackbone.data.preprocessing import CAFFE, TORCHVISION
 from resbackbone.inference import export, optimize, quantize
-from resbackbone.inference.export_formats import FORMATS
-from resbackbone.inference.progress import step
+from resbackbone.inference.export_formats import EXPORT_FORMATS
+from resbackbone.inference.progress import report_progress
 from resbackbone.necks import FPN
 
 TINY = {"depth": 18, "base_channels": 8, "num_stages": 1, "strides": (1,), "dilations": (1,), "out_indices": (0,)}
-# Other than those that a net is recorded with and checked on.
+# Other shapes than those that a net is traced with and the file is checked on.
 SHAPES = [(2, 3, 34, 50), (1, 3, 65, 33), (4, 3, 96, 47)]
 NO_COMPILER = shutil.which("c++") is None
 
@@ -41,15 +41,15 @@ def net(shake):
 
 @pytest.fixture
 def pyramid(net):
-    """A net with two levels behind a backbone, and what they are."""
+    """A backbone with an FPN of two outputs, and their levels."""
     model = nn.Sequential(net, FPN(net.out_channels, 16, num_outs=2)).eval()
     return model, (FeatureInfo("p2", 0, 16, 4), FeatureInfo("p3", 1, 16, 8))
 
 
 @pytest.fixture
 def change(monkeypatch):
-    """Replace parts of a format."""
-    return lambda to, **parts: monkeypatch.setitem(FORMATS, to, replace(FORMATS[to], **parts))
+    """Replace attributes of an export format."""
+    return lambda to, **parts: monkeypatch.setitem(EXPORT_FORMATS, to, replace(EXPORT_FORMATS[to], **parts))
 
 
 def onnx_session(path):
@@ -60,8 +60,8 @@ def run_onnx(session, images):
     return [torch.from_numpy(out) for out in session.run(None, {"images": images.numpy()})]
 
 
-def assert_near(outs, expected, tolerance):
-    """Compare relative to the largest number of each level."""
+def assert_close(outs, expected, tolerance):
+    """Compare relative to the largest value of each level."""
     assert len(outs) == len(expected)
     for out, reference in zip(outs, expected, strict=True):
         assert out.shape == reference.shape
@@ -78,13 +78,15 @@ class TestFiles:
         assert (level.name, level.shape[:2]) == ("layer1", ["batch", 8])
         for shape in (*SHAPES, (1, 3, 1, 1)):
             x = torch.randn(shape)
-            assert_near(run_onnx(session, x), net(x), 1e-5)
+            assert_close(run_onnx(session, x), net(x), 1e-5)
         facts = session.get_modelmeta().custom_metadata_map
         assert (facts["config"], facts["type"], facts["dtype"]) == ("tiny", "ResNet", "float32")
         assert json.loads(facts["levels"]) == [{"name": "layer1", "channels": 8, "stride": 4}]
         assert json.loads(facts["preprocessing"])["mean"] == list(TORCHVISION.mean)
         assert 0 < exported.differences["layer1"] < 1e-5
-        assert str(Path(resbackbone.__file__).parent).encode() not in exported.path.read_bytes()  # nobody's folders
+        assert (
+            str(Path(resbackbone.__file__).parent).encode() not in exported.path.read_bytes()
+        )  # no paths of this machine
         assert written(tmp_path) == ["net.onnx"]
 
     @torch.no_grad()
@@ -107,13 +109,13 @@ class TestFiles:
     @pytest.mark.skipif(NO_COMPILER, reason="compiling ahead of time needs a C++ compiler")
     @torch.no_grad()
     def test_aoti(self, shake, tmp_path):
-        # Its shortcut pools 2x2, which Inductor gets wrong where it has seen nothing left over.
+        # Its shortcut pools 2x2, which Inductor gets wrong if it was traced without a remainder.
         net = shake(ResNet(**{**TINY, "strides": (2,), "stage_blocks": (1,), "avg_down": True})).eval()
         exported = export(net, tmp_path / "net.pt2", "aoti", metadata={"config": "tiny"})
         loaded = torch._inductor.aoti_load_package(str(exported.path))
         for shape in (*SHAPES, (1, 3, 1, 1)):
             x = torch.randn(shape)
-            assert_near(loaded(x), net(x), 1e-5)
+            assert_close(loaded(x), net(x), 1e-5)
         facts = loaded.get_metadata()
         assert (facts["config"], facts["dtype"]) == ("tiny", "float32")
         assert json.loads(facts["levels"]) == [{"name": "layer1", "channels": 8, "stride": 8}]
@@ -123,14 +125,14 @@ class TestFiles:
         ("to", "name"), [("torch-export", "n.pt2"), pytest.param("onnx", "n.onnx", marks=pytest.mark.slow)]
     )
     @torch.no_grad()
-    def test_a_pyramid(self, pyramid, tmp_path, to, name):
+    def test_backbone_with_fpn(self, pyramid, tmp_path, to, name):
         model, levels = pyramid
         assert list(export(model, tmp_path / name, to, levels=levels).differences) == ["p2", "p3"]
         if to == "onnx":
             session = onnx_session(tmp_path / name)
             assert [out.name for out in session.get_outputs()] == ["p2", "p3"]
             x = torch.randn(SHAPES[0])
-            assert_near(run_onnx(session, x), model(x), 1e-5)
+            assert_close(run_onnx(session, x), model(x), 1e-5)
 
     @torch.no_grad()
     def test_half_precision(self, net, tmp_path):
@@ -138,7 +140,7 @@ class TestFiles:
         x = torch.randn(SHAPES[0])
         (out,) = torch.export.load(exported.path).module()(x.bfloat16())
         assert out.dtype is torch.bfloat16
-        assert_near([out], net(x), 5e-2)
+        assert_close([out], net(x), 5e-2)
         assert 1e-4 < exported.differences["layer1"] < 5e-2
         assert next(net.parameters()).dtype is torch.float32
 
@@ -156,7 +158,7 @@ class TestFiles:
         with pytest.raises(AssertionError, match="size"):
             loaded(torch.zeros(1, 3, 40, 64))
 
-    def test_the_net_stays_as_it_is_and_is_exported_in_evaluation(self, shake, tmp_path):
+    def test_the_net_is_not_changed_and_exported_in_eval_mode(self, shake, tmp_path):
         net = shake(ResNet(**TINY, norm_eval=False)).train()
         state = copy.deepcopy(net.state_dict())
         export(net, tmp_path / "net.pt2", "torch-export")
@@ -172,7 +174,7 @@ class TestFiles:
     def test_every_backbone(self, shake, monkeypatch, tmp_path, case, to):
         one_block_per_stage(monkeypatch)
         net = shake(make(case)).eval()
-        exported = export(net, tmp_path / f"net{FORMATS[to].suffix}", to)
+        exported = export(net, tmp_path / f"net{EXPORT_FORMATS[to].suffix}", to)
         assert tuple(exported.differences) == tuple(info.name for info in net.feature_info)
 
 
@@ -181,7 +183,7 @@ def with_fpn(net, **options):
 
 
 class Detector(nn.Module):
-    """A detector as OpenMMLab has it, whose forward pass needs more than images."""
+    """A detector with OpenMMLab's attributes and a forward pass that needs more than images."""
 
     def __init__(self, net, neck=None):
         super().__init__()
@@ -199,18 +201,18 @@ class Detector(nn.Module):
 
 
 class TorchvisionDetector(nn.Module):
-    """A detector that takes a list of images and returns a list of dicts."""
+    """A detector of a list of images that returns a list of dicts."""
 
     def __init__(self, net):
         super().__init__()
-        self.backbone = Named(net)
+        self.backbone = DictOutput(net)
 
     def forward(self, images, targets=None):
         return [{"boxes": self.backbone(image[None])["0"]} for image in images]
 
 
-class Named(nn.Module):
-    """Returns a dict."""
+class DictOutput(nn.Module):
+    """A model that returns a dict."""
 
     def __init__(self, net):
         super().__init__()
@@ -220,8 +222,8 @@ class Named(nn.Module):
         return {str(index): level for index, level in enumerate(self.net(pixel_values))}
 
 
-class Last(nn.Module):
-    """Returns a tensor."""
+class TensorOutput(nn.Module):
+    """A model that returns a tensor."""
 
     def __init__(self, net):
         super().__init__()
@@ -240,13 +242,13 @@ MODELS = {
     "detector": (lambda net: Detector(net, with_fpn(net, num_outs=5)[1]), PYRAMID),
     "detector without a neck": (Detector, [f"layer{index}" for index in range(1, 5)]),
     "torchvision's detector": (TorchvisionDetector, ["0", "1", "2", "3"]),
-    "dict": (Named, ["0", "1", "2", "3"]),
-    "tensor": (Last, ["p5"]),
+    "dict": (DictOutput, ["0", "1", "2", "3"]),
+    "tensor": (TensorOutput, ["p5"]),
 }
 
 
 class TestModels:
-    """What is built around a backbone, with outputs that nobody has to list."""
+    """Models around a backbone, with levels inferred from their outputs."""
 
     @pytest.fixture
     def net(self, shake):
@@ -255,10 +257,10 @@ class TestModels:
     @pytest.mark.parametrize("to", ["torch-export", pytest.param("onnx", marks=pytest.mark.slow)])
     @pytest.mark.parametrize("model", MODELS)
     @torch.no_grad()
-    def test_r12_a_model_around_a_backbone(self, net, tmp_path, model, to):
+    def test_a_model_around_a_backbone(self, net, tmp_path, model, to):
         make_model, names = MODELS[model]
         whole = make_model(net).eval()
-        exported = export(whole, tmp_path / f"net{FORMATS[to].suffix}", to)
+        exported = export(whole, tmp_path / f"net{EXPORT_FORMATS[to].suffix}", to)
         assert [level.name for level in exported.levels] == list(exported.differences) == names
         images = torch.randn(2, 3, 150, 290)
         if to == "onnx":
@@ -269,29 +271,29 @@ class TestModels:
             assert out.shape[1] == level.channels
             assert out.shape[2] in (150 // level.stride, -(-150 // level.stride))
         if isinstance(whole, nn.Sequential):
-            assert_near(outs, whole(images), 1e-5)
+            assert_close(outs, whole(images), 1e-5)
 
     @torch.no_grad()
-    def test_r12_only_what_is_exported_is_in_the_file(self, net, tmp_path):
+    def test_heads_are_not_in_the_file(self, net, tmp_path):
         exported = export(Detector(net, with_fpn(net, num_outs=5)[1]), tmp_path / "net.pt2", "torch-export")
         assert not any("bbox_head" in name for name in torch.export.load(exported.path).state_dict)
 
     @torch.no_grad()
-    def test_r12_the_stems_map(self, shake, tmp_path):
+    def test_the_stem_output(self, shake, tmp_path):
         net = shake(ResNet(18, base_channels=8, out_indices=("stem", 0, 3))).eval()
         assert list(export(net, tmp_path / "net.pt2", "torch-export").differences) == ["stem", "layer1", "layer4"]
 
     @torch.no_grad()
-    def test_r12_a_classifier(self, tmp_path):
+    def test_a_classifier(self, tmp_path):
         from resbackbone.training.classification import ImageClassifier
 
         model = ImageClassifier({"type": "ResNet", "depth": 18, "base_channels": 8}, num_classes=7).eval()
         exported = export(model, tmp_path / "net.pt2", "torch-export")
         assert exported.levels == (FeatureInfo("logits", 0, 7, 0),)
         images = torch.randn(3, 3, 64, 96)
-        assert_near(torch.export.load(exported.path).module()(images), [model(images)], 1e-5)
+        assert_close(torch.export.load(exported.path).module()(images), [model(images)], 1e-5)
 
-    def test_r12_levels_that_do_not_fit_are_refused(self, net, tmp_path):
+    def test_refuses_levels_that_do_not_match(self, net, tmp_path):
         model = with_fpn(net, num_outs=5)
         for levels, text in (
             ([FeatureInfo("p2", 0, 16, 4)], "must be as many as the net's outputs, got 1 for 5"),
@@ -300,71 +302,73 @@ class TestModels:
             with pytest.raises(ValueError, match=text):
                 export(model, tmp_path / "n.pt2", "torch-export", levels=levels)
 
-    def test_r12_what_returns_no_maps_is_refused(self, net, tmp_path):
-        class Texts(Last):
+    def test_refuses_a_model_without_tensor_outputs(self, net, tmp_path):
+        class StringOutput(TensorOutput):
             def forward(self, x):
                 return ["a", "b"]
 
-        with pytest.raises(ValueError, match=r"Texts does not run on images .* must return a tensor, or a tuple"):
-            export(Texts(net), tmp_path / "n.pt2", "torch-export")
+        with pytest.raises(
+            ValueError, match=r"StringOutput does not run on images .* must return a tensor, or a tuple"
+        ):
+            export(StringOutput(net), tmp_path / "n.pt2", "torch-export")
 
 
-class TestReport:
-    """What is said meanwhile."""
+class TestProgress:
+    """Progress lines."""
 
     @pytest.mark.parametrize("to", ["onnx", "torch-export"])
-    def test_u8_nothing_is_said_of_other_libraries(self, net, tmp_path, monkeypatch, caplog, capfd, to):
+    def test_other_libraries_are_silent(self, net, tmp_path, monkeypatch, caplog, capfd, to):
         find_spec = importlib.util.find_spec
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name, *a: None if name == "torchvision" else find_spec(name)
         )
         with warnings.catch_warnings(record=True) as caught, caplog.at_level(logging.WARNING):
-            export(net, tmp_path / f"net{FORMATS[to].suffix}", to)
+            export(net, tmp_path / f"net{EXPORT_FORMATS[to].suffix}", to)
         assert caught == caplog.records == []
         assert capfd.readouterr() == ("", "")
 
     @pytest.mark.parametrize("to", ["onnx", "torch-export", "aoti"])
-    def test_u8_each_step_is_said(self, net, tmp_path, change, caplog, to):
+    def test_each_step_is_reported(self, net, tmp_path, change, caplog, to):
         change(to, write=lambda program, path, *rest: path.touch(), load=lambda path: net)
-        name = f"net{FORMATS[to].suffix}"
+        name = f"net{EXPORT_FORMATS[to].suffix}"
         writing = f"compiling {name}, which takes minutes for a whole net" if to == "aoti" else f"writing {name}"
         lines = []
         with torch.no_grad(), caplog.at_level(logging.INFO, "resbackbone"):
             export(net, tmp_path / name, to, report=lines.append)
             assert caplog.messages == []
             export(net, tmp_path / name, to)
-        assert lines == caplog.messages == ["recording ResNet", writing, f"checking {name}"]
+        assert lines == caplog.messages == ["tracing ResNet", writing, f"checking {name}"]
 
-    def test_u8_a_long_step_says_how_long(self, monkeypatch):
+    def test_a_long_step_reports_its_duration(self, monkeypatch):
         monkeypatch.setattr("resbackbone.inference.progress.INTERVAL", 0.01)
-        lines, said = [], threading.Event()
+        lines, reported = [], threading.Event()
 
         def report(line):
             lines.append(line)
             if len(lines) == 3:
-                said.set()
+                reported.set()
 
-        with step("compiling", report):
-            assert said.wait(60)
+        with report_progress("compiling", report):
+            assert reported.wait(60)
         count = len(lines)
         assert lines[:3] == ["compiling", "compiling: 0 s so far", "compiling: 0 s so far"]
         assert len(lines) == count
 
-    def test_u8_the_command_says_it_beside_its_results(self, folder, change, net):
+    def test_the_command_reports_to_stderr(self, folder, change, net):
         write_config("tiny.yaml", **TINY)
         shown = run("export", "tiny.yaml", "--to", "torch-export")
-        assert shown.stderr.splitlines() == ["recording ResNet", "writing tiny.pt2", "checking tiny.pt2"]
-        assert "recording" not in shown.stdout
+        assert shown.stderr.splitlines() == ["tracing ResNet", "writing tiny.pt2", "checking tiny.pt2"]
+        assert "tracing" not in shown.stdout
 
 
 class TestCheck:
-    """What the file computes decides whether it is there."""
+    """A file is kept only if it computes what the net does."""
 
-    @pytest.mark.parametrize("as_it_is", [False, pytest.param(True, marks=pytest.mark.slow)])
-    def test_onnxruntime_is_kept_from_padding_by_minus_infinity(self, shake, tmp_path, change, as_it_is):
-        """It would do so before a max pooling, where the net has zeros; ONNX Runtime 1.32 no longer does."""
+    @pytest.mark.parametrize("unchanged", [False, pytest.param(True, marks=pytest.mark.slow)])
+    def test_onnxruntime_does_not_pad_by_minus_infinity(self, shake, tmp_path, change, unchanged):
+        """Before ONNX Runtime 1.32 it would before a max pooling, where the net pads by zeros."""
         net = shake(ResNetV2(**TINY, zero_padded_pool=True, deep_stem=False))
-        if not as_it_is:
+        if not unchanged:
             assert export(net, tmp_path / "net.onnx").differences["layer1"] < 1e-5
             return
         change("onnx", prepare=lambda net: net)
@@ -376,12 +380,12 @@ class TestCheck:
             export(net, tmp_path / "net.onnx")
         assert written(tmp_path) == []
 
-    def test_a_file_of_other_weights(self, net, tmp_path, change):
+    def test_refuses_a_file_with_other_weights(self, net, tmp_path, change):
         def write(program, *rest):
             program.state_dict["conv1.weight"].mul_(1.0001)
-            FORMATS_BEFORE.write(program, *rest)
+            original.write(program, *rest)
 
-        FORMATS_BEFORE = FORMATS["torch-export"]
+        original = EXPORT_FORMATS["torch-export"]
         change("torch-export", write=write)
         (tmp_path / "net.pt2").write_text("earlier")
         with pytest.raises(ValueError, match=r"layer1 .* away from the net's, where 1\.0e-05 is allowed"):
@@ -393,14 +397,14 @@ class TestCheck:
         ("spoil", "text"),
         [
             (lambda outs: [out + 1e-3 for out in outs], "away from the net's"),
-            (lambda outs: [out * math.nan for out in outs], "is nan of its largest number away"),
-            (lambda outs: [out[:, :4] for out in outs], r"is \(1, 4, 16, 24\) torch.float32 there"),
-            (lambda outs: [out.double() for out in outs], "torch.float64 there"),
+            (lambda outs: [out * math.nan for out in outs], "is nan of its largest value away"),
+            (lambda outs: [out[:, :4] for out in outs], r"is \(1, 4, 16, 24\) torch.float32 in the file"),
+            (lambda outs: [out.double() for out in outs], "torch.float64 in the file"),
             (lambda outs: outs[7], "does not run on images"),
         ],
         ids=["off", "nan", "shape", "dtype", "error"],
     )
-    def test_a_file_that_computes_something_else(self, net, tmp_path, change, spoil, text):
+    def test_refuses_a_file_with_other_outputs(self, net, tmp_path, change, spoil, text):
         change(
             "torch-export",
             write=lambda program, path, *rest: path.touch(),
@@ -410,7 +414,7 @@ class TestCheck:
             export(net, tmp_path / "net.pt2", "torch-export")
         assert written(tmp_path) == []
 
-    def test_an_interrupted_write_leaves_nothing(self, net, tmp_path, change):
+    def test_an_interrupted_write_leaves_no_file(self, net, tmp_path, change):
         def fill_the_disk(program, path, *rest):
             path.write_text("half")
             raise OSError(28, "No space left on device")
@@ -421,8 +425,8 @@ class TestCheck:
         assert written(tmp_path) == []
 
 
-class Choosy(nn.Module):
-    """Does one thing or another, as the image is."""
+class DataDependent(nn.Module):
+    """A model with control flow that depends on the images."""
 
     def __init__(self, net):
         super().__init__()
@@ -460,41 +464,43 @@ class TestRefuses:
             export(net, path, **options)
         assert written(folder) == before
 
-    def test_what_is_no_backbone(self, net, tmp_path):
-        with pytest.raises(ValueError, match="`net` must be a backbone or hold one, got Conv2d"):
+    def test_a_model_without_a_backbone(self, net, tmp_path):
+        with pytest.raises(ValueError, match="`net` must be a backbone or contain one, got Conv2d"):
             export(nn.Conv2d(3, 8, 3), tmp_path / "n.onnx")
 
     @pytest.mark.parametrize("optimized", [optimize, lambda net: quantize(net, torch.zeros(1, 3, 32, 32))])
-    def test_r12_what_is_optimized(self, net, tmp_path, optimized):
+    def test_an_optimized_net(self, net, tmp_path, optimized):
         for other in (optimized(net), nn.Sequential(optimized(net), nn.Identity())):
             with pytest.raises(
                 ValueError, match="`optimize` or `quantize` returned, which cannot be exported; export the"
             ):
                 export(other, tmp_path / "n.onnx")
 
-    @pytest.mark.parametrize("package", FORMATS["onnx"].packages)
-    def test_without_its_packages_the_extra_is_named(self, net, tmp_path, monkeypatch, package):
+    @pytest.mark.parametrize("package", EXPORT_FORMATS["onnx"].packages)
+    def test_missing_packages_name_the_extra(self, net, tmp_path, monkeypatch, package):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ImportError, match=rf"needs {package}; pip install 'resbackbone\[export\]'"):
             export(net, tmp_path / "n.onnx")
 
     @pytest.mark.slow
-    def test_without_a_compiler_aoti_says_so(self, net, tmp_path):
+    def test_aoti_without_a_compiler(self, net, tmp_path):
         without = torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "none"))})
         with without, pytest.raises(ValueError, match=r"ResNet cannot be exported to aoti: .*needs a C\+\+ compiler"):
             export(net, tmp_path / "n.pt2", "aoti")
         assert written(tmp_path) == []
 
-    def test_a_net_whose_course_depends_on_the_image(self, net, tmp_path):
-        with pytest.raises(ValueError, match="Choosy cannot be exported to torch-export: Could not guard on data-dep"):
-            export(Choosy(net), tmp_path / "n.pt2", "torch-export")
+    def test_data_dependent_control_flow(self, net, tmp_path):
+        with pytest.raises(
+            ValueError, match="DataDependent cannot be exported to torch-export: Could not guard on data-dep"
+        ):
+            export(DataDependent(net), tmp_path / "n.pt2", "torch-export")
 
-    def test_a_net_of_infinite_numbers(self, net, tmp_path):
+    def test_infinite_outputs(self, net, tmp_path):
         net.layer1[0].bn2.weight.data[0] = 1e30
-        with pytest.raises(ValueError, match=r"in torch\.float16 layer1 is infinite or NaN; take another `dtype`"):
+        with pytest.raises(ValueError, match=r"in torch\.float16 layer1 is infinite or NaN; choose another `dtype`"):
             export(net, tmp_path / "n.pt2", "torch-export", dtype="float16")
 
-    def test_more_than_an_onnx_file_holds(self, tmp_path):
+    def test_weights_above_the_limit_of_onnx(self, tmp_path):
         net = build_on_meta({"type": "RegNet", "arch": "regnety_256gf"})
         with pytest.raises(ValueError, match=r"\.onnx files hold at most 2 GiB, the weights of RegNet take 4\.74 GiB"):
             export(net, tmp_path / "n.onnx")
@@ -506,7 +512,7 @@ class TestCommand:
         write_config("tiny.yaml", **TINY)
 
     def test_onnx_is_the_default(self, change):
-        change("onnx", write=FORMATS["torch-export"].write, load=FORMATS["torch-export"].load)  # which is faster
+        change("onnx", write=EXPORT_FORMATS["torch-export"].write, load=EXPORT_FORMATS["torch-export"].load)  # faster
         shown = run("export", "tiny.yaml").stdout.splitlines()
         assert shown[0] == "weights: as the config initializes them (no checkpoint given)"
         assert shown[1:] == [
@@ -519,7 +525,7 @@ class TestCommand:
         assert (facts["config"], facts["resbackbone"]) == ("tiny", resbackbone.__version__)
 
     @torch.no_grad()
-    def test_the_weights_of_a_checkpoint(self, net, folder):
+    def test_weights_of_a_checkpoint(self, net, folder):
         torch.save(net.state_dict(), "tiny.pth")
         options = ("--to", "torch-export", "--checkpoint", "tiny.pth", "--out", "there.pt2")
         assert "weights: tiny.pth (" in run("export", "tiny.yaml", *options).stdout

@@ -1,4 +1,4 @@
-"""An optimised net computes what the net computes, and hands out what its caller may keep and change."""
+"""`optimize`: outputs equal the net's, belong to the caller, and follow no later change of the net."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ SIZES = [(64, 64), (65, 97), (33, 47)]
 
 @pytest.fixture
 def build(shake):
-    """Build a case, small and with lively norms, in evaluation."""
+    """Build a small net of a case with random norms, in eval mode."""
     return lambda case, **options: shake(make(case, **options)).eval()
 
 
@@ -33,7 +33,7 @@ def net(shake):
 
 
 def worst(outs, expected):
-    """The largest difference of any level, relative to the level's largest number; NaN if there is one."""
+    """Return the largest difference of any level, relative to the level's largest value; NaN if there is one."""
     assert [out.shape for out in outs] == [reference.shape for reference in expected]
     return torch.stack(
         [
@@ -50,7 +50,7 @@ def test_every_backbone_computes_the_same(build, case, backend):
     fast = optimize(net, backend=backend)
     for size in SIZES:
         x = torch.randn(2, 3, *size)
-        for _ in range(3):  # as it is, packing, packed
+        for _ in range(3):  # not prepacked, prepacking, prepacked
             outs = fast(x)
             assert isinstance(outs, tuple)
             with torch.no_grad():
@@ -64,7 +64,7 @@ def test_every_backbone_computes_the_same(build, case, backend):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_it_computes_the_same(shake):
+def test_compile_backend_computes_the_same(shake):
     net = shake(ResNet(18, base_channels=8, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_compiled_it_computes_the_same(shake):
 
 
 @every_case
-def test_bfloat16_is_as_near_as_the_net_itself_in_it(build, images, case):
+def test_bfloat16_is_as_exact_as_the_net_in_bfloat16(build, images, case):
     net = build(case)
     outs = optimize(net, "bfloat16")(images)
     assert {out.dtype for out in outs} == {torch.bfloat16}
@@ -83,19 +83,19 @@ def test_bfloat16_is_as_near_as_the_net_itself_in_it(build, images, case):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "regnetx_400mf"])
-def test_bfloat16_is_near_in_nets_of_ordinary_width(name, images):
+def test_bfloat16_is_close_for_nets_of_common_width(name, images):
     net = build_backbone(name).eval()
     with torch.no_grad():
         assert worst(optimize(net, "bfloat16")(images), net(images)) < 1e-2
 
 
-def test_a_pyramid_behind_it(net, images):
+def test_backbone_with_fpn(net, images):
     model = nn.Sequential(net, FPN(net.out_channels, 16, num_outs=5)).eval()
     with torch.no_grad():
         assert worst(optimize(model)(images), model(images)) < 1e-5
 
 
-def test_norms_sums_and_relus_are_gone(net):
+def test_norms_additions_and_relus_are_fused(net):
     fast = optimize(net, backend="onednn")
     left = [type(module).__name__ for module in fast.modules()]
     assert "BatchNorm2d" not in left
@@ -103,7 +103,7 @@ def test_norms_sums_and_relus_are_gone(net):
     assert sum(module.overwrite for module in fast.modules() if hasattr(module, "overwrite")) >= 12
 
 
-def test_the_caller_may_keep_and_change_what_it_gets(net, images):
+def test_outputs_belong_to_the_caller(net, images):
     fast = optimize(net)
     first = fast(images)
     kept = [out.clone() for out in first]
@@ -114,13 +114,13 @@ def test_the_caller_may_keep_and_change_what_it_gets(net, images):
     assert all(torch.equal(*pair) for pair in zip(fast(images), kept, strict=True))
 
 
-def test_the_original_stays_as_it_is(net, images):
+def test_the_net_is_not_changed(net, images):
     net.train()
     state = copy.deepcopy(net.state_dict())
     fast = optimize(net)
     for _ in range(2):
         before = fast(images)
-    assert fast.packed_sizes == (tuple(images.shape),)
+    assert fast.cached_shapes == (tuple(images.shape),)
     assert net.training
     assert all(parameter.requires_grad for parameter in net.parameters())
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
@@ -128,8 +128,8 @@ def test_the_original_stays_as_it_is(net, images):
     assert all(torch.equal(*pair) for pair in zip(fast(images), before, strict=True))
 
 
-class Looks(nn.Module):
-    """Three convolutions of 3x3, and a norm, for what looks at a tensor that a sum could be written over."""
+class ThreeConvs(nn.Module):
+    """Three 3x3 convolutions and a norm, of models that use a tensor after it could be overwritten by a sum."""
 
     def __init__(self):
         super().__init__()
@@ -137,13 +137,13 @@ class Looks(nn.Module):
         self.norm = nn.BatchNorm2d(4)
 
 
-class OwnInput(Looks):
+class AddedInput(ThreeConvs):
     def forward(self, x):
         y = self.a(x)
         return (self.b(y) + y).relu()
 
 
-class LookThatMovesBack(Looks):
+class UserAfterTheSum(ThreeConvs):
     def forward(self, x):
         y = self.a(x)
         b, c = self.b(y), self.c(y)
@@ -151,7 +151,7 @@ class LookThatMovesBack(Looks):
         return total, self.norm(c)
 
 
-class ViewLookedAtLater(Looks):
+class ViewUsedLater(ThreeConvs):
     def forward(self, x):
         y = self.a(x)
         halves = y.chunk(2, 1)
@@ -159,21 +159,21 @@ class ViewLookedAtLater(Looks):
         return total, self.b(torch.cat(halves, 1))
 
 
-class ViewHandedOut(Looks):
+class ReturnedView(ThreeConvs):
     def forward(self, x):
         y = self.a(x)
         part = y[:, :2]
         return self.b(self.c(y)) + y, part
 
 
-class ChangedInPlace(Looks):
+class ModifiedInPlace(ThreeConvs):
     def forward(self, x):
         y = self.a(x)
         same = y.relu_()
         return self.b(self.c(y)) + y, same
 
 
-class ChangedBeforeTheNorm(Looks):
+class ModifiedBeforeTheNorm(ThreeConvs):
     def forward(self, x):
         y = self.a(x)
         b = self.b(y)
@@ -181,7 +181,7 @@ class ChangedBeforeTheNorm(Looks):
         return self.norm(b), same
 
 
-class ChangedBeforeTheSum(Looks):
+class ModifiedBeforeTheSum(ThreeConvs):
     def forward(self, x):
         y = self.a(x)
         b = self.b(y)
@@ -192,16 +192,16 @@ class ChangedBeforeTheSum(Looks):
 @pytest.mark.parametrize(
     "kind",
     [
-        OwnInput,
-        LookThatMovesBack,
-        ViewLookedAtLater,
-        ViewHandedOut,
-        ChangedInPlace,
-        ChangedBeforeTheNorm,
-        ChangedBeforeTheSum,
+        AddedInput,
+        UserAfterTheSum,
+        ViewUsedLater,
+        ReturnedView,
+        ModifiedInPlace,
+        ModifiedBeforeTheNorm,
+        ModifiedBeforeTheSum,
     ],
 )
-def test_nothing_is_written_over_what_is_looked_at_later(kind, shake, images):
+def test_no_tensor_is_overwritten_that_is_used_later(kind, shake, images):
     net = shake(kind()).eval()
     with torch.no_grad():
         expected = net(images)
@@ -210,7 +210,7 @@ def test_nothing_is_written_over_what_is_looked_at_later(kind, shake, images):
         assert worst(*((outs, expected) if isinstance(outs, tuple) else ([outs], [expected]))) < 1e-5
 
 
-def test_the_image_stays_as_it_is(net, images):
+def test_images_are_not_changed(net, images):
     kept = images.clone()
     optimize(net)(images)
     assert torch.equal(images, kept)
@@ -225,7 +225,7 @@ def test_degenerate_images(net, fill):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("backend", ["onednn", "eager"])
-def test_nan_is_where_the_net_has_it(net, images, backend, value):
+def test_nan_propagates_as_in_the_net(net, images, backend, value):
     images[0, 0, 5, 5] = value
     with torch.no_grad():
         expected = net(images)
@@ -247,7 +247,7 @@ def test_images_that_become_infinite_inside(net, images):
 
 
 @pytest.mark.parametrize(("name", "value"), [("weight", math.nan), ("bias", math.inf), ("running_var", -1.0)])
-def test_refuses_weights_that_give_nan(net, images, name, value):
+def test_refuses_nonfinite_weights(net, images, name, value):
     with torch.no_grad():
         getattr(net.layer2[0].bn1, name)[0] = value
     with pytest.raises(ValueError, match="ResNet has weights or statistics that are NaN, infinite"):
@@ -255,52 +255,52 @@ def test_refuses_weights_that_give_nan(net, images, name, value):
     assert optimize(net, backend="eager")(images)[-1].isnan().all()
 
 
-def test_sizes_that_come_back_are_packed_within_the_limit(net, images):
+def test_repeated_sizes_are_prepacked_within_the_limit(net, images):
     weights = sum(p.numel() * 4 for name, p in net.named_parameters() if p.dim() == 4)
-    fast = optimize(net, backend="onednn", pack_bytes=2 * weights + 1000)
-    assert fast.packed_sizes == ()
+    fast = optimize(net, backend="onednn", prepack_bytes=2 * weights + 1000)
+    assert fast.cached_shapes == ()
     sizes = [(1, 3, 32 * side, 64) for side in (1, 2, 3)]
     for size in sizes:
         fast(torch.zeros(size))
-    assert fast.packed_sizes == ()
+    assert fast.cached_shapes == ()
     for size in sizes:
         fast(torch.zeros(size))
-    assert fast.packed_sizes == tuple(sizes[:2])  # in whose turns the third, used longer ago, does not get room
+    assert fast.cached_shapes == tuple(sizes[:2])  # the third evicts none of them: both were used since its last use
     for size in 2 * sizes[1:]:
         fast(torch.zeros(size))
-    assert fast.packed_sizes == tuple(sizes[1:])  # the first, used longest ago, has made room
-    unpacked = optimize(net, backend="onednn", pack_bytes=0)
+    assert fast.cached_shapes == tuple(sizes[1:])  # the least recently used was evicted
+    not_prepacked = optimize(net, backend="onednn", prepack_bytes=0)
     for _ in range(3):
-        unpacked(images)
-    assert unpacked.packed_sizes == ()
+        not_prepacked(images)
+    assert not_prepacked.cached_shapes == ()
 
 
-def test_many_threads_get_the_same(net):
+def test_threads_get_the_same_outputs(net):
     weights = sum(p.nbytes for p in net.parameters() if p.dim() == 4)
-    fast = optimize(net, backend="onednn", pack_bytes=2 * weights - 1)  # one size at a time
+    fast = optimize(net, backend="onednn", prepack_bytes=2 * weights - 1)  # room for one size
     inputs = [torch.randn(1, 3, 32 + 32 * (index % 3), 64) for index in range(6)]
     with torch.no_grad():
         expected = [net(x) for x in inputs]
-    are_near, packed = [], set()
+    are_close, cached = [], set()
 
     def work(first):
         for index in (*range(first, 6), *range(first)):
             for _ in range(4):
-                are_near.append(worst(fast(inputs[index]), expected[index]) < 1e-5)
-                packed.update(fast.packed_sizes)
+                are_close.append(worst(fast(inputs[index]), expected[index]) < 1e-5)
+                cached.update(fast.cached_shapes)
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(are_near) == 6 * 6 * 4
-    assert all(are_near)
-    assert len(packed) == 3  # so that all have made room for others
-    assert len(fast.packed_sizes) == 1
+    assert len(are_close) == 6 * 6 * 4
+    assert all(are_close)
+    assert len(cached) == 3  # so each was evicted in turn
+    assert len(fast.cached_shapes) == 1
 
 
-def test_it_can_be_pickled_and_copied(net, images):
+def test_pickle_and_deepcopy(net, images):
     fast = optimize(net)
     expected = fast(images)
     fast(images)
@@ -308,7 +308,7 @@ def test_it_can_be_pickled_and_copied(net, images):
         assert all(torch.equal(*pair) for pair in zip(other(images), expected, strict=True))
 
 
-def test_copies_are_compiled_too(net, monkeypatch):
+def test_copies_are_compiled(net, monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     fast = optimize(net, backend="compile")
@@ -317,7 +317,7 @@ def test_copies_are_compiled_too(net, monkeypatch):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_loaded_weights_count_for_packed_sizes_too(net, shake, images, inside):
+def test_loading_weights_clears_the_cache(net, shake, images, inside):
     fast = optimize(net, backend="onednn")
     for _ in range(2):
         fast(images)
@@ -331,22 +331,22 @@ def test_loaded_weights_count_for_packed_sizes_too(net, shake, images, inside):
 
 
 @pytest.mark.parametrize("backend", ["onednn", "eager"])
-def test_it_keeps_its_dtype(net, images, backend):
+def test_the_dtype_cannot_change(net, images, backend):
     fast = optimize(net, backend=backend)
     expected = fast(images)
     for change in (nn.Module.bfloat16, nn.Module.double):
-        with pytest.raises(TypeError, match=r"was optimised for torch\.float32 and cannot become torch\.\w+; optimize"):
+        with pytest.raises(TypeError, match=r"was optimized for torch\.float32 and cannot be converted to torch\.\w+"):
             change(nn.Sequential(fast))
     assert worst(fast.float().cpu()(images), expected) < 1e-5
 
 
-def test_what_runs_on_the_cpu_stays_there(net):
+def test_onednn_stays_on_the_cpu(net):
     with pytest.raises(TypeError, match="computes on CPUs, and cannot move to meta; optimize the original there"):
         optimize(net, backend="onednn").to("meta")
 
 
 @pytest.mark.parametrize("backend", ["onednn", "eager", "compile"])
-def test_it_stays_in_evaluation(net, backend, monkeypatch):
+def test_it_stays_in_eval_mode(net, backend, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", lambda self: None)
     fast = optimize(net, backend=backend)
     for detector in (nn.Sequential(fast), nn.Sequential(fast).train()):
@@ -354,8 +354,8 @@ def test_it_stays_in_evaluation(net, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["onednn", "eager"])
-def test_statistics_stay_while_what_it_is_part_of_trains(build, images, backend):
-    fast = optimize(build("ResNetV2"), backend=backend)  # whose norms in front of convolutions stay norms
+def test_statistics_are_frozen_in_a_model_that_trains(build, images, backend):
+    fast = optimize(build("ResNetV2"), backend=backend)  # pre-activation norms are not folded
     expected = fast(images)
     nn.Sequential(fast).train()
     for _ in range(2):
@@ -364,7 +364,7 @@ def test_statistics_stay_while_what_it_is_part_of_trains(build, images, backend)
 
 @pytest.mark.parametrize("case", ["ResNet", "ResNet-DCNv2"])
 @pytest.mark.parametrize("backend", ["onednn", "eager"])
-def test_autocast_does_not_change_what_was_asked_for(build, images, case, backend):
+def test_dtype_is_not_changed_by_autocast(build, images, case, backend):
     net = build(case)
     expected = optimize(net, backend=backend)(images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -379,7 +379,7 @@ def test_gradients_are_not_recorded(net, images):
 
 
 @pytest.mark.parametrize("backend", ["onednn", "eager"])
-def test_a_layer_that_cannot_be_traced_runs_as_it_is(shake, images, backend):
+def test_untraceable_layers_run_unchanged(shake, images, backend):
     plugin = {"cfg": {"type": "NonLocal2d"}, "stages": (False, True, True, False), "position": "after_conv2"}
     net = shake(ResNet(50, base_channels=8, plugins=[plugin])).eval()
     for module in net.modules():
@@ -397,14 +397,14 @@ class Branching(ResNet):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_refuses_backbones_that_cannot_be_traced(inside):
+def test_refuses_untraceable_backbones(inside):
     net = Branching(18, base_channels=8)
     with pytest.raises(ValueError, match=r"(Branching|Sequential) cannot be traced: "):
         optimize(nn.Sequential(net) if inside else net)
 
 
 @pytest.mark.parametrize("name", ["layer1.0.conv1", "layer2", ""])
-def test_hooks_stay_behind_with_a_warning(net, images, name):
+def test_hooks_are_dropped_with_a_warning(net, images, name):
     called = []
     net.get_submodule(name).register_forward_hook(lambda module, args, out: called.append(module))
     with pytest.warns(UserWarning, match=f"hooks of ResNet are dropped.*: of '{name}' and 0 others"):
@@ -415,7 +415,7 @@ def test_hooks_stay_behind_with_a_warning(net, images, name):
     assert len(called) == 1
 
 
-def test_maps_in_a_dict(net, images):
+def test_outputs_in_a_dict(net, images):
     class Named(nn.Module):
         def __init__(self):
             super().__init__()
@@ -439,7 +439,7 @@ def test_maps_in_a_dict(net, images):
         ({"dtype": "int4"}, "`dtype` must be one of 'float32', 'bfloat16', 'float16'; got 'int4'"),
         ({"dtype": "float16"}, "`dtype`='float16' is for nets on a CUDA device"),
         ({"backend": "tensorrt"}, "`backend` must be one of"),
-        ({"pack_bytes": -1}, "`pack_bytes` must be at least 0, got -1"),
+        ({"prepack_bytes": -1}, "`prepack_bytes` must be at least 0, got -1"),
     ],
 )
 def test_refuses(net, options, text):
@@ -447,7 +447,7 @@ def test_refuses(net, options, text):
         optimize(net, **options)
 
 
-def test_images_are_checked_in_the_same_words(net):
+def test_images_are_checked_with_the_same_errors(net):
     fast = optimize(build_backbone("resnet18"))
     for wrong in (torch.zeros(3, 64, 64), torch.zeros(1, 4, 64, 64)):
         with pytest.raises(ValueError, match=r"ResNet takes images of shape \(N, 3, H, W\)"):
@@ -456,10 +456,10 @@ def test_images_are_checked_in_the_same_words(net):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not STATM.exists(), reason="reads the resident memory from Linux")
-def test_ten_thousand_calls_of_changing_sizes_leak_nothing():
+def test_ten_thousand_calls_of_changing_sizes_leak_no_memory():
     net = ResNet(18, base_channels=8, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1)).eval()
     weights = sum(p.nbytes for p in net.parameters() if p.dim() == 4)
-    fast = optimize(net, pack_bytes=4 * weights)  # sizes come and go, and their weights with them
+    fast = optimize(net, prepack_bytes=4 * weights)  # prepacked weights are evicted in turn
     resident = []
     for call in range(10_000):
         fast(torch.zeros(1, 3, 32 + 8 * (call // 3 % 7), 32 + 8 * (call // 21 % 5)))

@@ -1,4 +1,4 @@
-"""A net of bytes hands out nearly what the net does."""
+"""`quantize`: int8 outputs approximate the net's, calibration, saving and restoring."""
 
 import copy
 import json
@@ -39,34 +39,34 @@ def similarities(outs, expected):
 
 
 @every_case
-def test_every_backbone_computes_nearly_the_same(case, photograph):
+def test_every_backbone_computes_approximately_the_same(case, photograph):
     net = make(case).eval()
     fast = quantize(net, [photograph.flip(3)])
     with torch.no_grad():
         expected = net(photograph)
-    for _ in range(3):  # packed for any size, packing, packed
+    for _ in range(3):  # prepacked for any size, prepacking, prepacked
         outs = fast(photograph)
         assert {out.dtype for out in outs} == {torch.float32}
-        # A trunk without ReLU and with standardised filters spends its grid on large numbers of both signs.
+        # Without ReLU in the trunk and with standardized filters, the range is wide and symmetric.
         assert min(similarities(outs, expected)) > (0.97 if case == "ResNetV2-BiT" else 0.99)
     assert fast.feature_info == net.feature_info
 
 
-def test_all_convolutions_of_a_resnet_take_bytes(net, images):
+def test_all_convolutions_of_a_resnet_are_quantized(net, images):
     fast = quantize(net, [images])
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     assert sum(isinstance(module, QuantizedConv2d) for module in fast.modules()) == len(convolutions)
     assert not any(isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)) for module in fast.modules())
 
 
-def test_a_pyramid_behind_it(net, photograph):
+def test_backbone_with_fpn(net, photograph):
     model = nn.Sequential(net, FPN(net.out_channels, 16, num_outs=5)).eval()
     with torch.no_grad():
         assert min(similarities(quantize(model, [photograph])(photograph), model(photograph))) > 0.99
 
 
-@pytest.mark.parametrize("size", [32, 96])  # of one pixel in the last stage, where all shapes are alike
-def test_a_sum_of_different_shapes(shake, photograph, size):
+@pytest.mark.parametrize("size", [32, 96])  # 32: one pixel in the last stage, where the shapes are equal
+def test_addition_that_broadcasts(shake, photograph, size):
     plugin = {"cfg": {"type": "ContextBlock", "ratio": 1 / 4}, "stages": (True,) * 4, "position": "after_conv3"}
     net = shake(ResNet(50, base_channels=8, plugins=[plugin])).eval()
     for module in net.modules():
@@ -80,7 +80,7 @@ def test_a_sum_of_different_shapes(shake, photograph, size):
         assert min(similarities(fast(images), expected)) > 0.99
 
 
-def test_a_tensor_added_to_what_is_made_of_it(photograph):
+def test_residual_addition_of_an_output(photograph):
     class Residual(nn.Module):
         def __init__(self):
             super().__init__()
@@ -95,14 +95,14 @@ def test_a_tensor_added_to_what_is_made_of_it(photograph):
         assert min(similarities(quantize(net, [photograph])(photograph), net(photograph))) > 0.99
 
 
-def test_ranges_come_from_a_folder_of_pictures(net, photograph, tmp_path):
+def test_calibration_on_a_folder_of_pictures(net, photograph, tmp_path):
     with Image.open(f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg") as picture:
         picture.convert("RGB").resize((96, 112)).save(tmp_path / "grace.png")
     outs = quantize(net, tmp_path)(photograph)
     assert all(torch.equal(*pair) for pair in zip(outs, quantize(net, [photograph])(photograph), strict=True))
 
 
-def test_u9_a_picture_that_cannot_be_read_is_left_out_with_a_warning(net, photograph, tmp_path):
+def test_unreadable_pictures_are_left_out_with_a_warning(net, photograph, tmp_path):
     with Image.open(f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg") as picture:
         picture.convert("RGB").resize((96, 112)).save(tmp_path / "grace.png")
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
@@ -116,7 +116,7 @@ def test_u9_a_picture_that_cannot_be_read_is_left_out_with_a_warning(net, photog
         quantize(net, tmp_path)
 
 
-def test_w5_w9_what_is_left_out_of_a_folder_is_named(net, tmp_path):
+def test_unsupported_pictures_are_named_in_a_warning(net, tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "in").mkdir()
     Image.radial_gradient("L").convert("RGB").resize((64, 64)).save(tmp_path / "far/a.ppm")
@@ -127,7 +127,7 @@ def test_w5_w9_what_is_left_out_of_a_folder_is_named(net, tmp_path):
 
 
 @pytest.mark.parametrize("own", [None, CAFFE.gray()])
-def test_pictures_are_normalised_as_the_backbone_inside_expects(own, tmp_path):
+def test_pictures_are_normalized_as_the_backbone_expects(own, tmp_path):
     net = ResNet(18, base_channels=8, style="caffe", in_channels=3 if own is None else 1).eval()
     if own is not None:
         net.preprocessing = own
@@ -140,13 +140,13 @@ def test_pictures_are_normalised_as_the_backbone_inside_expects(own, tmp_path):
     assert all(torch.equal(*pair) for pair in zip(outs, quantize(model, [images])(images), strict=True))
 
 
-def test_what_lies_outside_the_ranges_is_clipped(net, photograph):
+def test_values_out_of_range_are_clipped(net, photograph):
     fast = quantize(net, [photograph])
     for factor in (1e6, 1e30):
         assert all(out.isfinite().all() for out in fast(factor * photograph))
 
 
-def test_the_caller_may_keep_and_change_what_it_gets(net, photograph):
+def test_outputs_belong_to_the_caller(net, photograph):
     fast = quantize(net, [photograph])
     kept = [out.clone() for out in fast(photograph)]
     for out in fast(photograph):
@@ -162,7 +162,7 @@ def test_nan_in_nan_out(net, images, value):
     assert all(out[0].isnan().all() and out[1].isfinite().all() for out in outs)
 
 
-def test_maps_in_a_dict(net, images):
+def test_outputs_in_a_dict(net, images):
     class Named(nn.Module):
         def __init__(self):
             super().__init__()
@@ -178,32 +178,32 @@ def test_maps_in_a_dict(net, images):
     assert all(out[0].isnan().all() and out[1].isfinite().all() for out in outs.values())
 
 
-def test_one_tensor_to_measure_on(net, images):
+def test_calibration_on_one_tensor(net, images):
     outs = quantize(net, images)(images)
     assert all(torch.equal(*pair) for pair in zip(outs, quantize(net, [images])(images), strict=True))
 
 
-def test_it_can_be_pickled(net, photograph):
+def test_pickle(net, photograph):
     fast = quantize(net, [photograph])
     copied = pickle.loads(pickle.dumps(fast))
     assert all(torch.equal(*pair) for pair in zip(copied(photograph), fast(photograph), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("pictures", "text"),
+    ("calibration", "text"),
     [
-        ([], "`pictures` is empty"),
-        (torch.zeros(3, 64, 64), r"`pictures` must be .* of shape \(N, in_channels, H, W\), got \(3, 64, 64\)"),
+        ([], "`calibration` is empty"),
+        (torch.zeros(3, 64, 64), r"`calibration` must be .* of shape \(N, in_channels, H, W\), got \(3, 64, 64\)"),
         ([torch.full((1, 3, 64, 64), math.nan)], "gives NaN or infinity at"),
     ],
 )
-def test_refuses(net, pictures, text):
+def test_refuses(net, calibration, text):
     with pytest.raises(ValueError, match=text):
-        quantize(net, pictures)
+        quantize(net, calibration)
 
 
 @pytest.mark.parametrize("with_neck", [False, True])
-def test_u9_saved_as_data_alone(net, photograph, tmp_path, with_neck):
+def test_saved_as_weights_and_ranges(net, photograph, tmp_path, with_neck):
     def make(net):
         return nn.Sequential(net, FPN(net.out_channels, 8, num_outs=5)).eval() if with_neck else net
 
@@ -220,14 +220,14 @@ def test_u9_saved_as_data_alone(net, photograph, tmp_path, with_neck):
     assert restored.ranges == quantized.ranges
 
 
-def test_u9_ranges_are_json(net, photograph):
+def test_ranges_survive_json(net, photograph):
     quantized = quantize(net, photograph)
     again = quantize(net, json.loads(json.dumps(quantized.ranges)))
     assert all(map(torch.equal, again(photograph), quantized(photograph)))
 
 
 @every_case
-def test_u9_every_backbone_is_restored(case, photograph):
+def test_every_backbone_is_restored(case, photograph):
     net = make(case).eval()
     quantized = quantize(net, photograph)
     restored = quantize(make(case), quantized.ranges)
@@ -244,7 +244,7 @@ def test_u9_every_backbone_is_restored(case, photograph):
         (lambda ranges: {}, "holds no range of"),
     ],
 )
-def test_u9_ranges_that_do_not_fit_are_refused(net, photograph, change, text):
+def test_refuses_invalid_ranges(net, photograph, change, text):
     ranges = quantize(net, photograph).ranges
     with pytest.raises(ValueError, match=text):
         quantize(net, change(ranges))

@@ -24,7 +24,7 @@ MAKERS = {
     "onednn": lambda net, images: optimize(net),
     "bfloat16": lambda net, images: optimize(net, "bfloat16"),
     "eager": lambda net, images: optimize(net, backend="eager"),
-    "unpacked": lambda net, images: optimize(net, pack_bytes=0),
+    "not prepacked": lambda net, images: optimize(net, prepack_bytes=0),
     "quantize": lambda net, images: quantize(net, images),
     "compile": lambda net, images: optimize(net, backend="compile"),
     "folding": lambda net, images: fold_frozen_norms(copy.deepcopy(net)),

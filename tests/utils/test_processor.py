@@ -71,7 +71,7 @@ def test_w8_the_dtype_asked_for_is_kept_when_moved(net, images, float32_only):
     expected = fast(images)
     moved = nn.Sequential(fast).to(torch.bfloat16)  # as a detector that is bfloat16 throughout does
     assert all(map(torch.equal, moved(images), expected))
-    with pytest.raises(TypeError, match=r"for torch\.bfloat16 and cannot become torch\.float16"):
+    with pytest.raises(TypeError, match=r"for torch\.bfloat16 and cannot be converted to torch\.float16"):
         fast.half()
 
 
@@ -80,7 +80,7 @@ def test_w8_a_net_optimized_on_another_machine_warns_when_loaded(net, images, mo
     saved = pickle.dumps(optimize(net, "bfloat16", "eager"))
     pickle.loads(saved)
     monkeypatch.setattr(processor, "computes_natively", lambda dtype: dtype is not torch.bfloat16)
-    with pytest.warns(UserWarning, match=f"{SLOW}.*optimize the original anew"):
+    with pytest.warns(UserWarning, match=f"{SLOW}.*optimize the original again"):
         assert pickle.loads(saved)(images)[0].dtype is torch.bfloat16
 
 
@@ -136,7 +136,7 @@ def test_w8_a_compiled_file_warns(net, tmp_path, float32_only, monkeypatch):
         raise OSError("far enough")
 
     monkeypatch.setattr(
-        sys.modules["resbackbone.inference.export"], "_record", stop
+        sys.modules["resbackbone.inference.export"], "_trace", stop
     )  # as an attribute it is the function
     with pytest.warns(UserWarning, match=f"{SLOW}: the compiled file"), pytest.raises(OSError, match="far enough"):
         export(net, tmp_path / "net.pt2", "aoti", dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""On a CUDA device: the same feature maps, captured sizes, half precision."""
+"""`optimize` on a CUDA device: the same feature maps, CUDA graphs for repeated sizes, half precision."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,19 +21,19 @@ def net(shake):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 4e-2), ("float16", 1e-2)])
-def test_captured_sizes_compute_the_same(net, dtype, tolerance):
+def test_captured_graphs_compute_the_same(net, dtype, tolerance):
     fast = optimize(net, dtype)
     for size in ((64, 64), (65, 97)):
-        for _ in range(4):  # as it is, capturing, captured
+        for _ in range(4):  # not captured, capturing, captured
             x = torch.randn(2, 3, *size, device="cuda")
             outs = fast(x)
             with torch.no_grad():
                 for out, expected in zip(outs, net(x), strict=True):
                     assert (out.float() - expected).abs().max() <= tolerance * expected.abs().max()
-    assert fast.packed_sizes == ((2, 3, 64, 64), (2, 3, 65, 97))
+    assert fast.cached_shapes == ((2, 3, 64, 64), (2, 3, 65, 97))
 
 
-def test_the_caller_may_keep_and_change_what_it_gets(net):
+def test_outputs_belong_to_the_caller(net):
     fast = optimize(net)
     x = torch.randn(1, 3, 64, 64, device="cuda")
     for _ in range(2):
@@ -47,7 +47,7 @@ def test_the_caller_may_keep_and_change_what_it_gets(net):
     assert all(torch.equal(*pair) for pair in zip(fast(x), kept, strict=True))
 
 
-def test_captured_sizes_follow_the_weights_and_the_device(net):
+def test_captured_graphs_follow_the_weights_and_the_device(net):
     fast = optimize(net)
     other = optimize(ResNet(50, base_channels=8).eval().cuda())
     x = torch.randn(1, 3, 64, 64, device="cuda")
@@ -60,7 +60,7 @@ def test_captured_sizes_follow_the_weights_and_the_device(net):
             assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_many_threads_capture_and_get_the_same(net):
+def test_threads_get_the_same_outputs(net):
     nets = [optimize(net), optimize(net)]
     inputs = [torch.randn(1, 3, 32 + 32 * (index % 3), 64, device="cuda") for index in range(6)]
     with torch.no_grad():
@@ -73,15 +73,15 @@ def test_many_threads_capture_and_get_the_same(net):
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6)))
-    assert all(len(fast.packed_sizes) == 3 for fast in nets)
+    assert all(len(fast.cached_shapes) == 3 for fast in nets)
 
 
-def test_what_cannot_be_captured_runs_as_it_is(net):
+def test_a_net_that_cannot_be_captured_runs_uncaptured(net):
     class Waiting(nn.ReLU6):
-        __module__ = "torch.nn"  # so that tracing leaves it whole
+        __module__ = "torch.nn"  # so it is a leaf module of the trace
 
         def forward(self, x):
-            torch.cuda.synchronize()  # which no graph can hold
+            torch.cuda.synchronize()  # not allowed during capture
             return super().forward(x)
 
     class Leaf(nn.Module):
@@ -95,13 +95,13 @@ def test_what_cannot_be_captured_runs_as_it_is(net):
     fast = optimize(Leaf().eval())
     x = torch.randn(1, 3, 64, 64, device="cuda")
     expected = fast(x)
-    with pytest.warns(UserWarning, match="no CUDA graph can be made of this net, it runs without"):
+    with pytest.warns(UserWarning, match="this net cannot be captured as a CUDA graph and runs without"):
         fast(x)
     for _ in range(3):
         assert torch.equal(fast(x), expected)
 
 
-def test_compiled_it_computes_the_same(net):
+def test_compile_backend_computes_the_same(net):
     x = torch.randn(1, 3, 64, 64, device="cuda")
     with torch.no_grad():
         for out, expected in zip(optimize(net, backend="compile")(x), net(x), strict=True):

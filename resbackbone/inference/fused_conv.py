@@ -1,4 +1,4 @@
-"""A convolution with what follows it: norm, sum and ReLU."""
+"""Convolutions with batch norm folded in, fused with the residual addition and the ReLU that follow."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from torch import Tensor, nn
 
 from resbackbone.layers.folded_convolution import output_shape
 from resbackbone.layers.tracing import is_tracing
+from resbackbone.layers.weight_standardization import effective_weight
 
-Convolution = Callable[..., Tensor]  # of one tensor, or of one and what is added
+ConvCall = Callable[..., Tensor]  # of the input, and of the tensor to add if there is one
 
 
-class FoldedConv2d(nn.Module):
-    """``conv(x)``, with a norm folded in, optionally plus another tensor, optionally through ReLU.
+class FusedConv2d(nn.Module):
+    """``relu(norm(conv(x)) + other)`` as one module of PyTorch operators, on any device.
 
     Args:
-        conv: The convolution; copied.
-        norm: The batch norm behind it, in evaluation; None for none.
-        dtype: What to compute in.
+        conv: The convolution; its weights are copied.
+        norm: The batch norm behind it, in eval mode, to fold into the weights; None for none.
+        dtype: Dtype of the computation.
 
     Attributes:
         relu: Whether ReLU comes last.
-        overwrite: Whether the sum may be written over the other tensor.
+        overwrite: Whether the sum may be written over ``other``.
     """
 
     weight: Tensor
@@ -37,13 +38,13 @@ class FoldedConv2d(nn.Module):
         weight, bias = fold(conv, norm)
         self.register_buffer("weight", weight.to(dtype).to(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(dtype))
-        padding: Any = conv.padding  # no text, which `fuse` leaves alone
+        padding: Any = conv.padding  # `fuse` leaves out convolutions with padding="same"
         self.geometry = (list(padding), list(conv.stride), list(conv.dilation), conv.groups)
         self.relu = False
         self.overwrite = False
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """Convolve ``(N, in_channels, H, W)``, and add ``(N, out_channels, H', W')`` or what spreads to that."""
+        """Convolve ``(N, in_channels, H, W)``, and add a tensor broadcastable to ``(N, out_channels, H', W')``."""
         padding, stride, dilation, groups = self.geometry
         out = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
         if other is not None:
@@ -52,56 +53,57 @@ class FoldedConv2d(nn.Module):
         return out.relu_() if self.relu else out
 
     def extra_repr(self) -> str:
-        """Show the sizes in ``repr``."""
+        """Show the weight's shape and what is fused in ``repr``."""
         return f"{tuple(self.weight.shape)}, relu={self.relu}, overwrite={self.overwrite}"
 
 
-class FusedConv2d(FoldedConv2d):
-    """The same as one operator of oneDNN, which PyTorch ships for CPUs."""
+class OneDNNConv2d(FusedConv2d):
+    """The same as one operator of oneDNN, the CPU library inside PyTorch."""
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """Convolve ``(N, in_channels, H, W)``, and add ``(N, out_channels, H', W')`` or what spreads to that."""
+        """Convolve ``(N, in_channels, H, W)``, and add a tensor broadcastable to ``(N, out_channels, H', W')``."""
         return self._convolve(self.weight, x, other)
 
-    def plainly(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """Compute the same with PyTorch's own operators: oneDNN's ReLU makes zeros of NaN."""
+    def forward_eager(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """Compute the same with PyTorch operators, which propagate NaN; oneDNN's ReLU turns NaN into 0."""
         return super().forward(x, other)
 
-    def specialize(self, x: Tensor, other: Tensor | None) -> Convolution:
-        """Return what does the same to tensors of these shapes and layouts, with weights laid out for them."""
+    def prepack(self, x: Tensor, other: Tensor | None) -> ConvCall:
+        """Return a call for inputs of these shapes and memory formats, with weights reordered for them."""
         shape = list(x.shape)
         weight: Tensor = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, shape)
-        if not all(map(_is_channels_last, (x, other))) or self._spreads(x, other):
+        if not all(map(_is_channels_last, (x, other))) or self._broadcasts(x, other):
             return partial(self._convolve, weight)
         return self._bind(weight, adds=other is not None, relu=self.relu)
 
     def _convolve(self, weight: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)  # no copy, but behind layers that work in another format
+        x = x.contiguous(memory_format=torch.channels_last)  # copies only behind layers with contiguous outputs
         if other is None:
             return self._bind(weight, adds=False, relu=self.relu)(x)
-        if self._spreads(x, other):  # which the operator does not
+        if self._broadcasts(x, other):
             out = self._bind(weight, adds=False, relu=False)(x) + other
             return out.relu_() if self.relu else out
-        other = other.contiguous(memory_format=torch.channels_last)  # the operator fuses with no other format
+        other = other.contiguous(memory_format=torch.channels_last)  # the only format that the operator fuses
         return self._bind(weight, adds=True, relu=self.relu)(x, other)
 
-    def _spreads(self, x: Tensor, other: Tensor | None) -> bool:
+    def _broadcasts(self, x: Tensor, other: Tensor | None) -> bool:
+        """Return whether the addition broadcasts, which oneDNN's operator does not support."""
         return other is not None and other.shape != output_shape(x, self.weight, *self.geometry[:3])
 
-    def _bind(self, weight: Tensor, *, adds: bool, relu: bool) -> Convolution:
-        """Return the operator with all that stays the same from call to call."""
+    def _bind(self, weight: Tensor, *, adds: bool, relu: bool) -> ConvCall:
+        """Return the operator with all arguments bound that are the same in every call."""
         operators: Any = torch.ops.mkldnn
         fixed: tuple[Any, ...] = (weight, self.bias, *self.geometry)
         if not adds:
             fixed += ("relu" if relu else "none", [], "")
-            alone = operators._convolution_pointwise.default
-            return lambda x, other=None: alone(x, *fixed)
+            convolve = operators._convolution_pointwise.default
+            return lambda x, other=None: convolve(x, *fixed)
         fixed += ("add", 1.0, "relu" if relu else None, [], None)
         if self.overwrite:
-            in_place = operators._convolution_pointwise_.binary
-            return lambda x, other: in_place(other, x, *fixed)
-        anew = operators._convolution_pointwise.binary
-        return lambda x, other: anew(x, other, *fixed)
+            convolve_add_ = operators._convolution_pointwise_.binary
+            return lambda x, other: convolve_add_(other, x, *fixed)
+        convolve_add = operators._convolution_pointwise.binary
+        return lambda x, other: convolve_add(x, other, *fixed)
 
 
 def _is_channels_last(x: Tensor | None) -> bool:
@@ -109,13 +111,11 @@ def _is_channels_last(x: Tensor | None) -> bool:
 
 
 def fold(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
-    """Return the weight and the bias of one convolution that does what a convolution and a batch norm do.
+    """Return the weight and bias of one convolution equal to a convolution and the batch norm behind it.
 
-    They are computed in double precision: ``weight * s`` and ``beta + (bias - mean) * s``, with ``s = gamma /
-    sqrt(var + eps)``.
+    ``weight * s`` and ``beta + (bias - mean) * s`` with ``s = gamma / sqrt(var + eps)``, in double precision.
     """
-    standardized = getattr(conv, "standardized_weight", None)  # which in evaluation stays the same
-    weight = (conv.weight if standardized is None else standardized()).detach().double()
+    weight = effective_weight(conv).detach().double()
     bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().double()
     if norm is not None:
         scale = (norm.running_var.double() + norm.eps).rsqrt()
