@@ -1,4 +1,4 @@
-"""Libraries to compare with: how to import them, and their ResNet-50 with the feature maps of four stages."""
+"""ResNet-50 of other libraries, with the feature maps of all four stages as output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 Net = Callable[[Tensor], Any]
 
-# Operators that torchvision declares in compiled code, which does not load beside a CPU-only torch.
+# Operators that torchvision declares in compiled code, which does not load with a CPU-only torch.
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -21,10 +21,10 @@ _declarations = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision, whose classification models are plain PyTorch, also where its operators do not load.
+    """Import torchvision, also where its compiled operators do not load.
 
-    Importing it then fails while it registers fake kernels for two operators that those models never call. Declaring
-    the two, without any kernel, is enough for the import.
+    The import then fails when it registers fake kernels for two operators. Its classification models never call them,
+    so declaring the two without a kernel suffices.
 
     Raises:
         ModuleNotFoundError: If torchvision is not installed.
@@ -40,7 +40,7 @@ def import_torchvision() -> ModuleType:
 
 
 def torchvision_net() -> Net:
-    """The ResNet-50 of torchvision."""
+    """Return torchvision's ResNet-50."""
     torchvision = import_torchvision()
     from torchvision.models._utils import IntermediateLayerGetter
 
@@ -50,7 +50,7 @@ def torchvision_net() -> Net:
 
 
 def timm_net() -> Net:
-    """The ResNet-50 of timm."""
+    """Return timm's ResNet-50."""
     import_torchvision()
     import timm
 
@@ -59,8 +59,8 @@ def timm_net() -> Net:
 
 
 def transformers_net() -> Net:
-    """The ResNet-50 of Hugging Face."""
-    import_torchvision()  # which transformers imports, too
+    """Return the ResNet-50 of Hugging Face transformers."""
+    import_torchvision()  # transformers imports it
     transformers: Any = importlib.import_module("transformers")
     config = transformers.ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
     net: Net = transformers.ResNetBackbone(config).eval()
@@ -68,12 +68,12 @@ def transformers_net() -> Net:
 
 
 def mmdet_net(**options: Any) -> Net:
-    """The ResNet-50 of mmdet, with options of its own."""
-    import_torchvision()  # which mmdet imports, too
+    """Return mmdet's ResNet-50, built with the given options."""
+    import_torchvision()  # mmdet imports it
     from mmdet.models.backbones import ResNet
 
     net: Any = ResNet(50, **options)
-    net.eval()  # which returns nothing
+    net.eval()  # returns None
     return net  # type: ignore[no-any-return]
 
 

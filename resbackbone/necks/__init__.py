@@ -1,4 +1,4 @@
-"""Necks: what stands between a backbone and the heads."""
+"""Necks: modules between a backbone and the heads."""
 
 from resbackbone.necks.fpn import FPN
 

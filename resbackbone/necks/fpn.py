@@ -1,4 +1,4 @@
-"""The feature pyramid network."""
+"""Feature pyramid network."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from resbackbone.utils.validation import (
     convert_arguments,
 )
 
-XAVIER: Config = {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}  # read, never written to
+XAVIER: Config = {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}  # defaults, never mutated
 NEAREST: Config = {"mode": "nearest"}
-MOST_OUTS = 2**5  # each halves the size
-EXTRA_SOURCES = ("on_input", "on_lateral", "on_output")
+MAX_NUM_OUTS = 2**5  # each level halves the size
+EXTRA_CONV_INPUTS = ("on_input", "on_lateral", "on_output")
 
 
 @register_kind("neck")
 @MODELS.register_module()
 class FPN(Module):
-    """Feature pyramid network with the arguments, keys and numbers of mmdet's.
+    """Feature pyramid network with the arguments, state dict and outputs of mmdet's.
 
     Args:
         in_channels: Channels of each backbone feature map: ``net.out_channels``.
         out_channels: Channels of each output.
         num_outs: Number of outputs; those beyond the backbone's levels halve the size each.
-        start_level: First backbone level that is used, counted from 0.
-        end_level: Last backbone level that is used, itself included; -1 for the last. With another one there are no
-            extra outputs.
-        add_extra_convs: How the extra outputs are made: False by max pooling; "on_input" (or True), "on_lateral" or
-            "on_output" by strided convolutions from the last backbone level, its lateral or its output.
-        relu_before_extra_convs: A ReLU before each extra convolution but the first.
-        no_norm_on_lateral: Leave ``norm_cfg`` out of the lateral convolutions.
+        start_level: Index of the first backbone level to use.
+        end_level: Index of the last backbone level to use, inclusive; -1 for the last. With any other level there are
+            no extra outputs.
+        add_extra_convs: How extra outputs are computed: False for max pooling; "on_input" (or True), "on_lateral" or
+            "on_output" for strided convolutions of the last backbone level, its lateral or its output.
+        relu_before_extra_convs: Whether a ReLU precedes each extra convolution except the first.
+        no_norm_on_lateral: Whether the lateral convolutions have no norm.
         conv_cfg: Config of the convolutions.
-        norm_cfg: Config of the norms; None for none.
-        act_cfg: Config of the activations; None for none.
-        upsample_cfg: Arguments of :func:`torch.nn.functional.interpolate` on the way down.
+        norm_cfg: Config of the norms; None for no norms.
+        act_cfg: Config of the activations; None for no activations.
+        upsample_cfg: Arguments of :func:`torch.nn.functional.interpolate` in the top-down pathway.
         init_cfg: As for :class:`~resbackbone.layers.Module`.
 
     Raises:
-        TypeError, ValueError: If an argument does not fit.
+        TypeError, ValueError: If an argument is invalid.
 
     Source: Lin et al., Feature Pyramid Networks for Object Detection, arXiv:1612.03144; extra levels as in RetinaNet,
     arXiv:1708.02002; arguments as in mmdet 3.3.0 ``models/necks/fpn.py``.
@@ -89,8 +89,8 @@ class FPN(Module):
         super().__init__(init_cfg)
         self.in_channels = check_ints("in_channels", in_channels, low=1, most=MOST_CHANNELS)
         if not self.in_channels:
-            raise ValueError("`in_channels` must name at least one feature map, got (); it is `net.out_channels`")
-        for name, value, most in (("out_channels", out_channels, MOST_CHANNELS), ("num_outs", num_outs, MOST_OUTS)):
+            raise ValueError("`in_channels` must have at least one entry, got (); it is `net.out_channels`")
+        for name, value, most in (("out_channels", out_channels, MOST_CHANNELS), ("num_outs", num_outs, MAX_NUM_OUTS)):
             check_count(name, value, most=most)
         for name, flag in (
             ("relu_before_extra_convs", relu_before_extra_convs),
@@ -106,7 +106,7 @@ class FPN(Module):
         self.relu_before_extra_convs = relu_before_extra_convs
         self.no_norm_on_lateral = no_norm_on_lateral
         self.upsample_cfg = dict(upsample_cfg)
-        self.add_extra_convs = _extra_source(add_extra_convs)
+        self.add_extra_convs = _extra_conv_input(add_extra_convs)
         self.backbone_end_level = self._check_levels()
 
         layers: dict[str, Any] = {"conv_cfg": conv_cfg, "norm_cfg": norm_cfg, "act_cfg": act_cfg}
@@ -118,7 +118,7 @@ class FPN(Module):
         self.lateral_convs, self.fpn_convs = self._make_convs(**layers)
 
     def _make_convs(self, norm_cfg: Config | None, **others: Any) -> tuple[nn.ModuleList, nn.ModuleList]:
-        """Make the convolutions of the laterals, and those of the outputs with the extra levels."""
+        """Return the lateral convolutions, and the output convolutions including those of extra levels."""
         used = self.in_channels[self.start_level : self.backbone_end_level]
         out = self.out_channels
         lateral_norm = None if self.no_norm_on_lateral else norm_cfg
@@ -132,7 +132,7 @@ class FPN(Module):
         return laterals, outputs
 
     def _check_levels(self) -> int:
-        """Return the backbone level behind the last used one, or raise where levels and outputs do not fit."""
+        """Return the exclusive end of the backbone levels to use; raise if levels and outputs do not match."""
         last = self.num_ins - 1
         check_int("start_level", self.start_level, low=0, high=last)
         check_int("end_level", self.end_level, low=-1, high=last)
@@ -149,7 +149,7 @@ class FPN(Module):
         return end + 1
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Compute the pyramid.
+        """Compute the feature pyramid.
 
         Args:
             inputs: The backbone's feature maps, ``(N, in_channels[i], H_i, W_i)``, finest first.
@@ -161,7 +161,7 @@ class FPN(Module):
             ValueError: If there are not as many maps as ``in_channels``.
         """
         if len(inputs) != self.num_ins:
-            raise ValueError(f"FPN takes {self.num_ins} feature maps, one per `in_channels`, got {len(inputs)}")
+            raise ValueError(f"FPN expects {self.num_ins} feature maps, one per `in_channels`, got {len(inputs)}")
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, inputs[self.start_level :], strict=False)]
         for level in range(len(laterals) - 1, 0, -1):
             laterals[level - 1] = laterals[level - 1] + self._upsample(laterals[level], laterals[level - 1])
@@ -187,21 +187,23 @@ class FPN(Module):
 
 
 def _check_upsampling(upsample_cfg: Any) -> None:
-    """Raise unless these are arguments that interpolate maps."""
+    """Raise unless these are valid arguments of ``F.interpolate``."""
     check_mapping("upsample_cfg", upsample_cfg, optional=False)
     if "size" in upsample_cfg or "input" in upsample_cfg:
-        raise ValueError(f"`upsample_cfg` must not have `size` or `input`, which the maps say; got {upsample_cfg}")
+        raise ValueError(
+            f"`upsample_cfg` must not set `size` or `input`, which follow from the maps; got {upsample_cfg}"
+        )
     size = {} if upsample_cfg.get("scale_factor") is not None else {"size": (4, 6)}
     try:
         F.interpolate(torch.empty(1, 1, 2, 3, device="meta"), **{**size, **upsample_cfg})
-    except Exception as error:  # torch has an error of its own for each argument
+    except Exception as error:  # torch raises a different class for each argument
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"`upsample_cfg` {dict(upsample_cfg)!r} does not interpolate: {error}") from error
+        raise kind(f"`upsample_cfg` {dict(upsample_cfg)!r} is invalid for interpolation: {error}") from error
 
 
-def _extra_source(add_extra_convs: Any) -> str:
-    """The name of what the extra convolutions start from; empty where there are none."""
+def _extra_conv_input(add_extra_convs: Any) -> str:
+    """Return the name of the extra convolutions' input; empty if there are none."""
     if isinstance(add_extra_convs, bool):
         return "on_input" if add_extra_convs else ""
-    check_choice("add_extra_convs", add_extra_convs, (False, True, *EXTRA_SOURCES))
+    check_choice("add_extra_convs", add_extra_convs, (False, True, *EXTRA_CONV_INPUTS))
     return str(add_extra_convs)
