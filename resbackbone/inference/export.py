@@ -20,7 +20,7 @@ from resbackbone.backbones.feature_info import FeatureInfo
 from resbackbone.data.preprocessing import preprocessing_of
 from resbackbone.inference.engines import copy_for_inference
 from resbackbone.inference.export_formats import EXPORT_FORMATS, AxisNames, ExportFormat
-from resbackbone.inference.levels import HeadlessModel, find_backbone, infer_levels
+from resbackbone.inference.levels import HeadlessModel, first_backbone, infer_levels
 from resbackbone.inference.progress import report_progress, silence_libraries
 from resbackbone.utils import processor
 from resbackbone.utils.atomic_write import atomic_write
@@ -106,7 +106,7 @@ def export(
             f"{processor.reason(getattr(torch, dtype))}: the compiled file, which is for processors like it, will be "
             "several times slower than in float32; pass dtype='float32'"
         )
-    backbone = find_backbone(net)
+    backbone = first_backbone(net)
     if levels is not None:
         levels = _check_levels(levels)
     file_metadata = _file_metadata(backbone, dtype, metadata or {})

@@ -30,7 +30,7 @@ class HeadlessModel(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.in_channels = find_backbone(net).in_channels
+        self.in_channels = first_backbone(net).in_channels
         self.chain = nn.Sequential(*_without_heads(net, self.in_channels))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -50,7 +50,7 @@ def _without_heads(net: nn.Module, in_channels: int) -> list[nn.Module]:
     return [backbone, neck] if isinstance(neck, nn.Module) else [backbone]
 
 
-def find_backbone(net: nn.Module) -> Backbone:
+def first_backbone(net: nn.Module) -> Backbone:
     """Return the first backbone in a model."""
     if any(isinstance(module, Engine) for module in net.modules()):
         raise ValueError(
@@ -96,7 +96,7 @@ def infer_levels(net: nn.Module, headless: HeadlessModel) -> tuple[FeatureInfo, 
     outs, side = _run_once(chain if len(chain) > 1 else chain[0], headless.in_channels)
     shapes = [(out.shape[1], _stride(out, side)) for _, out in outs]
     keys = [name for name, _ in outs]
-    infos = find_backbone(net).feature_info
+    infos = first_backbone(net).feature_info
     if not any(keys) and shapes == [(info.channels, info.stride) for info in infos]:
         return infos
     names = _level_names(keys, [stride for _, stride in shapes])

@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from resbackbone import ResNet
 from resbackbone.data.preprocessing import CAFFE, TORCHVISION
 from resbackbone.inference import quantize
-from resbackbone.inference.quantization import QuantizedConv2d
+from resbackbone.inference.quantized_conv import QuantizedConv2d
 from resbackbone.necks import FPN
 
 
