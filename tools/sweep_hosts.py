@@ -152,7 +152,7 @@ def import_host(host: str) -> None:
         import_module(f"{host}.models")
 
 
-def randomise(net: nn.Module, seed: int = 0) -> None:
+def randomize(net: nn.Module, seed: int = 0) -> None:
     """Draw every parameter and running statistic, so that nothing starts at zero or one and hides a difference.
 
     Weights are small enough for the activations of 101 layers to stay in range.
@@ -194,7 +194,7 @@ def compare_backbones(
     Returns:
         One line per difference.
     """
-    randomise(native)
+    randomize(native)
     our_names = {name: name for name in native.state_dict()}
     if rename is not None:
         rename(ours, our_names)

@@ -281,6 +281,6 @@ def check_images(images: Any, name: str, in_channels: int) -> None:
             "add the batch dimension, or build the backbone with the `in_channels` of your images"
         )
     if not images.is_floating_point():
-        raise TypeError(f"{name} takes floating-point images, got {images.dtype}; convert and normalise them first")
+        raise TypeError(f"{name} takes floating-point images, got {images.dtype}; convert and normalize them first")
     if math.prod(images.shape[2:]) == 0:
         raise ValueError(f"{name} takes images of at least 1x1 pixels, got {images.shape[2]}x{images.shape[3]}")

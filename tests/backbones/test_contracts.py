@@ -131,7 +131,7 @@ def test_jit_traces_it(build, images, case):
     assert_equal(traced(x), net(x))
 
 
-# mmcv takes a convolution that standardises its filters for a plain one.
+# mmcv takes a convolution that standardizes its filters for a plain one.
 @pytest.mark.parametrize("case", [case for case in CASES if "SAC" not in case])
 def test_defect_17_fusing_batch_norms_changes_no_output(build, images, case):
     """In mmcv, fuse_conv_bn fuses each batch norm with the convolution registered before it.

@@ -501,7 +501,7 @@ def test_norms_without_requires_grad_do_not_train():
     assert {bn.eps for bn in batch_norms(net)} == {1e-5}
 
 
-# Initialisation
+# Initialization
 
 
 @pytest.mark.parametrize(

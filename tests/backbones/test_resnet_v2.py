@@ -1,4 +1,4 @@
-"""ResNet v2 and BiT: pre-activation, weight standardisation, what is refused. test_timm.py compares numbers, too."""
+"""ResNet v2 and BiT: pre-activation, weight standardization, what is refused. test_timm.py compares numbers, too."""
 
 import warnings
 
@@ -23,7 +23,7 @@ def build(net, **options):
     return ResNetV2(**{"base_channels": 8, "norm_eval": False, **NETS[net], **options})
 
 
-# Weight standardisation
+# Weight standardization
 
 
 @pytest.mark.parametrize("shape", [(8, 4, 1), (4, 6, 3), (6, 2, 7)])

@@ -41,7 +41,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """Build without values, for speed; mmengine's initialisation would want to read them."""
+    """Build without values, for speed; mmengine's initialization would want to read them."""
     monkeypatch.setattr(Module, "init_weights", lambda self: None)
     with torch.device("meta"):
         yield
@@ -627,11 +627,11 @@ def test_mmengine_finds_us_by_scope_without_an_import(config):
 def test_a_registered_class_of_ones_own_builds(registry):
     @registry.register_module()
     class Mine(ResNet):
-        def __init__(self, depth=18, *, colour="red", **kwargs):
+        def __init__(self, depth=18, *, color="red", **kwargs):
             super().__init__(depth, base_channels=8, **kwargs)
-            self.colour = colour
+            self.color = color
 
-    net = build_backbone({"type": "Mine", "colour": "blue", "out_indices": (0,)})
-    assert (net.colour, net.out_channels) == ("blue", (8,))
+    net = build_backbone({"type": "Mine", "color": "blue", "out_indices": (0,)})
+    assert (net.color, net.out_channels) == ("blue", (8,))
     with pytest.raises(TypeError, match="Mine has no argument 'color'; did you mean 'colour'"):
         build_backbone({"type": "Mine", "color": "blue"})

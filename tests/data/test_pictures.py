@@ -30,7 +30,7 @@ ORIENTATION = 0x0112
 
 
 @pytest.fixture
-def colours():
+def colors():
     """A picture of 6x4 pixels, no two alike, none symmetric."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -46,11 +46,11 @@ def save(picture, path, **options):
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp"])
-def test_lossless_formats_come_back_exactly(colours, tmp_path, suffix):
+def test_lossless_formats_come_back_exactly(colors, tmp_path, suffix):
     options = {"lossless": True} if suffix == "webp" else {}
-    path = save(colours, tmp_path / f"a.{suffix}", **options)
+    path = save(colors, tmp_path / f"a.{suffix}", **options)
     assert read_image(path).mode == "RGB"
-    assert (pixels(read_image(path)) == pixels(colours)).all()
+    assert (pixels(read_image(path)) == pixels(colors)).all()
 
 
 def test_jpeg_comes_back_nearly(tmp_path):
@@ -60,27 +60,27 @@ def test_jpeg_comes_back_nearly(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA"])
-def test_grayscale_has_three_equal_channels(colours, tmp_path, mode):
-    gray = colours.convert(mode)
+def test_grayscale_has_three_equal_channels(colors, tmp_path, mode):
+    gray = colors.convert(mode)
     read = pixels(read_image(save(gray, tmp_path / "a.png")))
     assert (read == pixels(gray.convert("L"))[..., None]).all()
 
 
-def test_one_channel(colours, tmp_path):
-    read = read_image(save(colours, tmp_path / "a.png"), channels=1)
+def test_one_channel(colors, tmp_path):
+    read = read_image(save(colors, tmp_path / "a.png"), channels=1)
     assert read.mode == "L"
-    assert (pixels(read) == pixels(colours.convert("L"))).all()
+    assert (pixels(read) == pixels(colors.convert("L"))).all()
 
 
-def test_alpha_is_dropped(colours, tmp_path):
-    transparent = colours.copy()
-    transparent.putalpha(Image.linear_gradient("L").resize(colours.size))
-    assert (pixels(read_image(save(transparent, tmp_path / "a.png"))) == pixels(colours)).all()
+def test_alpha_is_dropped(colors, tmp_path):
+    transparent = colors.copy()
+    transparent.putalpha(Image.linear_gradient("L").resize(colors.size))
+    assert (pixels(read_image(save(transparent, tmp_path / "a.png"))) == pixels(colors)).all()
 
 
 @pytest.mark.parametrize("transparency", [None, 3, bytes(range(24))])
-def test_palette(colours, tmp_path, transparency):
-    palette = colours.quantize(24)
+def test_palette(colors, tmp_path, transparency):
+    palette = colors.quantize(24)
     options = {} if transparency is None else {"transparency": transparency}
     read = read_image(save(palette, tmp_path / "a.png", **options))
     assert (pixels(read) == pixels(palette.convert("RGB"))).all()
@@ -116,7 +116,7 @@ def test_thirty_two_bits_have_no_known_range(tmp_path, mode):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
-def test_exif_orientation(colours, tmp_path, orientation, suffix):
+def test_exif_orientation(colors, tmp_path, orientation, suffix):
     # What a camera that is held that way stores: the upright picture, turned the other way round.
     turn = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -127,12 +127,12 @@ def test_exif_orientation(colours, tmp_path, orientation, suffix):
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270,
     }.get(orientation)
-    stored = colours if turn is None else colours.transpose(turn)
+    stored = colors if turn is None else colors.transpose(turn)
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     options = {"lossless": True} if suffix == "webp" else {}
     path = save(stored, tmp_path / f"a.{suffix}", exif=exif, **options)
-    assert (pixels(read_image(path)) == pixels(colours)).all()
+    assert (pixels(read_image(path)) == pixels(colors)).all()
 
 
 def test_exif_orientation_of_sixteen_bits(tmp_path):
@@ -146,15 +146,15 @@ def test_exif_orientation_of_sixteen_bits(tmp_path):
 @pytest.mark.parametrize(
     "exif", [b"garbage", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63"]
 )
-def test_damaged_exif_data_does_not_matter(colours, tmp_path, exif):
-    path = save(colours, tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
-    assert read_image(path).size == colours.size
+def test_damaged_exif_data_does_not_matter(colors, tmp_path, exif):
+    path = save(colors, tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
+    assert read_image(path).size == colors.size
 
 
-def test_first_frame_of_an_animation(colours, tmp_path):
-    frames = [Image.new("RGB", (4, 6), colour) for colour in ("blue", "red")]
-    path = save(colours.quantize(24), tmp_path / "a.gif", save_all=True, append_images=frames)
-    assert (pixels(read_image(path)) == pixels(colours.quantize(24).convert("RGB"))).all()
+def test_first_frame_of_an_animation(colors, tmp_path):
+    frames = [Image.new("RGB", (4, 6), color) for color in ("blue", "red")]
+    path = save(colors.quantize(24), tmp_path / "a.gif", save_all=True, append_images=frames)
+    assert (pixels(read_image(path)) == pixels(colors.quantize(24).convert("RGB"))).all()
 
 
 def png_claiming(width, height):
@@ -205,17 +205,17 @@ def test_missing_files_and_folders(tmp_path):
         read_image(tmp_path)
 
 
-def test_preprocessing_of_torchvision(colours):
-    tensor = TORCHVISION(colours)
+def test_preprocessing_of_torchvision(colors):
+    tensor = TORCHVISION(colors)
     assert (tensor.shape, tensor.dtype) == ((1, 3, 6, 4), torch.float32)
-    red = (pixels(colours)[..., 0] - 123.675) / 58.395
+    red = (pixels(colors)[..., 0] - 123.675) / 58.395
     assert np.allclose(tensor[0, 0], red, atol=1e-6)
 
 
-def test_preprocessing_of_caffe_is_bgr_and_not_scaled(colours):
-    blue_first = CAFFE(colours)[0]
-    assert np.allclose(blue_first[0], pixels(colours)[..., 2] - 103.53, atol=1e-4)
-    assert np.allclose(blue_first[2], pixels(colours)[..., 0] - 123.675, atol=1e-4)
+def test_preprocessing_of_caffe_is_bgr_and_not_scaled(colors):
+    blue_first = CAFFE(colors)[0]
+    assert np.allclose(blue_first[0], pixels(colors)[..., 2] - 103.53, atol=1e-4)
+    assert np.allclose(blue_first[2], pixels(colors)[..., 0] - 123.675, atol=1e-4)
 
 
 def test_preprocessing_by_style_and_channels():
@@ -228,13 +228,13 @@ def test_preprocessing_by_style_and_channels():
         preprocessing_for(in_channels=4, style="pytorch")
 
 
-def test_preprocessing_is_checked(colours):
+def test_preprocessing_is_checked(colors):
     with pytest.raises(ValueError, match="`order` must be one of"):
         Preprocessing(order="GBR")
     with pytest.raises(ValueError, match="`std` must have 3 entries"):
         Preprocessing(std=(1.0,))
     with pytest.raises(ValueError, match=r"`picture\.mode` must be one of 'RGB'"):
-        TORCHVISION(colours.convert("L"))
+        TORCHVISION(colors.convert("L"))
 
 
 @pytest.mark.parametrize(
@@ -261,8 +261,8 @@ def test_resize_averages_what_it_shrinks():
     assert abs(small - 127.5).max() < 12  # without antialiasing: 0 or 255
 
 
-def test_a_picture_of_the_right_size_is_not_touched(colours):
-    assert resize(colours, size=(6, 4)) is colours
+def test_a_picture_of_the_right_size_is_not_touched(colors):
+    assert resize(colors, size=(6, 4)) is colors
 
 
 @pytest.mark.parametrize("text", ["", "x", "0", "-5", "640x", "x640", "1x2x3", "1.5", "big", "0x5", "640*480"])
@@ -470,9 +470,9 @@ def test_nobody_waits_for_a_pipe(tmp_path):
     assert found_in(tmp_path) == (["a.png"], {})
 
 
-def test_threads_that_overlap_leave_the_filters_of_warnings_as_they_were(colours, tmp_path, monkeypatch):
+def test_threads_that_overlap_leave_the_filters_of_warnings_as_they_were(colors, tmp_path, monkeypatch):
     """The first to come is the first to leave, which is not how ``warnings.catch_warnings`` nests."""
-    path = save(colours, tmp_path / "a.png")
+    path = save(colors, tmp_path / "a.png")
     before = list(warnings.filters)
     inside = {name: threading.Event() for name in ("first", "second")}
     leave = {name: threading.Event() for name in ("first", "second")}
@@ -497,5 +497,5 @@ def test_threads_that_overlap_leave_the_filters_of_warnings_as_they_were(colours
             assert inside[name].wait(10)
         for name, picture in zip(leave, reading, strict=True):
             leave[name].set()
-            assert (pixels(picture.result()) == pixels(colours)).all()
+            assert (pixels(picture.result()) == pixels(colors)).all()
     assert warnings.filters == before

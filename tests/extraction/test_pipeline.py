@@ -1,4 +1,4 @@
-"""`resbackbone extract` of many pictures: optimised, in batches, in threads, on several ranks, broken off, resumed."""
+"""`resbackbone extract` of many pictures: optimized, in batches, in threads, on several ranks, broken off, resumed."""
 
 import signal
 import time
@@ -137,8 +137,8 @@ class TestBatches:
         for index, name in enumerate(("a", "b", "c", "d", "e")):
             make_picture(f"in/{name}.png")
             make_picture(f"in/{name}_wide.png", size=(90 + index // 3, 50))
-        for name, colour in (("black", "black"), ("white", "white"), ("zebra", "gray")):
-            Image.new("RGB", (70, 50), colour).save(f"in/{name}.png")
+        for name, color in (("black", "black"), ("white", "white"), ("zebra", "gray")):
+            Image.new("RGB", (70, 50), color).save(f"in/{name}.png")
         arguments = ("extract", "small.yaml", "in", "--checkpoint", "small.pth", "--backend", backend)
         run(*arguments, "--out", "batches", "--batch-size", "4")
         run(*arguments, "--out", "single", "--batch-size", "1")

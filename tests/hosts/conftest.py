@@ -68,9 +68,9 @@ def train_step():
     def step(model, data):
         model.train()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimiser = torch.optim.SGD(trainable, lr=0.01, momentum=0.9)
+        optimizer = torch.optim.SGD(trainable, lr=0.01, momentum=0.9)
         torch.manual_seed(0)  # detectors sample boxes, segmentors drop features
-        return model.train_step(copy.deepcopy(data), OptimWrapper(optimiser))
+        return model.train_step(copy.deepcopy(data), OptimWrapper(optimizer))
 
     return step
 

@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import DefaultScope
-from sweep_hosts import build_pair, config_tree, import_host, randomise
+from sweep_hosts import build_pair, config_tree, import_host, randomize
 
 from resbackbone import build_backbone
 from resbackbone.checkpoints import load_checkpoint
@@ -37,18 +37,18 @@ def require(host):
 
 @pytest.fixture
 def wrap():
-    """What a Runner saves: weights below a prefix, beside metadata, logs and an optimiser."""
+    """What a Runner saves: weights below a prefix, beside metadata, logs and an optimizer."""
 
     def checkpoint(net):
         hub = MessageHub.get_instance("test")
         hub.update_scalar("train/loss", 0.5)
         hub.update_info("iter", 7)
-        optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         return {
             "meta": {"epoch": 3, "iter": 7, "cfg": "model = dict()", "dataset_meta": {"classes": ("a", "b")}},
             "state_dict": {f"backbone.{key}": value for key, value in net.state_dict().items()},
             "message_hub": hub.state_dict(),
-            "optimizer": optimiser.state_dict(),
+            "optimizer": optimizer.state_dict(),
         }
 
     return checkpoint
@@ -58,7 +58,7 @@ def wrap():
 def test_features_are_the_hosts(tmp_path, wrap, host, options, config, layout):
     require(host)
     native, _ = build_pair(host, options)
-    randomise(native)
+    randomize(native)
     torch.save(wrap(native), tmp_path / "epoch_3.pth")
     net = build_backbone(config)
     report = load_checkpoint(net, tmp_path / "epoch_3.pth")
@@ -91,7 +91,7 @@ def test_init_cfg_in_a_detector_takes_anybodys_weights(tmp_path, faster_rcnn):
     from resbackbone.checkpoints import convert_state_dict
 
     source = build_backbone("resnet50")
-    randomise(source)
+    randomize(source)
     weights = {"model": convert_state_dict(source.state_dict(), target="detectron2")}
     torch.save(weights, tmp_path / "R-50.pkl")
     config = copy.deepcopy(faster_rcnn)

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from sweep_hosts import compare_backbones, compare_tensors, randomise
+from sweep_hosts import compare_backbones, compare_tensors, randomize
 from torch import nn
 
 import resbackbone
@@ -93,7 +93,7 @@ def pair(name, **options):
 
 def compare_modules(native, ours, *inputs, run=lambda module, *args: module(*args)):
     """Compare output and every gradient, the inputs' among them, after one pass with the same random weights."""
-    randomise(native)
+    randomize(native)
     assert list(native.state_dict()) == list(ours.state_dict())
     ours.load_state_dict(native.state_dict())
     found = []
@@ -162,7 +162,7 @@ def test_every_backend_of_sac_reads_offsets_in_mmcvs_order(backend):
 
     native = SAConv2d(8, 12, 3, padding=1, use_deform=True)
     ours = layers.SAConv2d(8, 12, 3, padding=1, use_deform=True, backend=backend)
-    randomise(native)
+    randomize(native)
     ours.load_state_dict(native.state_dict())
     x = torch.randn(2, 8, 17, 12)
     torch.testing.assert_close(ours(x), native(x), rtol=1e-4, atol=1e-4)
@@ -236,7 +236,7 @@ def test_the_neck_of_detectors_takes_ours_for_both_looks(default_scope):
         backbone = MMDET.build({"type": type_, **copy.deepcopy(options), "output_img": True})
         neck = MMDET.build({**neck_cfg, "rfp_backbone": {"type": type_, **copy.deepcopy(rfp_backbone)}})
         for module in (backbone, neck):
-            randomise(module)
+            randomize(module)
             module.eval()
         with torch.no_grad():
             outs.append(neck(backbone(images_of(128))))

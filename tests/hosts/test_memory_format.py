@@ -8,7 +8,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from sweep_hosts import config_tree, randomise
+from sweep_hosts import config_tree, randomize
 
 from resbackbone.inference import optimize
 from resbackbone.training import fold_frozen_norms
@@ -107,7 +107,7 @@ def draw_weights(model, host):
     for module in model.modules():
         ours = type(module).__module__.startswith("resbackbone.backbones")
         if host == "mmseg" or (ours and not type(module).__name__.startswith("DetectoRS")):  # those would explode
-            randomise(module)
+            randomize(module)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bn3.weight"):

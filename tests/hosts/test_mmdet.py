@@ -11,7 +11,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from PIL import Image
-from sweep_hosts import compare_backbones, compare_tensors, config_tree, gradients_of, randomise
+from sweep_hosts import compare_backbones, compare_tensors, config_tree, gradients_of, randomize
 from torch import nn
 from twins import compare_starts
 
@@ -74,7 +74,7 @@ def test_whole_detector_identical(native_class, data, train_step):
     assert type(native.backbone) is native_class
     assert isinstance(ours.backbone, resbackbone.ResNet)
     assert list(native.state_dict()) == list(ours.state_dict())
-    randomise(native)
+    randomize(native)
     ours.load_state_dict(native.state_dict())
 
     predictions = []

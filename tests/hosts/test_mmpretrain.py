@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner.checkpoint import load_checkpoint
-from sweep_hosts import build_pair, compare_tensors, config_tree, gradients_of, randomise
+from sweep_hosts import build_pair, compare_tensors, config_tree, gradients_of, randomize
 
 import resbackbone
 
@@ -39,7 +39,7 @@ def build_classifier(backbone_type):
 
 @pytest.fixture
 def data():
-    """Two labelled images, as a data loader hands them over."""
+    """Two labeled images, as a data loader hands them over."""
     from mmpretrain.structures import DataSample
 
     images = torch.randint(0, 255, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -54,7 +54,7 @@ def classifiers(classes, tmp_path):
     native, ours = build_classifier(ResNetV1d), build_classifier("ResNetV1d")
     assert type(native.backbone) is ResNetV1d
     assert type(ours.backbone) is classes.ResNetV1d
-    randomise(native)
+    randomize(native)
     torch.save({"state_dict": native.state_dict(), "meta": {}}, tmp_path / "native.pth")
     load_checkpoint(ours, str(tmp_path / "native.pth"), map_location="cpu", strict=True)
     return native, ours
@@ -72,7 +72,7 @@ def test_a_whole_classifier_is_the_same_with_our_backbone(classifiers, data, tra
     assert all(torch.equal(*pair) for pair in zip(*predictions, strict=True))
     assert not compare_tensors("gradient of", *gradients)
     for left, right in zip(*(model.parameters() for model in classifiers), strict=True):
-        assert torch.equal(left, right)  # behind the step of the optimiser, too
+        assert torch.equal(left, right)  # behind the step of the optimizer, too
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_a_whole_classifier_is_the_same_with_our_backbone(classifiers, data, tra
 )
 def test_checkpoints_load_in_both_ways_of_naming(name, options):
     native, ours = build_pair(HOST, {"type": name, "depth": 50, "base_channels": 16, "stem_channels": 16, **options})
-    randomise(native)
+    randomize(native)
     ours.load_state_dict(native.state_dict())
     values = list(native.state_dict().values())
     assert all(torch.equal(*pair) for pair in zip(ours.state_dict().values(), values, strict=True))
     again = copy.deepcopy(ours)
-    randomise(again, seed=1)
+    randomize(again, seed=1)
     again.load_state_dict(ours.state_dict())  # ours, which the renaming leaves alone
     assert all(torch.equal(*pair) for pair in zip(again.state_dict().values(), values, strict=True))
     elsewhere = getattr(resbackbone, name)(depth=50, base_channels=16, stem_channels=16, **options)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from PIL import Image
-from sweep_hosts import compare_backbones, compare_tensors, config_tree, gradients_of, randomise
+from sweep_hosts import compare_backbones, compare_tensors, config_tree, gradients_of, randomize
 from torch import nn
 from twins import compare_starts
 
@@ -52,7 +52,7 @@ def native_class():
 
 @pytest.fixture
 def data():
-    """Two labelled images, as a data loader hands them over."""
+    """Two labeled images, as a data loader hands them over."""
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
@@ -71,7 +71,7 @@ def test_whole_segmentor_identical(native_class, data, train_step):
     assert type(native.backbone) is native_class
     assert isinstance(ours.backbone, resbackbone.ResNetV1c)
     assert list(native.state_dict()) == list(ours.state_dict())
-    randomise(native)
+    randomize(native)
     ours.load_state_dict(native.state_dict())
 
     predictions = []
@@ -104,7 +104,7 @@ def test_init_weights_of_a_whole_segmentor(native_class):
 def test_weights_named_as_mmsegs_configs_name_them(native_class, tmp_path):
     config = host_config()
     native = native_class(**{key: value for key, value in config.model.backbone.items() if key != "type"})
-    randomise(native)
+    randomize(native)
     torch.save(native.state_dict(), tmp_path / "weights.pth")
     segmentor = build_segmentor(config, "ResNetV1c", pretrained=str(tmp_path / "weights.pth"))
     segmentor.init_weights()

@@ -1,4 +1,4 @@
-"""The layers of deformable convolution: their arguments, keys, initialisation and old checkpoints."""
+"""The layers of deformable convolution: their arguments, keys, initialization and old checkpoints."""
 
 from __future__ import annotations
 

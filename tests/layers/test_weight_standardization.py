@@ -37,7 +37,7 @@ def lively(layer):
     return layer
 
 
-def standardised(weight, *, deviation_eps=0.0, variance_eps=0.0):
+def standardized(weight, *, deviation_eps=0.0, variance_eps=0.0):
     """By hand, filter by filter, in double precision."""
     filters = [kernel.double() for kernel in weight.detach()]
     return torch.stack([(k - k.mean()) / ((k.var() + variance_eps) ** 0.5 + deviation_eps) for k in filters])
@@ -68,7 +68,7 @@ def test_conv_ws_convolves_with_standardised_filters(options):
     x = torch.randn(2, 4, 9, 11)
     plain = nn.Conv2d(4, 6, 3, **options).double()
     plain.load_state_dict(layer.state_dict())
-    plain.weight.data = standardised(layer.weight, deviation_eps=1e-5)
+    plain.weight.data = standardized(layer.weight, deviation_eps=1e-5)
     torch.testing.assert_close(layer(x).double(), plain(x.double()), rtol=1e-5, atol=1e-5)
     assert list(layer.state_dict()) == list(plain.state_dict())
 
@@ -84,7 +84,7 @@ def test_conv_ws_is_blind_to_scale_and_shift_of_its_weight():
 def test_conv_ws_eps_comes_from_the_config():
     layer = build_conv_layer({"type": "ConvWS", "eps": 0.5}, 4, 6, 3)
     assert type(layer) is ConvWS2d
-    torch.testing.assert_close(layer.standardized_weight().double(), standardised(layer.weight, deviation_eps=0.5))
+    torch.testing.assert_close(layer.standardized_weight().double(), standardized(layer.weight, deviation_eps=0.5))
 
 
 def test_names_mean_our_layers_also_beside_those_of_mmcv():
@@ -105,7 +105,7 @@ def test_a_filter_of_one_number_is_refused(layer_class):
 
 def test_a_new_conv_aws_is_standardised_to_mean_0_and_deviation_1():
     layer = ConvAWS2d(16, 6, 3)
-    expected = standardised(layer.weight, variance_eps=1e-5)
+    expected = standardized(layer.weight, variance_eps=1e-5)
     torch.testing.assert_close(layer.standardized_weight().double(), expected, rtol=1e-5, atol=1e-6)
     assert list(layer.state_dict()) == ["weight", "bias", "weight_gamma", "weight_beta"]
 
@@ -114,7 +114,7 @@ def test_gamma_and_beta_are_deviation_and_mean():
     layer = ConvAWS2d(16, 6, 3)
     layer.weight_gamma.uniform_(0.5, 2)
     layer.weight_beta.normal_()
-    expected = standardised(layer.weight, variance_eps=1e-5) * layer.weight_gamma + layer.weight_beta
+    expected = standardized(layer.weight, variance_eps=1e-5) * layer.weight_gamma + layer.weight_beta
     torch.testing.assert_close(layer.standardized_weight().double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -330,7 +330,7 @@ def test_a_sac_of_another_kernel_and_dilation():
 
 @every_layer
 def test_channels_last_agrees_with_contiguous(make):
-    """In mmcv a weight in channels-last order cannot be standardised."""
+    """In mmcv a weight in channels-last order cannot be standardized."""
     layer = lively(make())
     x = torch.randn(2, 4, 9, 12)
     expected = layer(x)

@@ -64,7 +64,7 @@ def test_a_pickled_backbone_is_read_before_anything_is_imported(tmp_path):
 def test_building_a_plain_backbone_loads_no_mmcv():
     code = "import sys, resbackbone; resbackbone.build_backbone('resnet18', base_channels=8); print(*sys.modules)"
     loaded = set(run_python(code))
-    assert "mmengine.model" in loaded  # initialises the weights
+    assert "mmengine.model" in loaded  # initializes the weights
     assert {"mmcv", "torchvision"} & loaded == set()
 
 

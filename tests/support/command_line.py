@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {"type": "ResNet", "depth": 18, "base_channels": 8}
 
 
 def plain(text: str) -> str:
-    """Text without colours, which some CI services ask for."""
+    """Text without colors, which some CI services ask for."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
@@ -72,7 +72,7 @@ def maps(folder: str | Path) -> dict[str, Any]:
 
 
 def net_and_checkpoint(shake: Callable[..., Any], path: str | Path, **arguments: Any) -> Any:
-    """A backbone of weights that are no one's initialisation, and the file of them."""
+    """A backbone of weights that are no one's initialization, and the file of them."""
     net = shake(build_backbone({**SMALL, **arguments})).eval()
     torch.save(net.state_dict(), path)
     return net

@@ -78,7 +78,7 @@ DOORS: dict[str, Callable[[Any], Any]] = {
     "dcn": lambda type_: build_backbone({**TINY, **_DEFORMED, "dcn": {"type": type_}}),
     "sac": lambda type_: build_backbone({**TINY, "type": "DetectoRS_ResNet", "sac": {"type": type_}}),
     "plugin": lambda type_: _plugin(type=type_),
-    "norm in an SE plugin's neighbour": lambda type_: _plugin(type="CBAM", norm_cfg={"type": type_}),
+    "norm in an SE plugin's neighbor": lambda type_: _plugin(type="CBAM", norm_cfg={"type": type_}),
     "norm in mmcv's plugin": lambda type_: _plugin(type="NonLocal2d", norm_cfg={"type": type_}),
     "convolution in mmcv's plugin": lambda type_: _plugin(type="NonLocal2d", conv_cfg={"type": type_}),
     "norm in mmcv's ConvModule": lambda type_: _plugin(

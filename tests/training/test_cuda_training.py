@@ -1,4 +1,4 @@
-"""Training on a CUDA device: folded norms under autocast, recomputed norms, synchronised norms."""
+"""Training on a CUDA device: folded norms under autocast, recomputed norms, synchronized norms."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What trains in mmengine's runner: layer-wise rates, schedules of unfreezing, synchronised norms."""
+"""What trains in mmengine's runner: layer-wise rates, schedules of unfreezing, synchronized norms."""
 
 import warnings
 
@@ -227,7 +227,7 @@ def test_several_optimizers_are_resumed(tmp_path):
         assert torch.equal(tensor, other), name
 
 
-# Synchronised norms
+# Synchronized norms
 
 
 def test_u8_norms_are_plain_in_one_process_without_a_word(tmp_path, caplog):
