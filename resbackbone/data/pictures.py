@@ -1,4 +1,4 @@
-"""Find, decode and resize the picture files that backbones are run on."""
+"""Finding, decoding and resizing pictures."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from resbackbone.utils.validation import check_choice, check_int, check_ints, warn_user
 
-# What Pillow decodes without another program, as EPS needs one; HEIF and JXL come with plugins.
-# Formats without a signature are tried only if the suffix names them.
+# Formats that Pillow decodes without another program (EPS needs one); HEIF and JXL need plugins. Formats without a
+# signature are tried only for their suffixes.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF", "JXL", "JPEG2000", "MPO", "PPM", "QOI")
 FORMATS_BY_SUFFIX = ("TGA", "DIB", "PCX", "SGI")
-MAX_PIXELS = 2**28  # of a picture: 3 GiB as float32
+MAX_PIXELS = 2**28  # per picture: 3 GiB as float32
 
-_FEATURES = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # that a Pillow may lack
-# Pictures that the table of MIME types may not know.
+_FEATURES = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # optional features of Pillow
+# Suffixes of pictures that may be missing in the table of MIME types.
 _PICTURES = {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".psd", ".exr", ".hdr", ".eps", ".tga"}
-_PICTURES |= {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}  # cameras' own
+_PICTURES |= {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}  # raw formats of cameras
 _plugins = threading.Lock()
 
 Size = int | tuple[int, int]
-LeftOut = Callable[[Path, str], None]
+OnSkipped = Callable[[Path, str], None]
 
 
 def readable_suffixes() -> dict[str, str]:
-    """Return the suffixes of pictures that can be read here, in lower case, each with Pillow's name of the format."""
-    with _plugins:  # which threads cannot load at the same time
+    """Return the suffixes of readable pictures, in lower case, with Pillow's names of the formats."""
+    with _plugins:  # loading plugins is not thread-safe
         lacking = _load_plugins()
     usable = {name for name in (*FORMATS, *FORMATS_BY_SUFFIX) if name in Image.OPEN} - lacking
     return {suffix: name for suffix, name in Image.registered_extensions().items() if name in usable}
@@ -45,54 +45,54 @@ def readable_suffixes() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _load_plugins() -> frozenset[str]:
-    """Load Pillow's plugins, and the one for HEIF if it is installed; return the formats that were not compiled."""
+    """Load Pillow's plugins, and pillow-heif if it is installed; return the formats that this Pillow build lacks."""
     Image.init()
     if "HEIF" not in Image.OPEN:
         with suppress(ImportError):
             importlib.import_module("pillow_heif").register_heif_opener()
-    known = {*features.modules, *features.codecs}  # of others Pillow warns
+    known = {*features.modules, *features.codecs}  # Pillow warns about unknown names
     return frozenset(name for name, feature in _FEATURES.items() if feature not in known or not features.check(feature))
 
 
-def find_images(
-    paths: Iterable[str | Path], *, leave_out: str | Path | None = None, on_left_out: LeftOut | None = None
+def find_pictures(
+    paths: Iterable[str | Path], *, exclude: str | Path | None = None, on_skipped: OnSkipped | None = None
 ) -> dict[Path, Path]:
-    """Find pictures.
+    """Find pictures in folders.
 
     Args:
-        paths: Files, taken as they are, and folders, searched with all their subfolders for files with one of
-            :func:`readable_suffixes`; hidden files and folders are passed over. Links to folders are followed, and no
-            folder is searched twice.
-        leave_out: A folder inside one of them that is not searched, such as that of the results.
-        on_left_out: Called for each picture that Pillow cannot read here by its suffix, and each broken link, with the
-            path and the reason; None to warn of them.
+        paths: Files, accepted with any suffix, and folders, searched recursively for files with one of
+            :func:`readable_suffixes`; hidden files and folders are skipped. Symbolic links are followed, and no folder
+            is searched twice.
+        exclude: A subfolder that is not searched, such as the output folder.
+        on_skipped: Called with the path and the reason for each broken link, and each picture with a suffix that Pillow
+            cannot read; None to warn about them.
 
     Returns:
-        For each picture its file and a name, a relative path that tells it from the others: the path inside the folder
-        given, or the bare file name. If two were the same, all are relative to the folder that holds every picture.
+        The file and a unique name of each picture. The name is the path relative to the folder in ``paths``, or the
+        file name; if these are not unique, the path relative to the common parent folder.
 
     Raises:
-        FileNotFoundError: If there is nothing at a path.
-        ValueError: If a folder holds no picture.
+        FileNotFoundError: If a path does not exist.
+        ValueError: If a folder has no pictures.
     """
     names: dict[Path, Path] = {}
     seen: set[str] = set()
-    left_out: dict[Path, str] = {}
+    skipped: dict[Path, str] = {}
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"no picture or folder at {str(path)!r}")
-        found = _search(path, leave_out, left_out) if path.is_dir() else [path]
+        found = _search(path, exclude, skipped) if path.is_dir() else [path]
         folders = {folder: os.path.realpath(folder) for folder in {file.parent for file in found}}
         for file in found:
-            key = os.path.join(folders[file.parent], file.name)  # noqa: PTH118 - of a million files
+            key = os.path.join(folders[file.parent], file.name)  # noqa: PTH118 - faster for many files
             if key not in seen:
                 seen.add(key)
                 names[file] = file.relative_to(path) if path.is_dir() else Path(file.name)
-    if on_left_out:
-        for file, reason in left_out.items():
-            on_left_out(file, reason)
+    if on_skipped:
+        for file, reason in skipped.items():
+            on_skipped(file, reason)
     else:
-        for line in describe_left_out(left_out):
+        for line in describe_skipped(skipped):
             warn_user(line)
     if len(set(names.values())) < len(names):
         common = os.path.commonpath([file.absolute().parent for file in names])
@@ -100,25 +100,25 @@ def find_images(
     return names
 
 
-def describe_left_out(left_out: Mapping[Path, str]) -> list[str]:
-    """Return a line for each reason why files were left out: how many, and the first five.
+def describe_skipped(skipped: Mapping[Path, str]) -> list[str]:
+    """Return one line per reason for skipped files: their number and the first five.
 
-    >>> describe_left_out({Path("a.png"): "a broken link", Path("b.png"): "a broken link"})
-    ["2 left out, a broken link: 'a.png', 'b.png'"]
+    >>> describe_skipped({Path("a.png"): "a broken link", Path("b.png"): "a broken link"})
+    ["2 skipped, a broken link: 'a.png', 'b.png'"]
     """
     lines = []
-    for reason in dict.fromkeys(left_out.values()):
-        files = [repr(str(path)) for path, why in left_out.items() if why == reason]
+    for reason in dict.fromkeys(skipped.values()):
+        files = [repr(str(path)) for path, why in skipped.items() if why == reason]
         more = f" and {len(files) - 5} more" if len(files) > 5 else ""
-        lines.append(f"{len(files)} left out, {reason}: {', '.join(files[:5])}{more}")
+        lines.append(f"{len(files)} skipped, {reason}: {', '.join(files[:5])}{more}")
     return lines
 
 
-def _search(root: Path, leave_out: str | Path | None, left_out: dict[Path, str]) -> list[Path]:
-    """Return the pictures below a folder, and note what else is there that was meant as one."""
+def _search(root: Path, exclude: str | Path | None, skipped: dict[Path, str]) -> list[Path]:
+    """Return the pictures in a folder, and add unreadable pictures and broken links to ``skipped``."""
     readable = readable_suffixes()
     found, missed, others = [], {}, set()
-    for file, problem in _walk(root, leave_out):
+    for file, problem in _walk(root, exclude):
         suffix = file.suffix.lower()
         if problem:
             missed[file] = problem
@@ -130,15 +130,15 @@ def _search(root: Path, leave_out: str | Path | None, left_out: dict[Path, str])
             others.add(suffix or "none")
     if not found:
         suffixes = sorted(readable, key=lambda suffix: (suffix != ".jpg", suffix))
-        reasons = [*describe_left_out(missed), f"other suffixes there: {', '.join(sorted(others))}" if others else ""]
+        reasons = [*describe_skipped(missed), f"other suffixes there: {', '.join(sorted(others))}" if others else ""]
         there = "".join(f"; {reason}" for reason in reasons if reason)
         raise ValueError(f"no pictures in {str(root)!r}; looked for {', '.join(suffixes)}{there}")
-    left_out.update(missed)
+    skipped.update(missed)
     return sorted(found)
 
 
 def _why_unreadable(suffix: str) -> str:
-    """Say why a picture of such a suffix, in lower case, cannot be read; nothing where it is none, or can be."""
+    """Return why pictures with a suffix, in lower case, cannot be read; empty for readable ones and other files."""
     is_picture = suffix in _PICTURES or str(mimetypes.guess_type(f"a{suffix}")[0]).startswith("image/")
     if not is_picture or suffix in readable_suffixes():
         return ""
@@ -146,15 +146,15 @@ def _why_unreadable(suffix: str) -> str:
     return f"Pillow cannot read {suffix} here{hint}"
 
 
-def _walk(root: Path, leave_out: str | Path | None) -> Iterator[tuple[Path, str]]:
-    """Yield the files below a folder, each with what is wrong with it, if anything is.
+def _walk(root: Path, exclude: str | Path | None) -> Iterator[tuple[Path, str]]:
+    """Yield the files in a folder, recursively, each with a problem or an empty string.
 
-    Every folder is searched once, and rather by its own path than by a link to it. Those that hold the root are not:
-    links to them are loops.
+    Every folder is searched once, preferably by its own path instead of a link. Parents of the root are not searched,
+    since links to them are cycles.
     """
     done = {_identity(folder) for folder in root.resolve().parents}
-    if leave_out is not None and Path(leave_out).is_dir() and _identity(leave_out) != _identity(root):
-        done.add(_identity(leave_out))
+    if exclude is not None and Path(exclude).is_dir() and _identity(exclude) != _identity(root):
+        done.add(_identity(exclude))
     own, linked = deque([root]), deque[Path]()
     while own or linked:
         folder = own.popleft() if own else linked.popleft()
@@ -170,7 +170,7 @@ def _walk(root: Path, leave_out: str | Path | None) -> Iterator[tuple[Path, str]
             path = folder / entry.name
             if entry.name.startswith("."):
                 continue
-            if entry.is_symlink() and not os.path.exists(path):  # noqa: PTH110 - which raises nothing
+            if entry.is_symlink() and not os.path.exists(path):  # noqa: PTH110 - never raises
                 yield path, "a broken link"
             elif entry.is_dir():
                 (linked if entry.is_symlink() else own).append(path)
@@ -184,9 +184,9 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 
 
 class _Quiet:
-    """Ignores Pillow's warnings about metadata, which no pixel depends on, while any thread is inside.
+    """Context manager, safe for threads, that ignores Pillow's warnings about metadata.
 
-    ``warnings.catch_warnings`` alone changes and restores the filters of all threads, in whatever order they come.
+    ``warnings.catch_warnings`` alone is not: it changes and restores the filters of all threads in any order.
     """
 
     def __init__(self) -> None:
@@ -212,32 +212,32 @@ class _Quiet:
 _quiet = _Quiet()
 
 
-def read_image(path: str | Path, *, channels: int = 3) -> Image.Image:
-    """Decode a picture of one of ``FORMATS``, of an animation the first frame, upright as its EXIF data says.
+def read_picture(path: str | Path, *, channels: int = 3) -> Image.Image:
+    """Decode a picture in one of ``FORMATS``: the first frame of animations, rotated by its EXIF orientation.
 
     Args:
         path: The file.
-        channels: 3 for color, 1 for grayscale, whatever the file has. Transparency is dropped.
+        channels: 3 converts to color, 1 to grayscale. Transparency is dropped.
 
     Returns:
         A picture of mode "RGB" or "L", 8 bits per channel.
 
     Raises:
-        ValueError: If the file cannot be read for whatever reason, which is given: missing, empty, no picture, cut
-            off, damaged, more pixels than Pillow deems safe, 32 bits per channel.
+        ValueError: If the file cannot be read, with the reason: missing, empty, not a picture, truncated, corrupt, more
+            pixels than Pillow allows, 32 bits per channel.
     """
     check_choice("channels", channels, (1, 3))
     by_suffix = readable_suffixes().get(Path(path).suffix.lower())
     formats = (*FORMATS, by_suffix) if by_suffix in FORMATS_BY_SUFFIX else FORMATS
     try:
         if not stat.S_ISREG(mode := Path(path).stat().st_mode) and not stat.S_ISDIR(mode):
-            raise ValueError("it is no regular file")  # which one may wait for for ever
+            raise ValueError("it is no regular file")  # reading could block forever
         with _quiet, Image.open(path, formats=[name for name in formats if name in Image.OPEN]) as image:
-            if image.width * image.height > MAX_PIXELS:  # where somebody has switched Pillow's own limit off
+            if image.width * image.height > MAX_PIXELS:  # in case Pillow's own limit is disabled
                 raise ValueError(f"it has {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
             image.load()
             picture = _eight_bits(_upright(image), sixteen=image.format in ("PNG", "PPM")).convert("RGB")
-    except Exception as error:  # decoders raise what they stumble over: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
         raise ValueError(f"cannot read picture {str(path)!r}: {_reason(path, error)}") from error
     return picture.convert("L") if channels == 1 else picture
 
@@ -245,16 +245,16 @@ def read_image(path: str | Path, *, channels: int = 3) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data does not make the pixels unreadable
+    except Exception:  # pixels are readable without EXIF data
         return image
 
 
 def _eight_bits(image: Image.Image, *, sixteen: bool) -> Image.Image:
-    """Scale 16-bit grayscale, which ``convert("RGB")`` clips, to 8 bits; leave the rest.
+    """Scale 16-bit grayscale, which ``convert("RGB")`` clips, to 8 bits.
 
     Args:
         image: Any picture.
-        sixteen: Whether mode "I" means 16 bits, as it does in PGM files and, with older Pillows, in PNGs.
+        sixteen: Whether mode "I" means 16 bits, as in PGM files and, with older Pillow releases, in PNG.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and sixteen):
         values = np.asarray(image).astype(np.uint32)
@@ -274,13 +274,13 @@ def _reason(path: str | Path, error: Exception) -> str:
 
 
 def parse_size(text: str) -> Size:
-    """Read a size as the command line takes it.
+    """Parse a size given on the command line.
 
     Args:
-        text: Pixels: ``"640"``, the shorter side, or ``"480x640"``, height and width.
+        text: ``"640"``, the shorter side in pixels, or ``"480x640"``, height and width.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If the text has another form.
 
     >>> parse_size("640"), parse_size("480x640")
     (640, (480, 640))
@@ -295,7 +295,7 @@ def parse_size(text: str) -> Size:
 
 
 def check_size(size: Size) -> None:
-    """Raise TypeError or ValueError unless a size is a positive integer or a pair (height, width) of such."""
+    """Raise TypeError or ValueError unless a size is a positive integer or a pair (height, width) of them."""
     if isinstance(size, (list, tuple)):
         check_ints("size", size, low=1, length=2, why="height, width")
     else:
@@ -303,14 +303,14 @@ def check_size(size: Size) -> None:
 
 
 def resize(picture: Image.Image, *, size: Size) -> Image.Image:
-    """Resize a picture, bilinear and antialiased.
+    """Resize a picture with antialiased bilinear interpolation.
 
     Args:
         picture: Any 8-bit picture.
         size: The shorter side in pixels, keeping the aspect ratio, or (height, width).
 
     Returns:
-        The resized picture; the same object if it has that size already.
+        The resized picture, or the same object if it already has that size.
 
     Raises:
         TypeError, ValueError: As :func:`check_size` does, or if the result would have more than ``MAX_PIXELS``.

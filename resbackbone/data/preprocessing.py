@@ -56,7 +56,7 @@ class Preprocessing:
 
         Args:
             picture: Of mode "RGB", or "L" if ``mean`` has one entry, as returned by
-                :func:`resbackbone.data.pictures.read_image`.
+                :func:`resbackbone.data.pictures.read_picture`.
 
         Returns:
             ``(1, C, H, W)``, float32.

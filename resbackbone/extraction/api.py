@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from resbackbone.config import BackboneSource
-from resbackbone.data.pictures import Size, check_size, describe_left_out, find_images
+from resbackbone.data.pictures import Size, check_size, describe_skipped, find_pictures
 from resbackbone.extraction.distributed import DistributedContext, local_device
 from resbackbone.extraction.extractor import Backend, Dtype, Extractor
 from resbackbone.extraction.pipeline import Job, PictureResult, Pipeline
@@ -29,7 +29,7 @@ class ExtractionSummary:
         num_failed: Number of pictures that failed, likewise.
         errors: Why each picture that failed in this process did.
         non_finite: Levels with infinities or NaN, for each picture of this process that has any.
-        left_out: Files below the given folders that look like pictures but cannot be read here, with the reason.
+        skipped: Broken links, and pictures in the given folders with suffixes that Pillow cannot read, with the reason.
         overview: Overview of the first picture of this process that did not fail.
     """
 
@@ -38,7 +38,7 @@ class ExtractionSummary:
     num_failed: int
     errors: dict[Path, str]
     non_finite: dict[Path, tuple[str, ...]]
-    left_out: dict[Path, str]
+    skipped: dict[Path, str]
     overview: Path | None
 
 
@@ -119,9 +119,9 @@ def extract(
     with ExitStack() as stack:
         if distributed is None:
             distributed = stack.enter_context(DistributedContext.from_environment())
-        left_out: dict[Path, str] = {}
+        skipped: dict[Path, str] = {}
         paths = [pictures] if isinstance(pictures, (str, Path)) else pictures
-        found = find_images(paths, leave_out=out, on_left_out=left_out.__setitem__)
+        found = find_pictures(paths, exclude=out, on_skipped=skipped.__setitem__)
         jobs = [Job(path, Path(out) / name) for path, name in distributed.shard(found).items()]
         _make_folder(Path(out), jobs)
         device = local_device(device)
@@ -132,10 +132,10 @@ def extract(
         if distributed.rank == 0:
             for line in extractor.notes:
                 report(line)
-            for line in describe_left_out(left_out):
+            for line in describe_skipped(skipped):
                 warn(line)
         with closing(pipeline.run(jobs)) as results:
-            return _summarize(progress(results, total=len(jobs)), left_out, distributed)
+            return _summarize(progress(results, total=len(jobs)), skipped, distributed)
 
 
 def _make_folder(out: Path, jobs: Iterable[Job]) -> None:
@@ -148,7 +148,7 @@ def _make_folder(out: Path, jobs: Iterable[Job]) -> None:
 
 
 def _summarize(
-    results: Iterable[PictureResult], left_out: dict[Path, str], distributed: DistributedContext
+    results: Iterable[PictureResult], skipped: dict[Path, str], distributed: DistributedContext
 ) -> ExtractionSummary:
     """Go through the results, which computes them, and add up those of all ranks."""
     counts: Counter[str] = Counter()
@@ -163,4 +163,4 @@ def _summarize(
         if result.non_finite:
             non_finite[result.path] = result.non_finite
     num_extracted, num_kept, num_failed = distributed.sum(counts["extracted"], counts["kept"], counts["failed"])
-    return ExtractionSummary(num_extracted, num_kept, num_failed, errors, non_finite, left_out, overview)
+    return ExtractionSummary(num_extracted, num_kept, num_failed, errors, non_finite, skipped, overview)

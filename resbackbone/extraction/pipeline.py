@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from resbackbone.data.pictures import Size, read_image, resize
+from resbackbone.data.pictures import Size, read_picture, resize
 from resbackbone.extraction.extractor import Extractor, Features
 from resbackbone.extraction.prefetch import num_worker_threads, prefetch, write_behind
 from resbackbone.extraction.writers import FeatureWriter
@@ -128,7 +128,7 @@ class Pipeline:
             metadata = self.writer.metadata(job.path)
             if self.resume and self.writer.is_complete(job.folder, metadata):
                 return job.result("kept")
-            picture = read_image(job.path, channels=self.extractor.in_channels)
+            picture = read_picture(job.path, channels=self.extractor.in_channels)
             if self.size is not None:
                 picture = resize(picture, size=self.size)
             return LoadedPicture(job, picture, self.extractor.preprocessing(picture), metadata)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from resbackbone.data.pictures import find_images, read_image
+from resbackbone.data.pictures import find_pictures, read_picture
 from resbackbone.data.preprocessing import preprocessing_of
 from resbackbone.inference.engines import QuantizedEngine, copy_for_inference
 from resbackbone.inference.fused_conv import ConvCall, OneDNNConv2d
@@ -41,7 +41,7 @@ def quantize(
     Args:
         net: As for :func:`~resbackbone.inference.optimize`; it is not changed.
         calibration: Calibration images: a folder of pictures, normalized by
-            :func:`~resbackbone.data.preprocessing.preprocessing_of` (unreadable pictures are left out with a warning),
+            :func:`~resbackbone.data.preprocessing.preprocessing_of` (unreadable pictures are skipped with a warning),
             or one or several tensors ``(N, in_channels, H, W)``. A hundred images like those at inference are plenty.
             Or the ``ranges`` of a net that was quantized before, instead of measuring.
         prepack_bytes: Bytes that weights prepacked for repeated sizes may take; 0 for none.
@@ -101,12 +101,12 @@ def _check_batches(images: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
 
 def _read_pictures(net: nn.Module, folder: str | Path) -> Iterable[Tensor]:
     preprocessing = preprocessing_of(net)
-    paths, count = find_images([folder]), 0
+    paths, count = find_pictures([folder]), 0
     for path in paths:
         try:
-            picture = read_image(path, channels=len(preprocessing.mean))
+            picture = read_picture(path, channels=len(preprocessing.mean))
         except ValueError as error:
-            warn_user(f"{error}; left out")
+            warn_user(f"{error}; skipped")
         else:
             count += 1
             yield preprocessing(picture)

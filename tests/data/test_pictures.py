@@ -18,9 +18,9 @@ from PIL import Image
 from resbackbone.data.pictures import (
     MAX_PIXELS,
     _load_plugins,
-    find_images,
+    find_pictures,
     parse_size,
-    read_image,
+    read_picture,
     readable_suffixes,
     resize,
 )
@@ -49,25 +49,25 @@ def save(picture, path, **options):
 def test_lossless_formats_come_back_exactly(colors, tmp_path, suffix):
     options = {"lossless": True} if suffix == "webp" else {}
     path = save(colors, tmp_path / f"a.{suffix}", **options)
-    assert read_image(path).mode == "RGB"
-    assert (pixels(read_image(path)) == pixels(colors)).all()
+    assert read_picture(path).mode == "RGB"
+    assert (pixels(read_picture(path)) == pixels(colors)).all()
 
 
 def test_jpeg_comes_back_nearly(tmp_path):
     picture = Image.radial_gradient("L").convert("RGB")
     path = save(picture, tmp_path / "a.jpg", quality=95)
-    assert abs(pixels(read_image(path)) - pixels(picture)).max() <= 4
+    assert abs(pixels(read_picture(path)) - pixels(picture)).max() <= 4
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA"])
 def test_grayscale_has_three_equal_channels(colors, tmp_path, mode):
     gray = colors.convert(mode)
-    read = pixels(read_image(save(gray, tmp_path / "a.png")))
+    read = pixels(read_picture(save(gray, tmp_path / "a.png")))
     assert (read == pixels(gray.convert("L"))[..., None]).all()
 
 
 def test_one_channel(colors, tmp_path):
-    read = read_image(save(colors, tmp_path / "a.png"), channels=1)
+    read = read_picture(save(colors, tmp_path / "a.png"), channels=1)
     assert read.mode == "L"
     assert (pixels(read) == pixels(colors.convert("L"))).all()
 
@@ -75,28 +75,28 @@ def test_one_channel(colors, tmp_path):
 def test_alpha_is_dropped(colors, tmp_path):
     transparent = colors.copy()
     transparent.putalpha(Image.linear_gradient("L").resize(colors.size))
-    assert (pixels(read_image(save(transparent, tmp_path / "a.png"))) == pixels(colors)).all()
+    assert (pixels(read_picture(save(transparent, tmp_path / "a.png"))) == pixels(colors)).all()
 
 
 @pytest.mark.parametrize("transparency", [None, 3, bytes(range(24))])
 def test_palette(colors, tmp_path, transparency):
     palette = colors.quantize(24)
     options = {} if transparency is None else {"transparency": transparency}
-    read = read_image(save(palette, tmp_path / "a.png", **options))
+    read = read_picture(save(palette, tmp_path / "a.png", **options))
     assert (pixels(read) == pixels(palette.convert("RGB"))).all()
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
 def test_cmyk(tmp_path, suffix):
     path = save(Image.new("RGB", (16, 16), (200, 40, 90)).convert("CMYK"), tmp_path / f"a.{suffix}")
-    assert abs(pixels(read_image(path)) - (200, 40, 90)).max() <= 3
+    assert abs(pixels(read_picture(path)) - (200, 40, 90)).max() <= 3
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix, channels):
     values = np.array([[0, 1, 128, 129, 256, 257], [32767, 32768, 40000, 65279, 65534, 65535]], dtype=np.uint16)
-    read = pixels(read_image(save(Image.fromarray(values), tmp_path / f"a.{suffix}"), channels=channels))
+    read = pixels(read_picture(save(Image.fromarray(values), tmp_path / f"a.{suffix}"), channels=channels))
     expected = np.round(values / 257).astype(int)
     assert (read.reshape(2, 6, channels) == expected[..., None]).all()
 
@@ -104,14 +104,14 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix, channels):
 def test_sixteen_bits_big_endian(tmp_path):
     values = np.array([[0, 257, 65535]], dtype=">u2")
     path = save(Image.frombytes("I;16B", (3, 1), values.tobytes()), tmp_path / "a.tif")
-    assert pixels(read_image(path, channels=1)).tolist() == [[0, 1, 255]]
+    assert pixels(read_picture(path, channels=1)).tolist() == [[0, 1, 255]]
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_thirty_two_bits_have_no_known_range(tmp_path, mode):
     path = save(Image.new(mode, (2, 2), 70000), tmp_path / "a.tif")
     with pytest.raises(ValueError, match="32 bits per channel"):
-        read_image(path)
+        read_picture(path)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -132,7 +132,7 @@ def test_exif_orientation(colors, tmp_path, orientation, suffix):
     exif[ORIENTATION] = orientation
     options = {"lossless": True} if suffix == "webp" else {}
     path = save(stored, tmp_path / f"a.{suffix}", exif=exif, **options)
-    assert (pixels(read_image(path)) == pixels(colors)).all()
+    assert (pixels(read_picture(path)) == pixels(colors)).all()
 
 
 def test_exif_orientation_of_sixteen_bits(tmp_path):
@@ -140,7 +140,7 @@ def test_exif_orientation_of_sixteen_bits(tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     stored = Image.fromarray(np.rot90(values).copy())
-    assert (pixels(read_image(save(stored, tmp_path / "a.png", exif=exif), channels=1)) == values // 257).all()
+    assert (pixels(read_picture(save(stored, tmp_path / "a.png", exif=exif), channels=1)) == values // 257).all()
 
 
 @pytest.mark.parametrize(
@@ -148,13 +148,13 @@ def test_exif_orientation_of_sixteen_bits(tmp_path):
 )
 def test_damaged_exif_data_does_not_matter(colors, tmp_path, exif):
     path = save(colors, tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
-    assert read_image(path).size == colors.size
+    assert read_picture(path).size == colors.size
 
 
 def test_first_frame_of_an_animation(colors, tmp_path):
     frames = [Image.new("RGB", (4, 6), color) for color in ("blue", "red")]
     path = save(colors.quantize(24), tmp_path / "a.gif", save_all=True, append_images=frames)
-    assert (pixels(read_image(path)) == pixels(colors.quantize(24).convert("RGB"))).all()
+    assert (pixels(read_picture(path)) == pixels(colors.quantize(24).convert("RGB"))).all()
 
 
 def png_claiming(width, height):
@@ -193,16 +193,16 @@ def test_unreadable_files(tmp_path, name, content, reason):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"^cannot read picture '.*{name}': .+") as caught:
-        read_image(path)
+        read_picture(path)
     assert reason in str(caught.value)
     assert "object at 0x" not in str(caught.value)
 
 
 def test_missing_files_and_folders(tmp_path):
     with pytest.raises(ValueError, match=r"gone\.jpg': No such file or directory"):
-        read_image(tmp_path / "gone.jpg")
+        read_picture(tmp_path / "gone.jpg")
     with pytest.raises(ValueError, match="Is a directory"):
-        read_image(tmp_path)
+        read_picture(tmp_path)
 
 
 def test_preprocessing_of_torchvision(colors):
@@ -295,7 +295,7 @@ def test_folders_are_searched_by_suffix(tmp_path, monkeypatch):
             for name in ("b.PNG", "a.jpeg", "deep/er/c.TiFf", "notes.txt", ".hidden.png", ".x/d.png")
         )
     )
-    assert list(names(find_images(["in"])).items()) == [
+    assert list(names(find_pictures(["in"])).items()) == [
         ("in/a.jpeg", "a.jpeg"),
         ("in/b.PNG", "b.PNG"),
         ("in/deep/er/c.TiFf", "deep/er/c.TiFf"),
@@ -305,14 +305,14 @@ def test_folders_are_searched_by_suffix(tmp_path, monkeypatch):
 def test_files_are_taken_as_they_are_and_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     touch(tmp_path / "in/scan.data", tmp_path / "in/a.png")
-    found = find_images(["in/scan.data", "in", "in/a.png", tmp_path / "in/a.png"])
+    found = find_pictures(["in/scan.data", "in", "in/a.png", tmp_path / "in/a.png"])
     assert names(found) == {"in/scan.data": "scan.data", "in/a.png": "a.png"}
 
 
 def test_equal_names_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     touch(tmp_path / "x/1/a.png", tmp_path / "x/2/a.png", tmp_path / "x/2/b.png")
-    assert names(find_images(["x/1/a.png", "x/2"])) == {
+    assert names(find_pictures(["x/1/a.png", "x/2"])) == {
         "x/1/a.png": "1/a.png",
         "x/2/a.png": "2/a.png",
         "x/2/b.png": "2/b.png",
@@ -321,23 +321,23 @@ def test_equal_names_are_told_apart(tmp_path, monkeypatch):
 
 def test_results_inside_a_folder_are_left_out(tmp_path):
     touch(tmp_path / "a.png", tmp_path / "features/a.png/pyramid.png")
-    assert list(find_images([tmp_path], leave_out=tmp_path / "features")) == [tmp_path / "a.png"]
-    assert len(find_images([tmp_path], leave_out=tmp_path)) == 2
-    assert len(find_images([tmp_path], leave_out=tmp_path.parent)) == 2
+    assert list(find_pictures([tmp_path], exclude=tmp_path / "features")) == [tmp_path / "a.png"]
+    assert len(find_pictures([tmp_path], exclude=tmp_path)) == 2
+    assert len(find_pictures([tmp_path], exclude=tmp_path.parent)) == 2
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no picture or folder at '.*gone'"):
-        find_images([tmp_path / "gone"])
+        find_pictures([tmp_path / "gone"])
     with pytest.raises(ValueError, match=r"no pictures in '.*'; looked for \.jpg"):
-        find_images([tmp_path])
+        find_pictures([tmp_path])
 
 
 def found_in(folder):
     """The names of the pictures in a folder, and what was left out of it, with the reasons."""
-    left_out = {}
-    found = find_images([folder], on_left_out=left_out.__setitem__)
-    return [str(name) for name in found.values()], {path.name: reason for path, reason in left_out.items()}
+    skipped = {}
+    found = find_pictures([folder], on_skipped=skipped.__setitem__)
+    return [str(name) for name in found.values()], {path.name: reason for path, reason in skipped.items()}
 
 
 def test_w5_links_to_folders_and_files_are_followed(tmp_path):
@@ -367,20 +367,20 @@ def test_w5_links_to_themselves_and_to_nothing_are_named(tmp_path):
     (tmp_path / "in/me").symlink_to("me")
     wanted = dict.fromkeys(("b.png", "folder", "me"), "a broken link")
     assert found_in(tmp_path / "in") == (["a.png"], wanted)
-    with pytest.warns(UserWarning, match=r"^3 left out, a broken link: '.*b\.png', '.*folder', '.*me'$"):
-        find_images([tmp_path / "in"])
+    with pytest.warns(UserWarning, match=r"^3 skipped, a broken link: '.*b\.png', '.*folder', '.*me'$"):
+        find_pictures([tmp_path / "in"])
 
 
 def test_w5_a_folder_reached_by_two_paths_counts_once(tmp_path):
     touch(tmp_path / "in/a.png")
     (tmp_path / "also").symlink_to("in")
-    assert len(find_images([tmp_path / "in", tmp_path / "also", tmp_path / "also/a.png"])) == 1
+    assert len(find_pictures([tmp_path / "in", tmp_path / "also", tmp_path / "also/a.png"])) == 1
 
 
 def test_w5_results_behind_a_link_are_left_out(tmp_path):
     touch(tmp_path / "in/a.png", tmp_path / "out/a.png/pyramid.png")
     (tmp_path / "in/results").symlink_to(tmp_path / "out")
-    assert list(find_images([tmp_path / "in"], leave_out=tmp_path / "out")) == [tmp_path / "in/a.png"]
+    assert list(find_pictures([tmp_path / "in"], exclude=tmp_path / "out")) == [tmp_path / "in/a.png"]
 
 
 NOT_WRITTEN = (".pfm", ".rgba", ".jpc", ".j2c")  # as such, from a picture of three channels
@@ -395,22 +395,22 @@ def test_w9_what_pillow_reads_is_found_and_read(tmp_path, suffix, case):
     path = tmp_path / f"a{case(suffix)}"
     picture = Image.radial_gradient("L").convert("1" if suffix == ".pbm" else "L" if suffix == ".pgm" else "RGB")
     picture.save(path, readable_suffixes()[suffix])
-    assert list(find_images([tmp_path])) == [path]
-    assert abs(pixels(read_image(path)) - pixels(picture.convert("RGB"))).mean() < 3
+    assert list(find_pictures([tmp_path])) == [path]
+    assert abs(pixels(read_picture(path)) - pixels(picture.convert("RGB"))).mean() < 3
 
 
 @pytest.mark.parametrize("suffix", [".heic", ".HEIF", ".jxl", ".psd", ".svg", ".eps", ".cr2", ".ico", ".wmf", ".emf"])
 def test_w9_other_pictures_are_counted_and_named(tmp_path, suffix):
     assert suffix.lower() not in readable_suffixes()
     touch(tmp_path / "in/a.png", tmp_path / f"in/b{suffix}", tmp_path / f"in/c{suffix}")
-    names, left_out = found_in(tmp_path / "in")
+    names, skipped = found_in(tmp_path / "in")
     assert names == ["a.png"]
-    assert list(left_out) == [f"b{suffix}", f"c{suffix}"]
-    with pytest.warns(UserWarning, match=f"^2 left out, as .* {suffix.lower()} here.*: '.*b{suffix}', "):
-        find_images([tmp_path / "in"])
+    assert list(skipped) == [f"b{suffix}", f"c{suffix}"]
+    with pytest.warns(UserWarning, match=f"^2 skipped, as .* {suffix.lower()} here.*: '.*b{suffix}', "):
+        find_pictures([tmp_path / "in"])
     (tmp_path / "in/a.png").unlink()
-    with pytest.raises(ValueError, match=rf"no pictures in .*; looked for \.jpg, .*; 2 left out, as .*'.*b{suffix}'"):
-        find_images([tmp_path / "in"])
+    with pytest.raises(ValueError, match=rf"no pictures in .*; looked for \.jpg, .*; 2 skipped, as .*'.*b{suffix}'"):
+        find_pictures([tmp_path / "in"])
 
 
 @pytest.mark.parametrize("suffix", [".avif", ".webp", ".jp2"])
@@ -446,27 +446,27 @@ def test_w9_files_that_are_no_pictures_are_passed_over(tmp_path):
     assert found_in(tmp_path / "in") == (["a.png"], {})
     (tmp_path / "in/a.png").unlink()
     with pytest.raises(ValueError, match=r"other suffixes there: \.db, \.txt, none$"):
-        find_images([tmp_path / "in"])
+        find_pictures([tmp_path / "in"])
 
 
 def test_sixteen_bits_of_a_pgm_are_scaled(tmp_path):
     values = np.array([[0, 257, 32768, 65535]], dtype=">u2")
     (tmp_path / "a.pgm").write_bytes(b"P5 4 1 65535\n" + values.tobytes())
-    assert pixels(read_image(tmp_path / "a.pgm", channels=1)).tolist() == [[0, 1, 128, 255]]
+    assert pixels(read_picture(tmp_path / "a.pgm", channels=1)).tolist() == [[0, 1, 128, 255]]
 
 
 def test_a_picture_of_too_many_pixels_is_refused_where_pillow_was_told_to_read_it(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     (tmp_path / "bomb.png").write_bytes(png_claiming(60000, 60000))
     with pytest.raises(ValueError, match=rf"it has 60000x60000 pixels, more than {MAX_PIXELS:,}"):
-        read_image(tmp_path / "bomb.png")
+        read_picture(tmp_path / "bomb.png")
 
 
 def test_nobody_waits_for_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     touch(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"pipe\.png': it is no regular file"):
-        read_image(tmp_path / "pipe.png")
+        read_picture(tmp_path / "pipe.png")
     assert found_in(tmp_path) == (["a.png"], {})
 
 
@@ -489,7 +489,7 @@ def test_threads_that_overlap_leave_the_filters_of_warnings_as_they_were(colors,
 
         def read(name):
             threading.current_thread().name = name
-            return read_image(path)
+            return read_picture(path)
 
         reading = []
         for name in ("first", "second"):

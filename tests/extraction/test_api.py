@@ -51,16 +51,16 @@ def test_the_summary_has_counts_errors_and_what_was_left_out(pictures, capfd):
     assert (summary.num_extracted, summary.num_kept, summary.num_failed) == (2, 0, 1)
     assert list(summary.errors) == [Path("in/cut.png")]
     assert summary.errors[Path("in/cut.png")].startswith("cannot read picture 'in/cut.png': ")
-    assert list(summary.left_out) == [Path("in/film.exr")]
+    assert list(summary.skipped) == [Path("in/film.exr")]
     assert summary.non_finite == {}
     assert summary.overview == Path("out/a.png/pyramid.png")
     assert lines == ["weights: random (no checkpoint given)"]
-    assert warnings == ["1 left out, as Pillow cannot read .exr here: 'in/film.exr'"]
+    assert warnings == ["1 skipped, as Pillow cannot read .exr here: 'in/film.exr'"]
     assert capfd.readouterr() == ("", "")
 
 
 def test_left_out_files_are_warned_of_unless_somebody_listens(pictures):
-    with pytest.warns(UserWarning, match="1 left out, as Pillow cannot read .exr here") as caught:
+    with pytest.warns(UserWarning, match="1 skipped, as Pillow cannot read .exr here") as caught:
         extract("small.yaml", pictures, out="out")
     assert caught[0].filename == __file__
 

@@ -11,7 +11,7 @@ from matplotlib import cbook
 from safetensors.torch import load_file
 
 from resbackbone import build_backbone
-from resbackbone.data.pictures import read_image, readable_suffixes
+from resbackbone.data.pictures import read_picture, readable_suffixes
 from resbackbone.data.preprocessing import CAFFE, TORCHVISION
 from resbackbone.extraction.extractor import Extractor
 from resbackbone.necks import FPN
@@ -38,7 +38,7 @@ class TestExtract:
             "extract", "small.yaml", picture, "--out", "out", "--checkpoint", "small.pth", "--backend", "plain"
         )
         with torch.inference_mode():
-            expected = net(TORCHVISION(read_image(picture)))
+            expected = net(TORCHVISION(read_picture(picture)))
         features = maps("out/a.png")
         assert list(features) == LEVELS
         for values, tensor in zip(features.values(), expected, strict=True):
@@ -53,7 +53,7 @@ class TestExtract:
         picture = make_picture("a.png")
         run("extract", "caffe.yaml", picture, "--out", "out", "--checkpoint", "caffe.pth", "--backend", "plain")
         with torch.inference_mode():
-            expected = net(CAFFE(read_image(picture)))[0][0]
+            expected = net(CAFFE(read_picture(picture)))[0][0]
         assert np.array_equal(maps("out/a.png")["layer1"], expected.numpy())
 
     def test_random_weights_are_the_same_in_every_run(self, folder):
@@ -79,7 +79,7 @@ class TestExtract:
         fpn = FPN(in_channels=net.out_channels, out_channels=256, num_outs=5)
         fpn.init_weights()
         with torch.inference_mode():
-            expected = fpn(net(TORCHVISION(read_image("a.png"))))[2][0]
+            expected = fpn(net(TORCHVISION(read_picture("a.png"))))[2][0]
         assert np.array_equal(maps("out/a.png")["p4"], expected.numpy())
 
     def test_fpn_levels_are_named_by_stride(self, folder):
@@ -187,8 +187,8 @@ class TestExtract:
         assert "2 of 2 pictures extracted" in result.stdout
         assert Path("out/linked/deep/a.ppm/pyramid.png").exists()
         assert result.stderr.splitlines() == [
-            "1 left out, as Pillow cannot read .heic here (pip install pillow-heif): 'in/c.heic'",
-            "1 left out, a broken link: 'in/d.png'",
+            "1 skipped, as Pillow cannot read .heic here (pip install pillow-heif): 'in/c.heic'",
+            "1 skipped, a broken link: 'in/d.png'",
         ]
 
     def test_an_interrupted_write_leaves_nothing(self, folder, monkeypatch):

@@ -11,7 +11,7 @@ from command_line import fails, finished, make_picture, maps, net_and_checkpoint
 from PIL import Image
 
 from resbackbone import ResNet
-from resbackbone.data.pictures import read_image
+from resbackbone.data.pictures import read_picture
 from resbackbone.data.preprocessing import TORCHVISION
 from resbackbone.extraction import PictureResult, extractor
 from resbackbone.extraction.extractor import Extractor
@@ -165,7 +165,7 @@ class TestBatches:
         for name in "abc":
             assert_alike(f"batches/{name}.png", f"single/{name}.png")
         mixing = make_extractor("mixing.yaml", backend="plain")
-        images = torch.cat([TORCHVISION(read_image(f"in/{name}.png")) for name in "ab"])
+        images = torch.cat([TORCHVISION(read_picture(f"in/{name}.png")) for name in "ab"])
         alone, together = mixing(images[:1])[0].maps["layer4"], mixing(images)[0].maps["layer4"]
         assert (alone - together).abs().max() > 0.01 * alone.abs().max()  # they would differ
         assert not make_extractor().uses_batch_statistics

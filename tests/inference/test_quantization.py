@@ -107,12 +107,12 @@ def test_unreadable_pictures_are_left_out_with_a_warning(net, photograph, tmp_pa
         picture.convert("RGB").resize((96, 112)).save(tmp_path / "grace.png")
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     (tmp_path / "cut\n.png").write_bytes((tmp_path / "grace.png").read_bytes()[:2000])
-    with pytest.warns(UserWarning, match=r"cannot read picture '.*(bad\.jpg|cut\\n\.png)'.*; left out$") as caught:
+    with pytest.warns(UserWarning, match=r"cannot read picture '.*(bad\.jpg|cut\\n\.png)'.*; skipped$") as caught:
         outs = quantize(net, tmp_path)(photograph)
     assert len(caught) == 2
     assert all(torch.equal(*pair) for pair in zip(outs, quantize(net, [photograph])(photograph), strict=True))
     (tmp_path / "grace.png").unlink()
-    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="none of the 2 pictures in '"):
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(ValueError, match="none of the 2 pictures in '"):
         quantize(net, tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_unsupported_pictures_are_named_in_a_warning(net, tmp_path):
     Image.radial_gradient("L").convert("RGB").resize((64, 64)).save(tmp_path / "far/a.ppm")
     (tmp_path / "in/linked").symlink_to(tmp_path / "far")
     (tmp_path / "in/b.heic").touch()
-    with pytest.warns(UserWarning, match=r"1 left out, as Pillow cannot read \.heic here.*b\.heic'"):
+    with pytest.warns(UserWarning, match=r"1 skipped, as Pillow cannot read \.heic here.*b\.heic'"):
         quantize(net, tmp_path / "in")
 
 

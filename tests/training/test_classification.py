@@ -244,7 +244,7 @@ def test_w5_w9_what_is_left_out_is_named_once(folder, logged):
         (1, "as it stands beside the folders of the classes", "beside.png"),
     ):
         (line,) = (line for line in logged if reason in line)
-        assert line.startswith(f"{count} left out, {reason}: ")
+        assert line.startswith(f"{count} skipped, {reason}: ")
         assert f"{folder / name}'" in line
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from resbackbone.data.pictures import describe_left_out, find_images, read_image, readable_suffixes
+from resbackbone.data.pictures import describe_skipped, find_pictures, read_picture, readable_suffixes
 from resbackbone.registry import DATASETS
 from resbackbone.training.classification.transforms import Transform, build_transforms
 from resbackbone.training.engine.sampler import Draw
@@ -66,14 +66,14 @@ class ImageFolder(Dataset[dict[str, Any]]):
         self.transforms = build_transforms(transforms)
         self.channels = channels
         self.unreadable = unreadable
-        left_out: dict[Path, str] = {}
-        names = _find_classes(self.root, classes, left_out, allow_empty)
+        skipped: dict[Path, str] = {}
+        names = _find_classes(self.root, classes, skipped, allow_empty)
         self.metainfo = {"classes": names}
         self.items: list[tuple[str, int]] = []
         for label, name in enumerate(names):
             # As strings: a million paths would take a gigabyte.
             try:
-                found = find_images([self.root / name], on_left_out=left_out.__setitem__)
+                found = find_pictures([self.root / name], on_skipped=skipped.__setitem__)
             except (FileNotFoundError, ValueError):
                 if not allow_empty:
                     raise
@@ -81,7 +81,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
                 self.items += [(str(path), label) for path in found]
         if not self.items:
             raise ValueError(f"no pictures in {str(self.root)!r}, in folders called {', '.join(names[:5])}, ...")
-        for line in describe_left_out(left_out):
+        for line in describe_skipped(skipped):
             print_log(line, logger="current", level=logging.WARNING)
 
     def relabel(self, classes: Sequence[str]) -> None:
@@ -117,7 +117,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         for step in range(len(self)):
             path, label = self.items[(index + step) % len(self)]
             try:
-                return read_image(path, channels=self.channels), label
+                return read_picture(path, channels=self.channels), label
             except ValueError as error:
                 if self.unreadable == "raise":
                     raise UnreadablePicture(str(error)) from error
@@ -126,7 +126,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
 
 
 def _find_classes(
-    root: Path, wanted: Sequence[str] | None, left_out: dict[Path, str], allow_empty: bool
+    root: Path, wanted: Sequence[str] | None, skipped: dict[Path, str], allow_empty: bool
 ) -> tuple[str, ...]:
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {str(root)!r}; it should have one subfolder of pictures for each class")
@@ -136,9 +136,9 @@ def _find_classes(
     suffixes = readable_suffixes()
     for path in entries:
         if path.is_symlink() and not path.exists():
-            left_out[path] = "a broken link"
+            skipped[path] = "a broken link"
         elif path.is_file() and path.suffix.lower() in suffixes:
-            left_out[path] = "as it stands beside the folders of the classes"
+            skipped[path] = "as it stands beside the folders of the classes"
     if not there:
         raise ValueError(f"{str(root)!r} has no subfolders; it should have one for each class")
     for name in () if allow_empty else wanted or ():
