@@ -77,6 +77,15 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
+def gate(registry: Any) -> dict[str, str]:
+    """The config of a registered plugin that needs no mmcv."""
+    from cases import Gate
+
+    registry.register_module("Gate", module=Gate)
+    return {"type": "Gate"}
+
+
+@pytest.fixture
 def built_convs(monkeypatch: pytest.MonkeyPatch) -> list[nn.Conv2d]:
     """Every ``nn.Conv2d`` that is constructed from here on."""
     built: list[nn.Conv2d] = []

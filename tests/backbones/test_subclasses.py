@@ -288,3 +288,118 @@ def test_r3_it_is_built_from_a_config(registry):
     registry.register_module(module=WithDepth)
     net = build_backbone({"type": "WithDepth", **TINY})
     assert len(net(torch.randn(1, 4, 64, 64))) == 4
+
+
+class SqueezedBlock(Bottleneck):
+    """A block with a forward pass of its own, in mmdet's words."""
+
+    expansion = 2
+
+    def __init__(self, inplanes, planes, ratio=2, **kwargs):
+        super().__init__(inplanes, planes, **kwargs)
+        self.squeeze = nn.Conv2d(planes * self.expansion, planes * self.expansion // ratio, 1)
+
+    def forward(self, x):
+        identity = x
+        out = self.relu(self.norm1(self.conv1(x)))
+        if self.with_plugins:
+            out = self.forward_plugin(out, self.after_conv1_plugin_names)
+        out = self.relu(self.norm2(self.conv2(out)))
+        out = self.norm3(self.conv3(out))
+        out = out * self.squeeze(out).mean().sigmoid()
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        return self.relu(out + identity)
+
+
+class SqueezedResNet(ResNet):
+    arch_settings = {26: (SqueezedBlock, (2, 2, 2, 2))}  # noqa: RUF012  # as users write it
+
+    def __init__(self, ratio=4, **kwargs):
+        self.ratio = ratio
+        super().__init__(**kwargs)
+
+    def make_res_layer(self, **kwargs):
+        return ResLayer(ratio=self.ratio, **kwargs)
+
+
+def test_a_subclass_with_another_block_and_expansion_works(images):
+    net = SqueezedResNet(depth=26, frozen_stages=2, with_cp=True, base_channels=8).train()
+    assert net.out_channels == (16, 32, 64, 128)
+    assert [out.shape[1] for out in net(images)] == [16, 32, 64, 128]
+    assert net.layer1[0].squeeze.out_channels == 4
+    assert net.feat_dim == 128
+    net.init_weights()
+    assert not any(block.norm3.weight.any() for stage in net.res_layers for block in getattr(net, stage))
+
+
+class LargeStrideStem(ResNet):
+    def _make_stem_layer(self, in_channels, stem_channels):
+        super()._make_stem_layer(in_channels, stem_channels)
+        self.maxpool = nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1))
+
+
+def test_a_subclass_with_another_stem_reports_its_stride(images):
+    net = LargeStrideStem(18, frozen_stages=0, base_channels=8)
+    assert net.out_strides == (8, 16, 32, 64)
+    assert [64 // out.shape[2] for out in net(images)] == [8, 16, 32, 64]
+
+
+class OldBlock(nn.Module):
+    """A block that shares nothing with ours and knows only mmdet's arguments."""
+
+    expansion = 1
+
+    def __init__(
+        self, inplanes, planes, stride=1, dilation=1, downsample=None, style="pytorch", with_cp=False, conv_cfg=None,
+        norm_cfg=None, dcn=None, plugins=None, init_cfg=None,
+    ):  # fmt: skip
+        super().__init__()
+        self.conv = nn.Conv2d(inplanes, planes, 3, stride, dilation, dilation)
+        self.downsample = downsample or nn.Identity()
+
+    def forward(self, x):
+        return self.conv(x) + self.downsample(x)
+
+
+def test_a_block_that_knows_only_mmdets_arguments_works(images):
+    class OldResNet(ResNet):
+        arch_settings = {10: (OldBlock, (1, 1, 1, 1))}  # noqa: RUF012
+
+    net = OldResNet(10, dilations=(1, 1, 1, 2), strides=(1, 2, 2, 1), base_channels=8)
+    assert [tuple(out.shape[1:]) for out in net(images)] == [(8, 16, 16), (16, 8, 8), (32, 4, 4), (64, 4, 4)]
+
+
+class HandBuiltResNet(ResNet):
+    """A constructor that skips ResNet's, as mmdet's RegNet and DetectoRS do."""
+
+    def __init__(self, frozen_stages=-1, init_cfg=None):
+        super(ResNet, self).__init__(init_cfg)
+        self.in_channels = 3
+        self.conv_cfg, self.norm_cfg, self.norm_eval = None, {"type": "BN"}, False
+        self.deep_stem, self.frozen_stages, self.out_indices = False, frozen_stages, (0, 1)
+        self._make_stem_layer(3, 8)
+        self.res_layers = []
+        for index, (inplanes, planes) in enumerate(((8, 8), (8, 16))):
+            layer = self.make_res_layer(
+                block=BasicBlock,
+                inplanes=inplanes,
+                planes=planes,
+                num_blocks=1,
+                stride=index + 1,
+                norm_cfg=self.norm_cfg,
+            )
+            self.add_module(f"layer{index + 1}", layer)
+            self.res_layers.append(f"layer{index + 1}")
+        self._freeze_stages()
+
+
+@pytest.mark.parametrize("frozen_stages", [-1, 1])
+def test_a_subclass_that_builds_by_hand_runs_and_freezes(images, frozen_stages):
+    net = HandBuiltResNet(frozen_stages).train()
+    assert [tuple(out.shape[1:]) for out in net(images)] == [(8, 16, 16), (16, 8, 8)]
+    frozen = frozen_stages >= 0
+    for part in (net.conv1, net.norm1, net.layer1):
+        assert all(parameter.requires_grad is not frozen for parameter in part.parameters())
+    assert net.norm1.training is not frozen
+    assert all(parameter.requires_grad for parameter in net.layer2.parameters())

@@ -4,6 +4,9 @@ import inspect
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from resbackbone import MODELS
 from resbackbone.backbones import Backbone
@@ -96,6 +99,26 @@ def make(case: str, **options: Any) -> Any:
         if isinstance(layer, ConvAWS2d):
             layer.init_weights()  # or the activations would grow from layer to layer
     return net
+
+
+def batch_norms(net: nn.Module) -> list[_BatchNorm]:
+    return [module for module in net.modules() if isinstance(module, _BatchNorm)]
+
+
+class Gate(nn.Module):
+    """A plugin, cheap and with dropout, to see plugins at work without mmcv."""
+
+    _abbr_ = "gate"
+
+    def __init__(self, in_channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.scale = nn.Parameter(torch.full((in_channels, 1, 1), 0.5))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.dropout(x) * self.scale
+        return out
 
 
 def one_block_per_stage(monkeypatch: pytest.MonkeyPatch) -> None:
