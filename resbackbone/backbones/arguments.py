@@ -10,7 +10,7 @@ from resbackbone.backbones.pretrained import check_initialization
 from resbackbone.backbones.res_layer import DilationStyle
 from resbackbone.blocks.base import check_dcn, check_plugin_names, check_plugins
 from resbackbone.layers.activation_checkpointing import check_with_cp
-from resbackbone.layers.arguments import MOST_BLOCKS, MOST_CHANNELS, MOST_PIXELS
+from resbackbone.layers.arguments import MAX_BLOCKS, MAX_CHANNELS, MAX_PIXELS
 from resbackbone.layers.conv import check_conv_cfg
 from resbackbone.layers.norm import check_norm_cfg
 from resbackbone.utils.validation import (
@@ -54,7 +54,7 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
         check_flag(flag, given[flag])
     check_with_cp(given["with_cp"])
     for channels in ("in_channels", "base_channels"):
-        check_count(channels, given[channels], most=MOST_CHANNELS)
+        check_count(channels, given[channels], most=MAX_CHANNELS)
     _check_stem_channels(given)
     check_int("num_stages", given["num_stages"], low=1, high=4)
     check_choice("style", given["style"], ("pytorch", "caffe"))
@@ -71,7 +71,7 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
 def _check_stem_channels(given: Mapping[str, Any]) -> None:
     least = 2 if given["deep_stem"] else 1
     if given["stem_channels"] is not None:
-        check_count("stem_channels", given["stem_channels"], low=least, most=MOST_CHANNELS)
+        check_count("stem_channels", given["stem_channels"], low=least, most=MAX_CHANNELS)
     elif given["base_channels"] < least:
         raise ValueError(
             f"`base_channels` must be at least 2 with a deep stem, got {given['base_channels']}: its first "
@@ -151,14 +151,14 @@ def _check_stages(given: Mapping[str, Any], default_blocks: Sequence[int]) -> No
     num_stages = given["num_stages"]
     per_stage = f"one per stage, `num_stages`={num_stages}"
     for name in ("strides", "dilations"):
-        check_ints(name, given[name], low=1, most=MOST_PIXELS, length=num_stages, why=per_stage)
+        check_ints(name, given[name], low=1, most=MAX_PIXELS, length=num_stages, why=per_stage)
     stage_blocks = default_blocks
     if given["stage_blocks"] is not None:
         own = given["stage_blocks"]
-        stage_blocks = check_ints("stage_blocks", own, low=1, most=MOST_BLOCKS, length=num_stages, why=per_stage)
+        stage_blocks = check_ints("stage_blocks", own, low=1, most=MAX_BLOCKS, length=num_stages, why=per_stage)
     if given["multi_grid"] is not None:
         length, why = stage_blocks[num_stages - 1], "one per block of the last stage"
-        check_ints("multi_grid", given["multi_grid"], low=1, most=MOST_PIXELS, length=length, why=why)
+        check_ints("multi_grid", given["multi_grid"], low=1, most=MAX_PIXELS, length=length, why=why)
     resolve_out_indices(given["out_indices"], num_stages)
     check_int("frozen_stages", given["frozen_stages"], low=-1, high=num_stages)
 

@@ -12,7 +12,7 @@ from resbackbone.backbones.feature_info import FeatureInfo
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks.detectors import DetectorsBottleneck, DetectorsResNeXtBottleneck
-from resbackbone.layers.arguments import MOST_CHANNELS
+from resbackbone.layers.arguments import MAX_CHANNELS
 from resbackbone.layers.conv import check_conv_cfg
 from resbackbone.layers.memory_format import restore_format
 from resbackbone.layers.module import Config
@@ -68,7 +68,7 @@ class DetectoRS_ResNet(ResNet):
         if sac is not None:
             _check_sac(sac, stage_with_sac, kwargs)
         if rfp_inplanes is not None:
-            check_count("rfp_inplanes", rfp_inplanes, most=MOST_CHANNELS)
+            check_count("rfp_inplanes", rfp_inplanes, most=MAX_CHANNELS)
         check_flag("output_img", output_img)
         self.sac = None if sac is None else dict(sac)
         self.stage_with_sac = check_sequence("stage_with_sac", stage_with_sac)

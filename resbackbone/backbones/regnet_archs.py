@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from resbackbone.layers.arguments import MOST_BLOCKS, MOST_CHANNELS
+from resbackbone.layers.arguments import MAX_BLOCKS, MAX_CHANNELS
 from resbackbone.utils.validation import UnknownKeyError, check_choice, check_count, check_number, check_type, nearest
 
 Arch = Mapping[str, Any]
@@ -95,13 +95,13 @@ def resolve_arch(arch: object, archs: Mapping[str, Arch], **overrides: Any) -> d
 
 
 def _check_values(settings: Arch) -> None:
-    for key, low, most in (("w0", QUANTUM, MOST_CHANNELS), ("group_w", 1, MOST_CHANNELS), ("depth", 1, MOST_BLOCKS)):
+    for key, low, most in (("w0", QUANTUM, MAX_CHANNELS), ("group_w", 1, MAX_CHANNELS), ("depth", 1, MAX_BLOCKS)):
         check_count(f"arch['{key}']", settings[key], low=low, most=most)
     if settings["w0"] % QUANTUM:
         raise ValueError(f"`arch['w0']` must be a multiple of {QUANTUM}, got {settings['w0']}")
     for key, limits in _RANGES.items():
-        if check_number(f"arch['{key}']", settings[key], **limits) > MOST_CHANNELS:
-            raise ValueError(f"`arch['{key}']` must be at most {MOST_CHANNELS}, got {settings[key]}")
+        if check_number(f"arch['{key}']", settings[key], **limits) > MAX_CHANNELS:
+            raise ValueError(f"`arch['{key}']` must be at most {MAX_CHANNELS}, got {settings[key]}")
     check_choice("arch['rounding']", settings["rounding"], ("pycls", "torchvision"))
 
 

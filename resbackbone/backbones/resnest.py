@@ -9,7 +9,7 @@ from torch import nn
 from resbackbone.backbones.resnet_v1 import ResNetV1d
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks.split import SplitAttentionBottleneck
-from resbackbone.layers.arguments import MOST_PARTS
+from resbackbone.layers.arguments import MAX_PARTS
 from resbackbone.registry import MODELS
 from resbackbone.utils.validation import check_count, check_flag, check_int, convert_arguments
 
@@ -65,7 +65,7 @@ class ResNeSt(ResNeXt, ResNetV1d):
         avd_first: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_count("radix", radix, most=MOST_PARTS)
+        check_count("radix", radix, most=MAX_PARTS)
         check_int("reduction_factor", reduction_factor, low=1)
         check_flag("avg_down_stride", avg_down_stride)
         check_flag("avd_first", avd_first)

@@ -8,7 +8,7 @@ from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks import ResNeXtBottleneck
-from resbackbone.layers.arguments import MOST_CHANNELS, MOST_PARTS
+from resbackbone.layers.arguments import MAX_CHANNELS, MAX_PARTS
 from resbackbone.registry import MODELS
 from resbackbone.utils.validation import check_count, convert_arguments
 
@@ -37,8 +37,8 @@ class ResNeXt(ResNet):
 
     @convert_arguments
     def __init__(self, depth: int, *, groups: int = 1, base_width: int = 4, **kwargs: Any) -> None:
-        check_count("groups", groups, most=MOST_PARTS)
-        check_count("base_width", base_width, most=MOST_CHANNELS)
+        check_count("groups", groups, most=MAX_PARTS)
+        check_count("base_width", base_width, most=MAX_CHANNELS)
         self.groups = groups
         self.base_width = base_width
         super().__init__(depth, **kwargs)

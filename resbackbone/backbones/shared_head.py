@@ -15,7 +15,7 @@ from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks.base import check_dcn
 from resbackbone.layers.activation_checkpointing import WithCp, check_with_cp, recompute_norms
-from resbackbone.layers.arguments import MOST_PIXELS
+from resbackbone.layers.arguments import MAX_PIXELS
 from resbackbone.layers.conv_norm import set_folding
 from resbackbone.layers.dry_run import dry_run
 from resbackbone.layers.module import Config, InitConfig
@@ -121,7 +121,7 @@ def _check(given: dict[str, Any]) -> None:
     check_depth("SharedHead", given["depth"], ResNet.arch_settings)
     check_int("stage", given["stage"], low=1, high=3)
     for pixels in ("stride", "dilation"):
-        check_count(pixels, given[pixels], most=MOST_PIXELS)
+        check_count(pixels, given[pixels], most=MAX_PIXELS)
     check_choice("style", given["style"], ("pytorch", "caffe"))
     for flag in ("norm_eval", "fold_frozen_norms"):
         check_flag(flag, given[flag])

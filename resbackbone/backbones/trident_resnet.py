@@ -12,7 +12,7 @@ from resbackbone.backbones.feature_info import OutIndex
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks.trident import TridentBottleneck
-from resbackbone.layers.arguments import MOST_PARTS, MOST_PIXELS
+from resbackbone.layers.arguments import MAX_PARTS, MAX_PIXELS
 from resbackbone.registry import MODELS
 from resbackbone.utils.validation import check_count, check_int, check_ints, convert_arguments
 
@@ -93,11 +93,11 @@ class TridentResNet(ResNet):
         out_indices: Sequence[OutIndex] = (2,),
         **kwargs: Any,
     ) -> None:
-        check_count("num_branch", num_branch, most=MOST_PARTS)
+        check_count("num_branch", num_branch, most=MAX_PARTS)
         check_int("test_branch_idx", test_branch_idx, low=-1, high=num_branch - 1)
         why = f"one per branch, `num_branch`={num_branch}"
         self.trident_dilations = check_ints(
-            "trident_dilations", trident_dilations, low=1, most=MOST_PIXELS, length=num_branch, why=why
+            "trident_dilations", trident_dilations, low=1, most=MAX_PIXELS, length=num_branch, why=why
         )
         check_int("num_stages", num_stages, low=1)
         if num_stages != 3:

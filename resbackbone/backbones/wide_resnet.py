@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from resbackbone.backbones.resnet import ResNet
-from resbackbone.layers.arguments import MOST_PARTS
+from resbackbone.layers.arguments import MAX_PARTS
 from resbackbone.registry import MODELS
 from resbackbone.utils.validation import check_count, convert_arguments
 
@@ -36,7 +36,7 @@ class WideResNet(ResNet):
 
     @convert_arguments
     def __init__(self, depth: int, *, widening_factor: int = 2, **kwargs: Any) -> None:
-        check_count("widening_factor", widening_factor, most=MOST_PARTS)
+        check_count("widening_factor", widening_factor, most=MAX_PARTS)
         self.widening_factor = widening_factor
         super().__init__(depth, **kwargs)
 

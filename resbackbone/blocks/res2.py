@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from resbackbone.blocks.bottleneck import Bottleneck
 from resbackbone.blocks.resnext import grouped_width
 from resbackbone.layers import build_norm_layer
-from resbackbone.layers.arguments import MOST_CHANNELS, MOST_PARTS
+from resbackbone.layers.arguments import MAX_CHANNELS, MAX_PARTS
 from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.utils.validation import check_choice, check_count, check_flag
 
@@ -98,9 +98,9 @@ class Bottle2neck(Bottleneck):
 
 def check_splits(scales: object, base_width: object, groups: object, pool_at_stride_1: object) -> None:
     """Raise unless the arguments that make a bottleneck a Bottle2neck are of their types and in range."""
-    check_count("scales", scales, most=MOST_PARTS)
+    check_count("scales", scales, most=MAX_PARTS)
     if scales == 1:
         raise ValueError("`scales` must be at least 2, got 1; with one split there is nothing to add up: use a ResNet")
-    check_count("base_width", base_width, most=MOST_CHANNELS)
-    check_count("groups", groups, most=MOST_PARTS)
+    check_count("base_width", base_width, most=MAX_CHANNELS)
+    check_count("groups", groups, most=MAX_PARTS)
     check_flag("pool_at_stride_1", pool_at_stride_1)

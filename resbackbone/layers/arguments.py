@@ -1,4 +1,4 @@
-"""Checks of what a config gives to a layer's class, before there is a layer."""
+"""Validation of layer configs against the constructors of their classes."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from torch.nn.modules.batchnorm import _NormBase
 from resbackbone.registry import resolve_type, split_type
 from resbackbone.utils.validation import check_flag, check_number, check_type, nearest
 
-# Far beyond any net, and small enough that no product of two is beyond what torch can count.
-MOST_CHANNELS = 2**16
-MOST_BLOCKS = 2**10  # of a stage
-MOST_PIXELS = 2**10  # of a stride or a dilation
-MOST_PARTS = 2**10  # groups, splits, paths or branches of a layer
+# Upper limits of arguments: far beyond any net, and the product of two fits into torch's integers.
+MAX_CHANNELS = 2**16
+MAX_BLOCKS = 2**10  # of a stage
+MAX_PIXELS = 2**10  # of a stride, a dilation or a kernel
+MAX_PARTS = 2**10  # groups, splits, paths or branches of a layer
 
-# Norms that have their arguments checked.
-CHECKED_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+# Norms whose arguments are validated.
+TORCH_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
-# What a convolution is given by the net around it, and what a norm, so that a config cannot say it.
-GIVEN_TO_CONVOLUTIONS = (
+# Arguments that the net sets for each layer, and that a config must not have.
+CONV_ARGUMENTS_OF_NET = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias"),
     *("device", "dtype"),
 )
-GIVEN_TO_NORMS = ("num_features", "num_channels", "normalized_shape", "device", "dtype")
+NORM_ARGUMENTS_OF_NET = ("num_features", "num_channels", "normalized_shape", "device", "dtype")
 
 
-def layer_type(cfg: Any, argument: str, kind: str) -> tuple[Any, dict[str, Any]]:
+def resolve_layer_cfg(cfg: Any, argument: str, kind: str) -> tuple[Any, dict[str, Any]]:
     """Split a layer's config into its class and a new dict of the other entries.
 
     Args:
         cfg: The config.
-        argument: The argument that it is, for the errors.
+        argument: Its name in errors.
         kind: As for :func:`~resbackbone.registry.resolve_type`.
 
     Raises:
-        TypeError: If it is no dict with text for keys, or its type is no class of this kind.
+        TypeError: If it is not a dict with strings as keys, or its type is not a class of this kind.
         KeyError: If it has no ``type`` or an unknown one.
     """
     type_, rest = split_type(cfg, argument)
@@ -68,28 +68,28 @@ def _check_numbers(argument: str, value: Any) -> None:
 
 def _is_known_norm(type_or_name: Any) -> bool:
     try:
-        return issubclass(resolve_type(type_or_name), CHECKED_NORMS)
-    except (KeyError, TypeError):  # which is for the layer to say
+        return issubclass(resolve_type(type_or_name), TORCH_NORMS)
+    except (KeyError, TypeError):  # reported when the layer is built
         return False
 
 
-def check_entries(argument: str, layer_class: type, entries: Iterable[str], given: tuple[str, ...] = ()) -> None:
-    """Raise unless a class's constructor knows all entries of its config.
+def check_entries(argument: str, layer_class: type, entries: Iterable[str], set_by_net: tuple[str, ...] = ()) -> None:
+    """Raise unless the constructor of a class has an argument for each entry of its config.
 
     Args:
-        argument: The argument that the config is, for the errors.
+        argument: The config's name in errors.
         layer_class: The class.
-        entries: The config's keys but ``type``.
-        given: Names of what the net says itself, which the config must not.
+        entries: The config's keys, except for ``type``.
+        set_by_net: Arguments that the net sets, and that the config must not have.
 
     Raises:
-        TypeError: If an entry is none of the constructor's, or the net's.
+        TypeError: If an entry is unknown, or set by the net.
     """
     known, takes_others = parameters_of(layer_class)
-    own = [name for name in known if name not in given]
+    own = [name for name in known if name not in set_by_net]
     for key in entries:
-        if key in given:
-            raise TypeError(f"`{argument}` must not have `{key}`, which the net says of each {layer_class.__name__}")
+        if key in set_by_net:
+            raise TypeError(f"`{argument}` must not have `{key}`, which the net sets for each {layer_class.__name__}")
         if key not in known and not takes_others:
             raise TypeError(
                 f"`{argument}` has the entry {key!r}, which {layer_class.__name__} does not know{nearest(key, own)}"
@@ -98,7 +98,10 @@ def check_entries(argument: str, layer_class: type, entries: Iterable[str], give
 
 @cache
 def parameters_of(target: type) -> tuple[Mapping[str, inspect.Parameter], bool]:
-    """Return the named parameters of a class's constructor, and whether it takes any others beside them."""
+    """Return the named parameters of a class's constructor, and whether it accepts others by ``**kwargs``.
+
+    Constructors of base classes are included where ``**kwargs`` passes arguments on to them.
+    """
     known: dict[str, inspect.Parameter] = {}
     for base in inspect.getmro(target) if inspect.isclass(target) else ():
         if base is nn.Module:
@@ -116,19 +119,19 @@ def parameters_of(target: type) -> tuple[Mapping[str, inspect.Parameter], bool]:
 
 
 def check_eps(name: str, value: object, *, in_eval: bool = False) -> float:
-    """Return what is added to a variance as a Python number; raise unless it is above 0.
+    """Return the ``eps`` of a norm as a Python number; raise unless it is above 0.
 
-    It may be 0 for a batch norm that stays in eval mode, as in mmdet's NAS-FCOS; PyTorch refuses to train one.
+    It may be 0 for a batch norm that stays in eval mode, as in mmdet's NAS-FCOS; PyTorch cannot train one.
     """
     return check_number(name, value, low=0, high=1, above=not in_eval)
 
 
 def check_norm_entries(argument: str, entries: Mapping[str, Any], *, in_eval: bool = False) -> dict[str, Any]:
-    """Return the entries that torch's norms share, as Python's own numbers; raise if one does not fit.
+    """Return the arguments of a norm with numbers as Python numbers; raise if one is invalid.
 
     Args:
-        argument: The argument that the config is, for the errors.
-        entries: ``eps``, ``momentum``, ``affine`` and the like; others are passed over.
+        argument: The config's name in errors.
+        entries: Arguments; those that torch's norms do not share are not checked.
         in_eval: As for :func:`check_eps`.
 
     Raises:

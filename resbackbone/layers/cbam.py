@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resbackbone.layers.arguments import MOST_PIXELS
+from resbackbone.layers.arguments import MAX_PIXELS
 from resbackbone.layers.conv import build_conv_layer
 from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.memory_format import FormatKeeper
@@ -98,7 +98,7 @@ class CBAM(FormatKeeper):
         super().__init__()
         for name, value in (("in_channels", in_channels), ("ratio", ratio)):
             check_int(name, value, low=1)
-        check_count("kernel_size", kernel_size, most=MOST_PIXELS)
+        check_count("kernel_size", kernel_size, most=MAX_PIXELS)
         if kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` must be odd, got {kernel_size}; a gate looks as far to every side")
         self.channel = ChannelAttention(in_channels, max(in_channels // ratio, 1))

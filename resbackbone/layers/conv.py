@@ -1,4 +1,4 @@
-"""Convolutions built from a config, alone or with the norm and activation behind them."""
+"""Convolutions and activations built from configs, and ``ConvNormAct``, mmcv's ``ConvModule``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resbackbone.layers.arguments import GIVEN_TO_CONVOLUTIONS, MOST_CHANNELS, check_entries, layer_type
+from resbackbone.layers.arguments import CONV_ARGUMENTS_OF_NET, MAX_CHANNELS, check_entries, resolve_layer_cfg
 from resbackbone.layers.conv_norm import conv_norm
-from resbackbone.layers.dry_run import DryRun, check_layer_runs, current_dry_run, is_tried, make_foreign
+from resbackbone.layers.dry_run import DryRun, current_dry_run, try_layer
 from resbackbone.layers.memory_format import FormatKeeper
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer, check_norm_cfg
@@ -27,16 +27,16 @@ def build_conv_layer(cfg: Config | None, *args: Any, **kwargs: Any) -> nn.Module
     """Build a convolution.
 
     Args:
-        cfg: ``None`` for ``nn.Conv2d``; or a dict with the registered ``type`` ("Conv2d", "DCN", "DCNv2", mmcv's
-            "ConvWS", your own) and arguments of that type's own.
-        args: What every convolution takes: in_channels, out_channels, kernel_size.
-        kwargs: The same by name: stride, padding, dilation, groups, bias.
+        cfg: None for ``nn.Conv2d``; or a dict with the registered ``type`` ("Conv2d", "DCN", "DCNv2", mmcv's
+            "ConvWS", your own) and further arguments of that class.
+        args: Positional arguments of every convolution: in_channels, out_channels, kernel_size.
+        kwargs: Keyword arguments of every convolution: stride, padding, dilation, groups, bias.
 
     Returns:
         The layer, ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``.
 
     Raises:
-        TypeError: If ``cfg`` is no dict.
+        TypeError: If ``cfg`` is not a dict.
         KeyError: If it has no ``type`` or an unknown one.
     """
     conv_class, own = (nn.Conv2d, {}) if cfg is None else check_conv_cfg(cfg, "conv_cfg")
@@ -48,20 +48,20 @@ def build_conv_layer(cfg: Config | None, *args: Any, **kwargs: Any) -> nn.Module
 
 
 def check_conv_cfg(cfg: Any, argument: str) -> tuple[type[Any], dict[str, Any]]:
-    """Check what can be said of a convolution's config before its place is known.
+    """Validate a convolution's config as far as possible without its channels.
 
     Args:
         cfg: As for :func:`build_conv_layer`.
-        argument: The argument that it is, for the errors.
+        argument: Its name in errors.
 
     Returns:
-        The convolution's class and the arguments that the config has for it.
+        The convolution's class, and the arguments in the config.
 
     Raises:
-        TypeError, KeyError, ValueError: If it is no convolution's config, or an entry does not fit.
+        TypeError, KeyError, ValueError: If it is not the config of a convolution, or an entry is invalid.
     """
-    conv_class, own = layer_type(cfg, argument, "convolution")
-    check_entries(argument, conv_class, own, GIVEN_TO_CONVOLUTIONS)
+    conv_class, own = resolve_layer_cfg(cfg, argument, "convolution")
+    check_entries(argument, conv_class, own, CONV_ARGUMENTS_OF_NET)
     if "padding_mode" in own:
         check_choice(f"{argument}['padding_mode']", own["padding_mode"], ("zeros", "reflect", "replicate", "circular"))
     return conv_class, own
@@ -78,11 +78,11 @@ def _try_convolution(
     groups: int = 1,
     **others: Any,
 ) -> nn.Module:
-    """Check one convolution in its place; return what stands for it in a dry run."""
+    """Check a convolution in a dry run; return the placeholder."""
     if min(in_channels, out_channels) < 1:
         raise ValueError(
-            f"a convolution would have {in_channels} channels in and {out_channels} out; `base_channels` or what else "
-            "sets the widths is too small"
+            f"a convolution would have {in_channels} input and {out_channels} output channels; `base_channels`, or "
+            "another argument for the width, is too small"
         )
     if in_channels % groups or out_channels % groups:
         raise ValueError(
@@ -90,42 +90,40 @@ def _try_convolution(
             "from `groups` and `radix`, the channels from `base_channels` and `base_width`"
         )
     run.num_weights += in_channels // groups * out_channels * kernel_size**2
-    places = {"in_channels": in_channels, "out_channels": out_channels, "kernel_size": kernel_size}
-    arguments = {"groups": groups, **others, **own}
+    arguments = {
+        **{"in_channels": in_channels, "out_channels": out_channels, "kernel_size": kernel_size, "groups": groups},
+        **{**others, **own},
+    }
     if conv_class not in (nn.Conv2d, TridentConv2d):
-        run.once((conv_class, places, arguments), partial(_check_convolution, conv_class, places, arguments))
+        run.once((conv_class, arguments), partial(_check_convolution, conv_class, arguments))
     return run.placeholder
 
 
-def _check_convolution(conv_class: type[Any], places: dict[str, int], arguments: dict[str, Any]) -> None:
+def _check_convolution(conv_class: type[Any], arguments: dict[str, Any]) -> None:
     """Raise unless a convolution of this class can have these arguments."""
-    if not is_tried(conv_class):
-        return
     if hasattr(conv_class, "check_arguments"):
-        conv_class.check_arguments(**places, **arguments)
+        conv_class.check_arguments(**arguments)
         return
-    what = f"a convolution (`conv_cfg`, `dcn` or `sac`) of type {conv_class.__name__}"
-    layer = make_foreign(conv_class, {**places, **arguments}, what)
-    side = 9
-    reach = arguments.get("dilation", 1) * (places["kernel_size"] - 1)
+    reach = arguments.get("dilation", 1) * (arguments["kernel_size"] - 1)
+    side = max(9, reach + 1)
     out_side = (side + 2 * arguments.get("padding", 0) - reach - 1) // arguments.get("stride", 1) + 1
-    if layer is not None and out_side > 0:
-        shape = (2, places["out_channels"], out_side, out_side)
-        check_layer_runs(layer.eval(), (2, places["in_channels"], side, side), shape, what)
+    what = f"a convolution (`conv_cfg`, `dcn` or `sac`) of type {conv_class.__name__}"
+    shape, expected = (2, arguments["in_channels"], side, side), (2, arguments["out_channels"], out_side, out_side)
+    try_layer(conv_class, (), arguments, what, shape, expected)
 
 
 class ConvNormAct(FormatKeeper):
-    """A convolution with the norm and activation behind it, under the key names of mmcv's ``ConvModule``.
+    """A convolution, a norm and an activation, with the keys of mmcv's ``ConvModule``.
 
     Args:
-        in_channels: Channels that come in.
-        out_channels: Channels that go out.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
         kernel_size: Side of the kernel in pixels.
-        stride: Step in pixels.
+        stride: Stride in pixels.
         padding: Zeros added on each side, in pixels.
         conv_cfg: As for :func:`build_conv_layer`.
         norm_cfg: As for :func:`build_norm_layer`; None for no norm, in which case the convolution has a bias.
-        act_cfg: The activation's ``type`` and arguments; None for none.
+        act_cfg: As for :func:`build_activation`; None for no activation.
     """
 
     def __init__(
@@ -146,7 +144,7 @@ class ConvNormAct(FormatKeeper):
         )
         self.norm_name = None
         if norm_cfg is not None:
-            check_norm_cfg(norm_cfg, "norm_cfg")  # in training, too: no `norm_eval` keeps this norm in eval mode
+            check_norm_cfg(norm_cfg, "norm_cfg")  # `norm_eval` does not apply to this norm
             self.norm_name, norm = build_norm_layer(norm_cfg, out_channels)
             self.add_module(self.norm_name, norm)
         self.activate = None
@@ -163,33 +161,28 @@ def build_activation(cfg: Config, num_channels: int) -> nn.Module:
     """Build an activation.
 
     Args:
-        cfg: A dict with the registered ``type`` and arguments of that type's own.
-        num_channels: Channels of the maps.
+        cfg: A dict with the registered ``type`` and further arguments of that class.
+        num_channels: Channels of the feature maps.
 
     Raises:
-        TypeError, KeyError, ValueError: If it is no activation's config, or an entry does not fit.
+        TypeError, KeyError, ValueError: If it is not the config of an activation, or an entry is invalid.
     """
-    act_class, own = layer_type(cfg, "act_cfg", "activation")
+    act_class, own = resolve_layer_cfg(cfg, "act_cfg", "activation")
     check_entries("act_cfg", act_class, own, ("device", "dtype"))
     run = current_dry_run()
     if run is None:
         layer: nn.Module = construct(act_class, **own)
         return layer
-    if is_tried(act_class):
-        run.once((act_class, own, num_channels), partial(_check_activation, act_class, own, num_channels))
+    run.once((act_class, own, num_channels), partial(_check_activation, act_class, own, num_channels))
     return nn.Identity()
 
 
 def _check_activation(act_class: type[Any], own: dict[str, Any], num_channels: int) -> None:
-    """Raise unless an activation of this class can have these arguments: some fail on maps with numbers alone."""
+    """Raise unless an activation of this class can have these arguments; some fail for values only, hence the CPU."""
     what = f"`act_cfg` of type {act_class.__name__}"
     shape = (2, num_channels, 2, 3)
-    tried = make_foreign(act_class, own, what)
-    if tried is not None:
-        check_layer_runs(tried.eval(), shape, shape, what)
-        if sum(parameter.numel() for parameter in tried.parameters()) > MOST_CHANNELS:
-            raise ValueError(f"{what} has more than {MOST_CHANNELS} weights")
+    layer = try_layer(act_class, (), own, what, shape, shape)
+    if sum(parameter.numel() for parameter in layer.parameters()) > MAX_CHANNELS:
+        raise ValueError(f"{what} has more than {MAX_CHANNELS} weights")
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        tried = make_foreign(act_class, own, what)
-        if tried is not None:
-            check_layer_runs(tried.eval(), shape, shape, what, device="cpu")
+        try_layer(act_class, (), own, what, shape, shape, device="cpu")

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from resbackbone.layers.arguments import MOST_CHANNELS
+from resbackbone.layers.arguments import MAX_CHANNELS
 from resbackbone.registry import MODELS, register_kind
 from resbackbone.utils.validation import check_count, check_int, check_number
 
@@ -50,9 +50,9 @@ class ECALayer(nn.Module):
         check_number("slope", slope, low=0, above=True)
         check_number("offset", offset)
         if kernel_size is None:
-            nearest = int(min(abs(math.log2(in_channels) + offset) / slope, MOST_CHANNELS))
+            nearest = int(min(abs(math.log2(in_channels) + offset) / slope, MAX_CHANNELS))
             kernel_size = max(nearest + 1 - nearest % 2, 3)
-        check_count("kernel_size", kernel_size, most=MOST_CHANNELS + 1)
+        check_count("kernel_size", kernel_size, most=MAX_CHANNELS + 1)
         if kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` must be odd, got {kernel_size}; a gate looks as far to both sides")
         self.kernel_size = kernel_size

@@ -1,4 +1,4 @@
-"""Normalization layers built from a config, and the batch norm whose statistics never move."""
+"""Normalization layers built from a config, and the frozen batch norm."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from resbackbone.layers.arguments import (
-    CHECKED_NORMS,
-    GIVEN_TO_NORMS,
+    NORM_ARGUMENTS_OF_NET,
+    TORCH_NORMS,
     check_entries,
     check_eps,
     check_norm_entries,
-    layer_type,
+    resolve_layer_cfg,
 )
-from resbackbone.layers.dry_run import check_layer_runs, current_dry_run, is_tried, make_foreign
+from resbackbone.layers.dry_run import current_dry_run, try_layer
 from resbackbone.layers.module import Config
 from resbackbone.registry import MODELS, construct, register_kind
 from resbackbone.utils.validation import check_flag, check_int
@@ -35,10 +35,10 @@ for _name, _norm in {
 }.items():
     MODELS.register_module(_name, module=_norm)
 
-# Norms of feature maps, which need no trial.
+# Norms of feature maps, which need no dry run.
 _KNOWN = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
 
-# The first that fits names the layer; instance norm before batch norm, which some versions derive it from.
+# Of these, the first base class; instance norm before batch norm, its base in some versions of torch.
 _ABBREVIATIONS: tuple[tuple[type, str], ...] = (
     (_InstanceNorm, "in"),
     (_BatchNorm, "bn"),
@@ -91,20 +91,20 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def build_norm_layer(cfg: Config, num_features: int, postfix: int | str = "") -> tuple[str, nn.Module]:
-    """Build a norm and the attribute name that OpenMMLab gives it.
+    """Build a norm; return its attribute name, as in OpenMMLab, and the layer.
 
     Args:
         cfg: A dict with the registered ``type`` ("BN", "SyncBN", "GN", "IN", "FrozenBN", your own), optionally
-            ``requires_grad`` (False keeps the affine parameters from training), and arguments of that type's own;
-            ``eps`` is 1e-5 unless given.
-        num_features: Channels.
-        postfix: What follows the abbreviation in the name.
+            ``requires_grad`` (False freezes the affine parameters), and further arguments of that class; ``eps``
+            defaults to 1e-5.
+        num_features: Number of channels.
+        postfix: Appended to the name.
 
     Returns:
         The name, such as ``"bn1"``, ``"gn1"`` or ``"in1"``, and the layer.
 
     Raises:
-        TypeError: If ``cfg`` is no dict.
+        TypeError: If ``cfg`` is not a dict.
         KeyError: If it has no ``type`` or an unknown one.
         ValueError: If a group norm has no ``num_groups``, or they do not divide the channels.
     """
@@ -115,8 +115,8 @@ def build_norm_layer(cfg: Config, num_features: int, postfix: int | str = "") ->
 
 
 def _build(cfg: Config, num_features: int) -> tuple[str, nn.Module]:
-    """Build a norm, and say what its name begins with."""
-    norm_class, arguments = check_norm_cfg(cfg, "norm_cfg", in_eval=True)  # else whoever knows has refused it
+    """Build a norm; return the abbreviation that its name begins with, and the layer."""
+    norm_class, arguments = check_norm_cfg(cfg, "norm_cfg", in_eval=True)  # callers have checked it with False
     requires_grad = arguments.pop("requires_grad", True)
     if issubclass(norm_class, nn.GroupNorm):
         _check_groups(cfg, arguments, num_features)
@@ -124,32 +124,35 @@ def _build(cfg: Config, num_features: int) -> tuple[str, nn.Module]:
     elif current_dry_run() is None or norm_class in _KNOWN:
         norm = construct(norm_class, num_features, **arguments)
     else:
-        norm = _try_foreign(norm_class, num_features, arguments)
+        shape = (2, num_features, 5, num_features + 7)  # sides that differ from the number of channels
+        norm = try_layer(
+            norm_class, (num_features,), arguments, f"`norm_cfg` of type {norm_class.__name__}", shape, shape
+        )
     for parameter in norm.parameters():
         parameter.requires_grad = requires_grad
     return _abbreviation(norm_class), norm
 
 
 def check_norm_cfg(cfg: Any, argument: str, *, in_eval: bool = False) -> tuple[type[Any], dict[str, Any]]:
-    """Check what can be said of a norm's config before its channels are known.
+    """Validate a norm's config as far as possible without its channels.
 
     Args:
         cfg: As for :func:`build_norm_layer`.
-        argument: The argument that it is, for the errors.
-        in_eval: Whether batch norms of it stay in eval mode, as under ``norm_eval``; only then their ``eps`` may be 0.
+        argument: Its name in errors.
+        in_eval: Whether its batch norms stay in eval mode, as with ``norm_eval``; only then ``eps`` may be 0.
 
     Returns:
-        The norm's class and its arguments, with ``requires_grad``, if that is there.
+        The norm's class, and the arguments in the config, including ``requires_grad``.
 
     Raises:
-        TypeError, KeyError, ValueError: If it is no norm's config, or an entry does not fit.
+        TypeError, KeyError, ValueError: If it is not the config of a norm, or an entry is invalid.
     """
-    norm_class, arguments = layer_type(cfg, argument, "norm")
+    norm_class, arguments = resolve_layer_cfg(cfg, argument, "norm")
     arguments.setdefault("eps", 1e-5)
     check_flag(f"{argument}['requires_grad']", arguments.get("requires_grad", True))
     entries = [key for key in arguments if key not in ("requires_grad", "eps")]
-    check_entries(argument, norm_class, entries, GIVEN_TO_NORMS)
-    if issubclass(norm_class, CHECKED_NORMS):
+    check_entries(argument, norm_class, entries, NORM_ARGUMENTS_OF_NET)
+    if issubclass(norm_class, TORCH_NORMS):
         reads_statistics = issubclass(norm_class, _BatchNorm) and arguments.get("track_running_stats", True) is True
         frozen = issubclass(norm_class, FrozenBatchNorm2d) or (in_eval and reads_statistics)
         arguments = check_norm_entries(argument, arguments, in_eval=frozen)
@@ -169,21 +172,8 @@ def _check_groups(cfg: Config, arguments: Config, num_features: int) -> None:
         )
 
 
-def _try_foreign(norm_class: Any, num_features: int, arguments: Config) -> nn.Module:
-    """Make a norm that was written for whatever, in a dry run, and see that it takes feature maps."""
-    if not is_tried(norm_class):
-        return nn.Identity()
-    what = f"`norm_cfg` of type {norm_class.__name__}"
-    norm = make_foreign(partial(norm_class, num_features), arguments, what)
-    if norm is None:
-        return nn.Identity()
-    shape = (2, num_features, 5, num_features + 7)  # no side is as long as there are channels
-    check_layer_runs(norm.eval(), shape, shape, what)
-    return norm
-
-
 def is_norm(layer: nn.Module) -> bool:
-    """Return whether a layer is a norm, by its class: one of torch's, derived from one, or called one."""
+    """Return whether a layer is a norm: torch's, a subclass, or a class with a name like "...Norm2d"."""
     bases = tuple(base for base, _ in _ABBREVIATIONS)
     return isinstance(layer, bases) or re.search(r"norm(\dd)?$", type(layer).__name__, re.IGNORECASE) is not None
 

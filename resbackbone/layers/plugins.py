@@ -1,7 +1,7 @@
-"""Plugins: attention and context layers that a config puts behind a block's convolutions.
+"""Plugins: attention and context layers that a config inserts behind the convolutions of blocks.
 
-ContextBlock, GeneralizedAttention and NonLocal2d are mmcv's (pure Python, in every distribution of it) and are imported
-when a config first names one. Any registered module that takes ``in_channels`` will do.
+Any registered module with the argument ``in_channels`` can be one. ContextBlock, GeneralizedAttention and NonLocal2d
+are mmcv's, in pure Python; mmcv is imported when a config first names one.
 """
 
 from __future__ import annotations
@@ -12,14 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from resbackbone.layers.arguments import check_entries, layer_type
-from resbackbone.layers.dry_run import (
-    check_layer_initializes,
-    check_layer_runs,
-    current_dry_run,
-    is_tried,
-    make_foreign,
-)
+from resbackbone.layers.arguments import check_entries, resolve_layer_cfg
+from resbackbone.layers.dry_run import check_layer_initializes, current_dry_run, try_layer
 from resbackbone.layers.module import Config
 from resbackbone.registry import construct, is_ours
 from resbackbone.utils.validation import check_type
@@ -28,19 +22,19 @@ from resbackbone.utils.validation import check_type
 def build_plugin_layer(
     cfg: Config, *, in_channels: int, postfix: int | str = "", **kwargs: Any
 ) -> tuple[str, nn.Module]:
-    """Build a plugin and the attribute name that OpenMMLab gives it.
+    """Build a plugin; return its attribute name, as in OpenMMLab, and the layer.
 
     Args:
-        cfg: A dict with the registered ``type`` and arguments of that type's own.
-        in_channels: Channels of the feature map it works on; its output has the same shape.
-        postfix: What follows the abbreviation in the name, to tell several of one type apart.
+        cfg: A dict with the registered ``type`` and further arguments of that class.
+        in_channels: Channels of the input; the output must have its shape.
+        postfix: Appended to the name, to distinguish several plugins of one type.
         kwargs: Further arguments for the plugin.
 
     Returns:
         The name, such as ``"context_block1"``, and the layer.
 
     Raises:
-        TypeError: If ``cfg`` is no dict.
+        TypeError: If ``cfg`` is not a dict.
         KeyError: If it has no ``type`` or an unknown one.
     """
     plugin_class, own = check_plugin_cfg(cfg, "plugin cfg")
@@ -49,39 +43,34 @@ def build_plugin_layer(
     if run is None or is_ours(plugin_class):
         return plugin_name(cfg, postfix), construct(plugin_class, in_channels=in_channels, **kwargs, **own)
     arguments = {"in_channels": in_channels, **kwargs, **own}
-    layer = run.once((plugin_class, arguments), partial(_try_foreign, plugin_class, arguments))
+    layer = run.once((plugin_class, arguments), partial(_try_third_party, plugin_class, arguments))
     run.num_weights += sum(parameter.numel() for parameter in layer.parameters())
     return plugin_name(cfg, postfix), layer
 
 
-def _try_foreign(plugin_class: type[Any], arguments: dict[str, Any]) -> nn.Module:
-    """Make a plugin of a class that is not ours, in a dry run, and see that it keeps the shape of feature maps."""
-    if not is_tried(plugin_class):
-        return nn.Identity()
+def _try_third_party(plugin_class: type[Any], arguments: dict[str, Any]) -> nn.Module:
+    """Build a third-party plugin in a dry run, and check that it keeps the shape and can be initialized."""
     what = f"one of `plugins`, of type {plugin_class.__name__},"
-    layer = make_foreign(plugin_class, arguments, what)
-    if layer is None:
-        return nn.Identity()
     shape = (2, arguments["in_channels"], 8, 9)
-    check_layer_runs(layer.eval(), shape, shape, what)
+    layer = try_layer(plugin_class, (), arguments, what, shape, shape)
     check_layer_initializes(layer, f"{what} with {arguments}")
     return layer
 
 
 def check_plugin_cfg(cfg: Any, argument: str) -> tuple[type[Any], dict[str, Any]]:
-    """Check what can be said of a plugin's config before its channels are known.
+    """Validate a plugin's config as far as possible without its channels.
 
     Args:
-        cfg: As for :func:`build_plugin_layer`; it may have an entry ``postfix``, too.
-        argument: The argument that it is, for the errors.
+        cfg: As for :func:`build_plugin_layer`; it may have an entry ``postfix``.
+        argument: Its name in errors.
 
     Returns:
-        The plugin's class and its arguments, with ``postfix``, if that is there.
+        The plugin's class, and the arguments in the config, including ``postfix``.
 
     Raises:
-        TypeError, KeyError: If it is no plugin's config, or its class does not know an entry.
+        TypeError, KeyError, ValueError: If it is not the config of a plugin, or an entry is invalid.
     """
-    plugin_class, own = layer_type(cfg, argument, "plugin")
+    plugin_class, own = resolve_layer_cfg(cfg, argument, "plugin")
     check_entries(argument, plugin_class, (key for key in own if key != "postfix"), ("in_channels",))
     postfix = own.get("postfix", "")
     check_type(f"{argument}['postfix']", postfix, (str, int), "text or an integer")
@@ -92,7 +81,7 @@ def check_plugin_cfg(cfg: Any, argument: str) -> tuple[type[Any], dict[str, Any]
 
 def plugin_name(cfg: Config, postfix: int | str = "") -> str:
     """Return the attribute name that a plugin of this config has in a block."""
-    plugin_class = layer_type(cfg, "plugin cfg", "plugin")[0]
+    plugin_class = resolve_layer_cfg(cfg, "plugin cfg", "plugin")[0]
     return f"{getattr(plugin_class, '_abbr_', None) or _snake_case(plugin_class.__name__)}{postfix}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from resbackbone.layers.arguments import MOST_CHANNELS
+from resbackbone.layers.arguments import MAX_CHANNELS
 from resbackbone.layers.conv import ConvNormAct
 from resbackbone.registry import MODELS, register_kind
 from resbackbone.utils.validation import check_count, check_int
@@ -44,9 +44,9 @@ class SELayer(nn.Module):
         super().__init__()
         for name, value in (("in_channels", in_channels), ("ratio", ratio)):
             check_int(name, value, low=1)
-        check_count("divisor", divisor, most=MOST_CHANNELS)
+        check_count("divisor", divisor, most=MAX_CHANNELS)
         if squeeze_channels is not None:
-            check_count("squeeze_channels", squeeze_channels, most=MOST_CHANNELS)
+            check_count("squeeze_channels", squeeze_channels, most=MAX_CHANNELS)
         if squeeze_channels is None:
             squeeze_channels = _round_to_multiple(in_channels // ratio, divisor)
         self.global_avgpool = nn.AdaptiveAvgPool2d(1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resbackbone.layers.arguments import MOST_CHANNELS, MOST_PARTS
+from resbackbone.layers.arguments import MAX_CHANNELS, MAX_PARTS
 from resbackbone.layers.conv import build_conv_layer
 from resbackbone.layers.conv_norm import Sequential, conv_norm
 from resbackbone.layers.memory_format import FormatKeeper
@@ -130,7 +130,7 @@ class SelectiveKernelAttention(FormatKeeper):
 
 def check_selective_kernel(num_paths: int, reduction: int, min_channels: int, split_input: bool) -> None:
     """Raise TypeError or ValueError unless these are arguments of :class:`SelectiveKernelConv2d`."""
-    check_count("num_paths", num_paths, low=2, most=MOST_PARTS)
+    check_count("num_paths", num_paths, low=2, most=MAX_PARTS)
     check_int("reduction", reduction, low=1)
-    check_count("min_channels", min_channels, most=MOST_CHANNELS)
+    check_count("min_channels", min_channels, most=MAX_CHANNELS)
     check_flag("split_input", split_input)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resbackbone.layers import ConvNormAct, Module
-from resbackbone.layers.arguments import MOST_CHANNELS
+from resbackbone.layers.arguments import MAX_CHANNELS
 from resbackbone.layers.dry_run import check_memory, dry_run
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.registry import MODELS, register_kind
@@ -87,10 +87,10 @@ class FPN(Module):
         if init_cfg is not XAVIER:
             check_init_cfg(init_cfg)
         super().__init__(init_cfg)
-        self.in_channels = check_ints("in_channels", in_channels, low=1, most=MOST_CHANNELS)
+        self.in_channels = check_ints("in_channels", in_channels, low=1, most=MAX_CHANNELS)
         if not self.in_channels:
             raise ValueError("`in_channels` must have at least one entry, got (); it is `net.out_channels`")
-        for name, value, most in (("out_channels", out_channels, MOST_CHANNELS), ("num_outs", num_outs, MAX_NUM_OUTS)):
+        for name, value, most in (("out_channels", out_channels, MAX_CHANNELS), ("num_outs", num_outs, MAX_NUM_OUTS)):
             check_count(name, value, most=most)
         for name, flag in (
             ("relu_before_extra_convs", relu_before_extra_convs),
