@@ -16,7 +16,7 @@ from resbackbone.layers.arguments import parameters_of
 from resbackbone.layers.module import InitConfig
 from resbackbone.layers.tracing import is_tracing
 from resbackbone.registry import is_ours, register_kind
-from resbackbone.utils.logs import log_info, write_waiting
+from resbackbone.utils.logs import log_info, log_pending
 from resbackbone.utils.validation import check_int
 
 
@@ -42,7 +42,7 @@ class Backbone(NormEvalModule):
         self._stages: list[FeatureInfo] = []
         self._frozen_parameters: set[str] = set()  # names of those that only `frozen_stages` keeps from training
         self._idle: set[str] = set()  # and of those that only `out_indices` does
-        write_waiting()
+        log_pending()
 
     @property
     def in_channels(self) -> int:

@@ -33,7 +33,7 @@ class RecursiveBlock(ResidualBlock):
     Source: Qiao et al., DetectoRS, arXiv:2006.02334, sections 3.2 and 4.
     """
 
-    neutral: ClassVar[tuple[str, ...]] = ("rfp_conv",)  # what a checkpoint need not have: it starts at zero
+    optional_keys: ClassVar[tuple[str, ...]] = ("rfp_conv",)  # what a checkpoint need not have: it starts at zero
 
     def __init__(
         self,

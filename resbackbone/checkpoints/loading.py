@@ -359,7 +359,7 @@ def _dispensable(net: nn.Module) -> set[str]:
     neutral = tuple(
         f"{name}.{child}".lstrip(".")
         for name, module in net.named_modules()
-        for child in (*getattr(module, "neutral", ()), *(plugins if isinstance(module, ResidualBlock) else ()))
+        for child in (*getattr(module, "optional_keys", ()), *(plugins if isinstance(module, ResidualBlock) else ()))
     )
     return {key for key in net.state_dict() if key.endswith(_COUNTER) or key.startswith(neutral)}
 

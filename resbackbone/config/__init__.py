@@ -1,4 +1,4 @@
-"""Backbone configs: a name, a file or a dict becomes a checked config, and that a backbone."""
+"""Backbone configs: load and validate a name, a file or a dict, and build the backbone."""
 
 from resbackbone.config.build import (
     BackboneConfig,

@@ -1,4 +1,4 @@
-"""Load and check configs (a name, a file or a dict) and build backbones from them."""
+"""Load and validate configs (a name, a file or a dict) and build backbones from them."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from resbackbone.utils.validation import (
     warn_user,
 )
 
-_SUFFIXES = (".yaml", ".yml", ".py")  # of the files that hold configs
-_MAX_ENTRIES = 100_000  # of a YAML file, a few lines of which can otherwise stand for billions
+_SUFFIXES = (".yaml", ".yml", ".py")  # of config files
+_MAX_ENTRIES = 100_000  # in a YAML file, whose aliases could expand to billions
 BackboneSource = str | Path | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A backbone's config and what its file says beside it.
+    """The config of a backbone, and the other content of its file.
 
     Attributes:
         backbone: ``type`` and constructor arguments.
@@ -58,22 +58,22 @@ def build_backbone(
     """Build a backbone and initialize its weights.
 
     Args:
-        config: A name that :func:`list_backbones` lists, or the one of timm, torchvision, the catalog or the Hugging
+        config: A name that :func:`list_backbones` returns, or that of timm, torchvision, the catalog or the Hugging
             Face hub ("resnet50d", "regnet_y_3_2gf", "microsoft/resnet-50"); a path to a .yaml or .py file; or a dict
             with ``type`` and the constructor's arguments. It is not changed.
         checkpoint: Weights to load after the initialization: a file, a URL or a name, as for
             :func:`resbackbone.checkpoints.load_checkpoint`.
-        imports: Modules of your own that register the types that the config names, such as ``["my_variant"]``. A
-            config cannot name them itself: except for a .py file, it is data and imports nothing.
+        imports: Your modules that register types of the config, such as ``["my_variant"]``. The config itself cannot
+            import them: except for a .py file, it is data.
         overrides: Constructor arguments that replace those of the config, such as ``frozen_stages=1``.
 
     Returns:
         The backbone, in training mode: images ``(N, in_channels, H, W)`` to a tuple of ``(N, C, H/s, W/s)``.
 
     Raises:
-        KeyError: If the name, the type or an argument of restricted choice is unknown; the nearest match is named.
+        KeyError: If the name, the type or the choice of an argument is unknown; the message suggests the nearest.
         TypeError: If an argument is unknown, missing or of the wrong type.
-        ValueError: If an argument's value does not fit.
+        ValueError: If the value of an argument is invalid.
         FileNotFoundError: If the path or the checkpoint does not exist.
         ImportError: If a module of ``imports`` cannot be imported.
 
@@ -99,12 +99,12 @@ def build_backbone(
 
 
 def _is_own(name: str) -> bool:
-    """Whether a name is that of a file or of a config in ``configs/``."""
+    """Return whether a name is that of a file or of a config in ``configs/``."""
     return Path(name).suffix in _SUFFIXES or name in config_files()
 
 
 def construct_backbone(config: BackboneSource, **overrides: Any) -> Backbone:
-    """Build a backbone as :func:`build_backbone` does, but leave its weights as the layers' constructors drew them."""
+    """Build a backbone as :func:`build_backbone` does, but without initializing or loading weights."""
     type_, arguments = split_type({**load_config(config).backbone, **_plain(overrides)}, "backbone config")
     if isinstance(arguments.get("pretrained"), bool):
         raise TypeError(
@@ -118,13 +118,10 @@ def construct_backbone(config: BackboneSource, **overrides: Any) -> Backbone:
 
 
 def list_backbones(pattern: str = "*") -> list[str]:
-    """List the names that :func:`build_backbone` knows.
+    """Return the sorted names of configs for :func:`build_backbone`.
 
     Args:
-        pattern: What the name must look like, with ``*`` and ``?`` as in a shell.
-
-    Returns:
-        The names, sorted.
+        pattern: A shell pattern with ``*`` and ``?``.
 
     >>> list_backbones("wide*")
     ['wide_resnet101_2', 'wide_resnet50_2']
@@ -133,12 +130,12 @@ def list_backbones(pattern: str = "*") -> list[str]:
 
 
 def load_config(config: BackboneSource) -> BackboneConfig:
-    """Load a backbone's config from wherever :func:`build_backbone` takes it; the result is a copy.
+    """Load a backbone's config, given as for :func:`build_backbone`, as a copy.
 
     Raises:
-        KeyError: If the name is unknown or the file holds no backbone.
-        TypeError: If ``config`` is none of the three kinds.
-        ValueError: If the file is no valid YAML.
+        KeyError: If the name is unknown or the file has no backbone.
+        TypeError: If ``config`` is not a name, a path or a dict.
+        ValueError: If the file is not valid YAML.
         FileNotFoundError: If the file does not exist.
     """
     if isinstance(config, Mapping):
@@ -193,12 +190,12 @@ def recorded_costs() -> dict[str, dict[str, int]]:
 
 
 def check_arguments(target: type, arguments: Mapping[str, Any]) -> None:
-    """Raise unless ``target(**arguments)`` has every argument it needs and none it does not know.
+    """Raise unless ``arguments`` are valid keyword arguments of a class, by name.
 
-    Where a constructor passes ``**kwargs`` on, its base classes are asked as well.
+    Where a constructor has ``**kwargs``, the arguments of its base classes are valid, too.
 
     Raises:
-        TypeError: Naming the argument, and its nearest match.
+        TypeError: If one is unknown or missing; the message suggests the nearest.
     """
     known, open_ended = parameters_of(target)
     unknown = [] if open_ended else [name for name in arguments if name not in known]
@@ -213,7 +210,7 @@ def check_arguments(target: type, arguments: Mapping[str, Any]) -> None:
 
 
 def _arguments_of_others(target: type) -> dict[str, set[str]]:
-    """Map the backbones that are not ``target`` to the arguments that they themselves have, for a backbone's errors."""
+    """Map the names of other backbones to the arguments that they define themselves, for suggestions in errors."""
     if not issubclass(target, Backbone):
         return {}
     classes = [other for other in MODELS.module_dict.values() if inspect.isclass(other) and other is not target]
@@ -233,7 +230,7 @@ def _arguments_of_others(target: type) -> dict[str, set[str]]:
 
 
 def _pick_backbone(content: Any, path: Path) -> BackboneConfig:
-    """Find the backbone in a file: the whole of it, its ``backbone``, or its ``model``'s ``backbone``."""
+    """Return the backbone's config in a file: the whole file, its ``backbone`` or its ``model.backbone``."""
     if isinstance(content, Mapping):
         if "type" in content:
             return BackboneConfig(_plain(content))
@@ -244,34 +241,34 @@ def _pick_backbone(content: Any, path: Path) -> BackboneConfig:
         if isinstance(model, Mapping) and isinstance(model.get("backbone"), Mapping):
             return BackboneConfig(_plain(model["backbone"]))
     raise UnknownKeyError(
-        f"{str(path)!r} holds no backbone; it needs `type` at the top, or a dict `backbone` or `model.backbone`"
+        f"{str(path)!r} has no backbone; it needs `type` at the top level, or a dict `backbone` or `model.backbone`"
     )
 
 
 def _load_py(path: Path) -> Any:
-    """Run a config in OpenMMLab's Python format; like every Python file, only one that you trust."""
+    """Run a config in OpenMMLab's Python format; it is a program, so it must be trusted."""
     from mmengine.config import Config
 
     try:
         config = Config.fromfile(path).to_dict()
-    except Exception as error:  # whatever running somebody's Python raises
+    except Exception as error:  # a program may raise anything
         raise ValueError(f"{str(path)!r} does not run: {type(error).__name__}: {message_of(error)}") from error
     allow_imported(config.get("custom_imports"))
     return config
 
 
 def _load_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Load a YAML file over its ``_base_`` files; ``below`` are the files that named this one as theirs."""
+    """Load a YAML file and merge it into its ``_base_`` files; ``below`` are the files that have it as their base."""
     if path.resolve() in below:
         raise ValueError(f"{str(path)!r} is its own `_base_`, by way of {', '.join(p.name for p in below)}")
     try:
-        # A subclass of SafeLoader: no tag makes it call Python.
+        # A subclass of SafeLoader: tags cannot call Python.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
         _check_extent(content, _MAX_ENTRIES)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is no valid YAML of plain values: {error}") from error
+        raise ValueError(f"{str(path)!r} is not valid YAML of plain values: {error}") from error
     if not isinstance(content, dict):
-        raise UnknownKeyError(f"{str(path)!r} holds no backbone; it needs `type` at the top, got {content!r}")
+        raise UnknownKeyError(f"{str(path)!r} has no backbone; it needs `type` at the top level, got {content!r}")
     if "custom_imports" in content:
         raise ValueError(
             f"{str(path)!r} has `custom_imports`, but a YAML file is data and imports nothing; whoever runs it names "
@@ -286,13 +283,13 @@ def _load_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, with a key that is written twice being an error, and with the tuples that mmengine dumps."""
+    """YAML's safe loader, with an error for duplicate keys, and with tuples as mmengine dumps them."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
         return super().construct_mapping(node, deep)
 
     def construct_tuple(self, node: yaml.SequenceNode) -> tuple[Any, ...]:
@@ -303,22 +300,22 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:python/tuple", _StrictLoader.co
 
 
 def _check_extent(value: Any, left: int) -> int:
-    """Return how many more entries there may be, aliases counted as often as they stand for something.
+    """Count the entries of a value, with aliases expanded; return how many are left of the limit.
 
     Raises:
-        YAMLError: If there are more.
+        YAMLError: If the limit is exceeded.
     """
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
         left = _check_extent(item, left - 1)
         if left < 0:
-            raise yaml.YAMLError(f"more than {_MAX_ENTRIES:,} entries, aliases counted as often as they are used")
+            raise yaml.YAMLError(f"more than {_MAX_ENTRIES:,} entries with aliases expanded")
     return left
 
 
 def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``update`` over it, dicts within dicts merged likewise.
+    """Return ``base`` updated recursively by ``update``.
 
-    Where a dict of ``update`` has ``_delete_: true``, it stands alone and what is below it is left out, as in mmengine.
+    A dict of ``update`` with ``_delete_: true`` replaces the dict of ``base``, as in mmengine.
     """
     if "_delete_" in update:
         check_flag("_delete_", update["_delete_"])
@@ -332,8 +329,8 @@ def _merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Copy dicts (mmengine's and OmegaConf's among them), lists and numbers as Python's own; the rest is kept."""
-    if isinstance(value, Mapping):  # with nothing below it, so that `_delete_` has no effect any more
+    """Return a copy of a config in builtin types; values of other types are kept."""
+    if isinstance(value, Mapping):  # merged by now, so that `_delete_` has no effect
         plain_items = {key: convert_argument(key, item) for key, item in value.items() if key != "_delete_"}
         return {key: _plain(item) for key, item in plain_items.items()}
     value = to_builtin(value)

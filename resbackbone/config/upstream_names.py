@@ -189,7 +189,7 @@ def argument_hint(name: str, known: Iterable[str], others: Mapping[str, Collecti
 
 def _near_argument(name: str, names: list[str]) -> str | None:
     """Return the known name with few different letters, or with the given name as its beginning."""
-    distances = {other: _num_slips(name, other) for other in names}
+    distances = {other: _edit_distance(name, other) for other in names}
     near = min(names, key=distances.__getitem__, default=None)
     if near is not None:
         letters = min(len(_letters(name)), len(_letters(near)))
@@ -202,7 +202,7 @@ def _letters(name: str) -> str:
     return re.sub(r"\W|_", "", name.lower())
 
 
-def _num_slips(given: str, known: str) -> int:
+def _edit_distance(given: str, known: str) -> int:
     """Return the edit distance (with swaps) between two names, ignoring case and underscores."""
     a, b = _letters(given), _letters(known)
     rows = [list(range(len(b) + 1))]

@@ -1,4 +1,4 @@
-"""Leaf modules that know nothing of ResNet: convolutions, norms, drop path, plugins."""
+"""Layers independent of ResNet: convolutions, norms, attention, drop path, plugins."""
 
 from resbackbone.layers.blur_pool import BlurPool2d
 from resbackbone.layers.cbam import CBAM

@@ -1,4 +1,4 @@
-"""Downsampling that filters before it drops pixels, so that a shift of the image by a pixel changes little."""
+"""Anti-aliased downsampling: a low-pass filter before the stride, which makes features less sensitive to shifts."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from resbackbone.utils.validation import check_choice, check_int
 AntiAliasing = Literal["blur", "average"]
 PaddingMode = Literal["reflect", "replicate", "constant"]
 
-torch.fx.wrap("_pad")  # a leaf: it asks for sizes, which torch.fx cannot follow
+torch.fx.wrap("_pad")  # a leaf, since it depends on sizes, which torch.fx cannot trace
 
 
 class BlurPool2d(nn.Module):
-    """Blur with a binomial filter, then keep every ``stride``-th pixel. Nothing is learnt, no key is in a state dict.
+    """Binomial blur followed by subsampling. It has no parameters, and no keys in the state dict.
 
     Args:
         channels: Channels of the feature map.
-        kernel_size: Side of the filter in pixels, from 2: the row of Pascal's triangle with as many entries, such as
-            1-2-1, in both directions.
-        stride: Step in pixels.
-        padding_mode: What is around the map: "reflect" (which takes a map larger than half the filter, any map for the
-            default), "replicate" or, for zeros, "constant".
+        kernel_size: Side of the filter in pixels, at least 2: the outer product of a row of Pascal's triangle, such as
+            1-2-1, with itself.
+        stride: Stride in pixels.
+        padding_mode: "reflect" (maps must be larger than half the filter; the default filter accepts any map),
+            "replicate" or, for zeros, "constant".
 
     Shapes:
         ``(N, channels, H, W)`` to ``(N, channels, ceil(H/stride), ceil(W/stride))``.
@@ -65,7 +65,7 @@ class BlurPool2d(nn.Module):
         return torch.outer(weights, weights).repeat(self.channels, 1, 1, 1)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        # A net that was built without memory, on the device "meta", has its filter from nowhere else.
+        # A net built on the meta device gets the values of its filter here: the checkpoint does not have them.
         device = "cpu" if self.filter.is_meta else self.filter.device
         self.filter = self._make_filter(device=device, dtype=self.filter.dtype)
         super()._load_from_state_dict(*args)
@@ -77,15 +77,15 @@ class BlurPool2d(nn.Module):
         return F.conv2d(x, self.filter, stride=self.stride, groups=self.channels)
 
     def extra_repr(self) -> str:
-        """Show the geometry in ``repr``."""
+        """Show the arguments in ``repr``."""
         return (
             f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding_mode={self.padding_mode!r}"
         )
 
 
 def _pad(x: Tensor, border: tuple[int, int], mode: PaddingMode) -> Tensor:
-    """Continue a map beyond its edges; a side of one pixel by that pixel, its reflection, which torch refuses."""
-    # In a traced graph a comparison would hold for the sizes of the example only.
+    """Pad a map; "reflect" replicates a side of one pixel, for which torch raises."""
+    # Not in a traced graph, where the comparison would hold for the example's size only.
     if mode == "reflect" and border[1] == 1 and not is_recording() and min(x.shape[2:]) == 1:
         x = F.pad(x, (0, 0, *border), mode="replicate" if x.shape[2] == 1 else mode)
         return F.pad(x, (*border, 0, 0), mode="replicate" if x.shape[3] == 1 else mode)
@@ -93,15 +93,15 @@ def _pad(x: Tensor, border: tuple[int, int], mode: PaddingMode) -> Tensor:
 
 
 def make_downsampling(anti_aliasing: AntiAliasing, channels: int, stride: int) -> nn.Module:
-    """Make the layer that takes over the stride of another one.
+    """Return an anti-aliased downsampling layer, which replaces the stride of another layer.
 
     Args:
-        anti_aliasing: "blur" for :class:`BlurPool2d`, "average" for the mean of each ``stride`` x ``stride`` pixels.
+        anti_aliasing: "blur" for :class:`BlurPool2d`, "average" for average pooling.
         channels: Channels of the feature map.
-        stride: Step in pixels.
+        stride: Stride in pixels.
 
     Returns:
-        ``(N, channels, H, W)`` to ``(N, channels, ceil(H/stride), ceil(W/stride))``.
+        A layer from ``(N, channels, H, W)`` to ``(N, channels, ceil(H/stride), ceil(W/stride))``.
     """
     if anti_aliasing == "blur":
         return BlurPool2d(channels, stride=stride)

@@ -1,4 +1,4 @@
-"""CBAM: attention over the channels, then over the pixels."""
+"""CBAM: channel attention followed by spatial attention."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH_NORM: Config = {"type": "BN"}  # read, never written to
 
 
 class ChannelAttention(nn.Module):
-    """Multiply each channel by a gate, from the channel's mean and its maximum through one shared perceptron.
+    """Scale each channel by a gate computed from its mean and maximum by a shared multilayer perceptron.
 
     Args:
         in_channels: Channels of the feature map.
@@ -44,13 +44,13 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(FormatKeeper):
-    """Multiply each pixel by a gate, a convolution over the mean and the maximum of all channels.
+    """Scale each pixel by a gate computed by a convolution of the mean and the maximum over channels.
 
     Args:
-        kernel_size: Side of the convolution in pixels, an odd number.
-        norm_cfg: Config of the norm behind it.
+        kernel_size: Side of the convolution's kernel in pixels, an odd number.
+        norm_cfg: Config of the norm after it.
 
-    Source: arXiv:1807.06521, equation 3; the norm is in the authors' code (Jongchan/attention-module) only.
+    Source: arXiv:1807.06521, equation 3; the norm is only in the authors' code (Jongchan/attention-module).
     """
 
     def __init__(self, kernel_size: int, norm_cfg: Config) -> None:
@@ -71,23 +71,22 @@ class SpatialAttention(FormatKeeper):
 class CBAM(FormatKeeper):
     """Convolutional block attention module: :class:`ChannelAttention`, then :class:`SpatialAttention`.
 
-    As a plugin: ``dict(cfg=dict(type="CBAM"), position="after_conv3")``; behind the last convolution is where the
-    paper has it.
+    As a plugin: ``dict(cfg=dict(type="CBAM"), position="after_conv3")``, after the last convolution as in the paper.
 
     Args:
         in_channels: Channels of the feature map.
-        ratio: Channels that come in per channel of the hidden layer.
-        kernel_size: Side of the spatial convolution in pixels, an odd number.
-        norm_cfg: Config of the norm behind the spatial convolution, which has one channel.
+        ratio: Input channels per channel of the perceptron's hidden layer.
+        kernel_size: Side of the spatial convolution's kernel in pixels, an odd number.
+        norm_cfg: Config of the norm after the spatial convolution; it has one channel.
 
     Shapes:
         ``(N, in_channels, H, W)`` to the same.
 
     Raises:
-        TypeError, ValueError: If an argument does not fit.
+        TypeError, ValueError: If an argument is invalid.
 
     Source: Woo et al., CBAM: Convolutional Block Attention Module, arXiv:1807.06521, figures 2 and 3; the order of the
-    two parts is that of its table 3.
+    two modules is that of its table 3.
     """
 
     _abbr_: ClassVar[str] = "cbam"
@@ -100,7 +99,7 @@ class CBAM(FormatKeeper):
             check_int(name, value, low=1)
         check_count("kernel_size", kernel_size, most=MAX_PIXELS)
         if kernel_size % 2 == 0:
-            raise ValueError(f"`kernel_size` must be odd, got {kernel_size}; a gate looks as far to every side")
+            raise ValueError(f"`kernel_size` must be odd, got {kernel_size}, since the padding is symmetric")
         self.channel = ChannelAttention(in_channels, max(in_channels // ratio, 1))
         self.spatial = SpatialAttention(kernel_size, norm_cfg)
 

@@ -1,4 +1,4 @@
-"""The layers of deformable convolution, v1 and v2."""
+"""Deformable convolution layers, v1 and v2."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ Pair = int | tuple[int, int]
 @register_kind("convolution")
 @MODELS.register_module("DCN")
 class DeformConv2d(nn.Module):
-    """A convolution that learns where to look: a second, plain one predicts a shift for every point of its kernel.
+    """Deformable convolution: a second convolution predicts an offset for every point of the kernel.
 
-    It takes the place of ``nn.Conv2d`` and, with offsets of zero as at the start, computes the same. Its state dict is
-    that of mmcv's ``DeformConv2dPack``. For old checkpoints see :func:`rename_old_offsets`.
+    Offsets are initialized to zero, which gives the result of ``nn.Conv2d``. Its state dict has the keys of mmcv's
+    ``DeformConv2dPack``. For old checkpoints see :func:`rename_old_offsets`.
 
     Args:
-        in_channels: Channels that come in.
-        out_channels: Channels that go out.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
         kernel_size: Sides of the kernel in pixels, one number or (vertical, horizontal), as in the next three.
-        stride: Step of the kernel in pixels.
+        stride: Stride in pixels.
         padding: Zeros added on each side, in pixels.
-        dilation: Distance of the kernel's points in pixels.
-        groups: Parts into which channels are split that do not see each other.
-        deform_groups: Parts of the input channels that have offsets of their own.
+        dilation: Dilation in pixels.
+        groups: Groups of channels that are convolved separately.
+        deform_groups: Groups of input channels with separate offsets.
         bias: Whether to add a learnable bias.
-        im2col_step: How many images mmcv's operator takes at a time, at most; the other backends need no such number.
+        im2col_step: Maximum number of images that mmcv's operator processes at a time; ignored by other backends.
         deformable_groups: Deprecated name of ``deform_groups``.
-        backend: What computes it, see :func:`~resbackbone.layers.deform_operator.deform_conv2d`.
+        backend: Implementation, see :func:`~resbackbone.layers.deform_operator.deform_conv2d`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If the groups do not divide the channels, or ``backend`` is unknown or does not run here.
+        ValueError: If the groups do not divide the channels, or ``backend`` is unknown or not available.
 
     >>> layer = DeformConv2d(8, 16, 3, stride=2, padding=1)
     >>> layer(torch.zeros(1, 8, 32, 48)).shape
@@ -51,11 +51,10 @@ class DeformConv2d(nn.Module):
     Source: Dai et al., Deformable Convolutional Networks, arXiv:1703.06211, section 2.1.
     """
 
-    _version = 2  # as in mmcv, whose version 1 had other names
+    _version = 2  # as in mmcv, whose version 1 had other keys
     channels_per_point: ClassVar[int] = 2
+    optional_keys: ClassVar[tuple[str, ...]] = ("conv_offset",)  # keys that a checkpoint may lack: initialized to zero
     bias: nn.Parameter | None
-
-    neutral: ClassVar[tuple[str, ...]] = ("conv_offset",)  # what a checkpoint need not have: it starts at zero
 
     def __init__(
         self,
@@ -84,7 +83,7 @@ class DeformConv2d(nn.Module):
         self.deform_groups = _current_name(deform_groups, deformable_groups)
         self.im2col_step = im2col_step
         self.backend: Backend = backend
-        # What code that handles any convolution asks for.
+        # Attributes of nn.Conv2d that code for any convolution reads.
         self.transposed = False
         self.output_padding = (0, 0)
         self.padding_mode = "zeros"
@@ -113,9 +112,9 @@ class DeformConv2d(nn.Module):
         backend: Backend = "auto",
         **others: Any,
     ) -> None:
-        """Raise TypeError or ValueError where the constructor would, but build nothing."""
+        """Raise the constructor's errors about invalid arguments without building anything."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the constructor says so
+            warnings.simplefilter("ignore", FutureWarning)  # raised by the constructor
             deform_groups = _current_name(deform_groups, deformable_groups)
         cls._check(in_channels, out_channels, groups, deform_groups, im2col_step)
         check_backend(backend)
@@ -131,7 +130,7 @@ class DeformConv2d(nn.Module):
                 raise ValueError(f"`{parts}` must divide `{channels}` (={given[channels]}), got {given[parts]}")
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew as mmcv does, and zero the bias and the offsets."""
+        """Initialize the weight as mmcv does, and the bias and the offsets to zero."""
         self._draw_weight()
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -141,7 +140,7 @@ class DeformConv2d(nn.Module):
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
 
     def init_weights(self) -> None:
-        """Zero the offsets again; mmengine calls this after a parent's ``init_cfg`` has drawn every ``Conv2d``."""
+        """Zero the offsets; mmengine calls this after the ``init_cfg`` of a parent has initialized every ``Conv2d``."""
         for parameter in self.conv_offset.parameters():
             nn.init.zeros_(parameter)
 
@@ -164,7 +163,7 @@ class DeformConv2d(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Show the geometry and the backend in ``repr``."""
+        """Show the arguments in ``repr``."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
@@ -174,13 +173,13 @@ class DeformConv2d(nn.Module):
 
 @MODELS.register_module("DCNv2")
 class ModulatedDeformConv2d(DeformConv2d):
-    """A deformable convolution that also learns how much each shifted point counts, a factor in 0-1.
+    """Modulated deformable convolution: each point of the kernel also has a learned weight from 0 to 1.
 
-    At the start all factors are 0.5. Its state dict is that of mmcv's ``ModulatedDeformConv2dPack``.
+    All of them are initialized to 0.5. Its state dict has the keys of mmcv's ``ModulatedDeformConv2dPack``.
 
     Args:
         in_channels, out_channels, ...: As for :class:`DeformConv2d`, without its ``im2col_step``.
-        deform_groups: Parts of the input channels that have offsets and factors of their own.
+        deform_groups: Groups of input channels with separate offsets and modulation.
         bias: Whether to add a learnable bias.
 
     Raises:
@@ -234,15 +233,15 @@ class ModulatedDeformConv2d(DeformConv2d):
 def rename_old_offsets(module: nn.Module, state_dict: dict[str, Any], prefix: str = "", *unused: Any) -> None:
     """Rename ``conv2_offset.*``, as old checkpoints have it, to ``conv2.conv_offset.*``, in place.
 
-    A layer cannot do so itself: ``load_state_dict`` shows it only the keys that begin with its own name. (mmcv's layers
-    try, in vain since torch 1.13.) So this is made for the module around it, as a hook:
+    A layer cannot do so itself, since ``load_state_dict`` passes it only keys with its own prefix (mmcv's layers try,
+    without effect since torch 1.13). Register it on the parent module:
     ``block.register_load_state_dict_pre_hook(rename_old_offsets)``; or call it with a state dict before loading.
 
     Args:
-        module: What contains the deformable convolutions, at any depth.
-        state_dict: The checkpoint's tensors by key. Keys that the module has as well stay.
-        prefix: What stands before the module's own names in the keys.
-        unused: What torch gives a hook besides.
+        module: A module that contains the deformable convolutions, at any depth.
+        state_dict: The checkpoint's tensors by key. Existing new keys are kept.
+        prefix: Prefix of the module's keys.
+        unused: Further arguments of a hook.
     """
     modules = dict(module.named_modules())
     for name, layer in modules.items():

@@ -1,4 +1,4 @@
-"""The operator of deformable convolution, v1 and v2, on three interchangeable backends."""
+"""The operator of deformable convolution, v1 and v2, with three backends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NEEDED = {
 
 
 def available_backends() -> tuple[str, ...]:
-    """Return the backends that run here, in the order in which ``"auto"`` prefers them; ``"torch"`` always does.
+    """Return the available backends in the order in which ``"auto"`` prefers them; ``"torch"`` is always the last.
 
     >>> available_backends()[-1]
     'torch'
@@ -36,7 +36,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def check_backend(backend: Backend) -> None:
-    """Raise ValueError if ``backend`` is unknown or does not run here."""
+    """Raise ValueError if ``backend`` is unknown or not available."""
     check_choice("backend", backend, get_args(Backend))
     if backend != "auto" and backend not in available_backends():
         raise ValueError(
@@ -58,23 +58,24 @@ def deform_conv2d(
     im2col_step: int = 32,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Convolve at shifted positions. What lies outside the image is zero; between pixels, bilinear interpolation.
+    """Convolve at shifted positions, with bilinear interpolation between pixels and zeros outside the image.
 
-    Everything is cast to the offset's dtype first, which is the one that autocast chose.
+    All tensors are cast to the dtype of ``offset``, which is that of autocast, if it is enabled.
 
     Args:
         x: ``(N, C, H, W)``.
-        offset: Shifts in pixels, ``(N, deform_groups * 2 * kh * kw, H', W')``, in the order y0, x0, y1, x1, ... per
+        offset: Offsets in pixels, ``(N, deform_groups * 2 * kh * kw, H', W')``, in the order y0, x0, y1, x1, ... per
             group.
         weight: ``(out_channels, C / groups, kh, kw)``.
         bias: ``(out_channels,)``.
-        mask: Factor of every sample, ``(N, deform_groups * kh * kw, H', W')``; None for ones.
-        stride: Step of the kernel in pixels.
+        mask: Modulation, ``(N, deform_groups * kh * kw, H', W')``; None for ones.
+        stride: Stride in pixels.
         padding: Zeros added on each side, in pixels.
-        dilation: Distance of the kernel's points in pixels.
-        im2col_step: How many images mmcv's operator takes at a time, at most; the largest divisor of N is used.
+        dilation: Dilation in pixels.
+        im2col_step: Maximum number of images that mmcv's operator processes at a time; the largest divisor of N up to
+            it is used.
         backend: "mmcv" and "torchvision" are compiled operators, "torch" is plain PyTorch (every device and dtype,
-            ``torch.compile``, ``torch.export``), "auto" the first of them that takes these tensors.
+            ``torch.compile``, ``torch.export``), "auto" the first of them that supports these tensors.
 
     Returns:
         ``(N, out_channels, H', W')``.
@@ -87,8 +88,8 @@ def deform_conv2d(
 
 
 def choose_backend(offset: Tensor) -> str:
-    """Return what ``"auto"`` means for this tensor: the first backend that takes its device and dtype."""
-    # Tracers cannot look into a compiled operator, and tensor subclasses (fake, distributed) have no memory for it.
+    """Return the backend of ``"auto"`` for a tensor: the first that supports its device and dtype."""
+    # Compiled operators cannot be traced, and do not support tensor subclasses (fake, distributed).
     if torch.compiler.is_compiling() or is_tracing() or type(offset) is not Tensor:
         return "torch"
     device = offset.device.type
@@ -101,12 +102,12 @@ def choose_backend(offset: Tensor) -> str:
 
 @cache
 def compiled_devices(backend: str) -> tuple[str, ...]:
-    """Return the device types that a backend's compiled operator serves here: none where it cannot be imported."""
+    """Return the device types that a backend's compiled operator supports: none if it cannot be imported."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a third party deprecates says nothing about whether it works
+        warnings.simplefilter("ignore")  # deprecations of third parties do not matter here
         try:
             return _mmcv_devices() if backend == "mmcv" else _torchvision_devices()
-        except Exception:  # operators built for another torch fail in any way: ImportError, OSError, RuntimeError, ...
+        except Exception:  # operators built for another torch raise ImportError, OSError, RuntimeError, ...
             return ()
 
 
@@ -128,14 +129,14 @@ def _run_mmcv(
 ) -> Tensor:
     images, channels, height, width = x.shape
     kernel_height, kernel_width = weight.shape[2:]
-    # The operators refuse an empty batch, and that of v1 an image smaller than the kernel.
+    # Both operators fail for an empty batch, that of v1 also for an image smaller than the kernel.
     if images == 0 or (mask is None and (height < kernel_height or width < kernel_width)):
         return sample_and_multiply(x, offset, weight, bias, mask, geometry)
     from mmcv import ops
 
     deform_groups = offset.shape[1] // (2 * kernel_height * kernel_width)
     shared = (geometry.stride, geometry.padding, geometry.dilation, channels // weight.shape[1], deform_groups)
-    # They read memory in NCHW order and refuse any other.
+    # They need the contiguous memory format.
     x, offset, weight = x.contiguous(), offset.contiguous(), weight.contiguous()
     out: Tensor
     if mask is not None:

@@ -1,4 +1,4 @@
-"""Deformable convolution in plain PyTorch: the image is read between its pixels, and what was read is multiplied."""
+"""Deformable convolution in plain PyTorch: bilinear sampling followed by a matrix product."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from resbackbone.layers.tracing import is_recording
 
-_BAG_DEVICES = ("cpu", "cuda")  # where an embedding bag is known to run
+_BAG_DEVICES = ("cpu", "cuda")  # devices that are known to support embedding bags
 
 
 class Geometry(NamedTuple):
-    """How the kernel moves over the image, in pixels as (vertical, horizontal), and mmcv's images per step."""
+    """Stride, padding and dilation in pixels as (vertical, horizontal), and mmcv's images per step."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -27,7 +27,7 @@ class Geometry(NamedTuple):
 def sample_and_multiply(
     x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, geometry: Geometry
 ) -> Tensor:
-    """Compute what :func:`~resbackbone.layers.deform_operator.deform_conv2d` does, on every device and dtype."""
+    """Compute :func:`~resbackbone.layers.deform_operator.deform_conv2d` on any device and dtype."""
     images = x.shape[0]
     out_channels, group_channels, *kernel_size = weight.shape
     out_size = offset.shape[2:]
@@ -41,13 +41,13 @@ def sample_and_multiply(
 
 
 def _sample(x: Tensor, offset: Tensor, mask: Tensor | None, kernel_size: Sequence[int], geometry: Geometry) -> Tensor:
-    """Read the image where the kernel's points fall.
+    """Sample the image at the shifted positions of the kernel.
 
-    ``grid_sample`` would want positions scaled to 0-1, which costs precision.
+    Not by ``grid_sample``: positions scaled to -1..1 lose precision.
 
     Returns:
-        ``(N * H' * W' * kh * kw * deform_groups, C / deform_groups)``, in float32 at least: fewer bits do not hold a
-        position in pixels.
+        ``(N * H' * W' * kh * kw * deform_groups, C / deform_groups)``, at least in float32: fewer bits cannot represent
+        positions in pixels.
     """
     images, channels, height, width = x.shape
     groups = offset.shape[1] // (2 * math.prod(kernel_size))
@@ -58,7 +58,7 @@ def _sample(x: Tensor, offset: Tensor, mask: Tensor | None, kernel_size: Sequenc
     rows, columns = (_kernel_positions(axis, out_size[axis], kernel_size[axis], geometry, shift) for axis in (0, 1))
     top, down = _split(shift[0] + rows[:, None, :, None, None], height)
     left, right = _split(shift[1] + columns[:, None, :, None], width)
-    # A border of zeros, one pixel wide, gives every position four neighbors.
+    # With a border of zeros, one pixel wide, every position has four neighbors.
     height, width = height + 2, width + 2
     table = F.pad(x.to(dtype).permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     table = table.reshape(images * height * width * groups, channels // groups)
@@ -73,25 +73,25 @@ def _sample(x: Tensor, offset: Tensor, mask: Tensor | None, kernel_size: Sequenc
 
 
 def _mix_rows(table: Tensor, corners: Tensor, shares: Tensor) -> Tensor:
-    """Add up four rows of the table for every position, ``(positions, 4)`` of them by index and share."""
-    # ONNX makes a loop of an embedding bag, far slower than plain reads.
+    """Return weighted sums of four rows of the table, given by index and weight, ``(positions, 4)`` each."""
+    # Not in ONNX, where an embedding bag becomes a slow loop.
     if is_recording() or table.device.type not in _BAG_DEVICES:
         reads = [table.index_select(0, corners[:, k]) * shares[:, k, None] for k in range(4)]
         return reads[0] + reads[1] + reads[2] + reads[3]
-    # Neither pass keeps the four reads, each as large as the result: several times faster, a quarter of the memory.
+    # It never stores the four rows, each as large as the result: several times faster, a quarter of the memory.
     return F.embedding_bag(corners, table, per_sample_weights=shares, mode="sum")
 
 
 def _kernel_positions(axis: int, size: int, points: int, geometry: Geometry, like: Tensor) -> Tensor:
-    """Return where the kernel's points are without offsets, in pixels along one axis, ``(size, points)``."""
+    """Return the positions of the kernel without offsets, in pixels along one axis, ``(size, points)``."""
     start = torch.arange(size, device=like.device, dtype=like.dtype) * geometry.stride[axis] - geometry.padding[axis]
     point = torch.arange(points, device=like.device, dtype=like.dtype) * geometry.dilation[axis]
     return start[:, None] + point
 
 
 def _split(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Split positions along one axis into the pixel before, counted from the zero border, and the rest in 0-1."""
-    # What is far outside, or NaN, becomes -1: the border has all the weight there, and no gradient comes back.
+    """Split positions along one axis into the index of the pixel before, counted from the border, and the fraction."""
+    # Positions far outside, and NaN, become -1: the border has all the weight there, and the gradient is zero.
     position = torch.where((position > -1) & (position < size), position, -1.0)
     before = position.detach().floor()
     return before.long() + 1, position - before

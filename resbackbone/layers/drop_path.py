@@ -1,4 +1,4 @@
-"""Drop path: whole residual branches left out at random while training."""
+"""Drop path (stochastic depth): drop residual branches at random during training."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from resbackbone.utils.validation import check_number
 
 
 class DropPath(nn.Module):
-    """Zero a sample's branch with probability ``drop_prob`` while training, and scale the others to keep the mean.
+    """Zero the branch of a sample with probability ``drop_prob`` during training; scale the others to keep the mean.
 
     Args:
-        drop_prob: Probability, 0 to 1 (1 excluded).
+        drop_prob: Probability, at least 0 and below 1.
 
-    Source: Huang et al., Deep Networks with Stochastic Depth, arXiv:1603.09382, equations 2 and 5; draws as in
-    mmcv 2.1.0 ``cnn/bricks/drop.py``.
+    Source: Huang et al., Deep Networks with Stochastic Depth, arXiv:1603.09382, equations 2 and 5; random numbers
+    as in mmcv 2.1.0 ``cnn/bricks/drop.py``.
     """
 
     def __init__(self, drop_prob: float) -> None:
@@ -27,7 +27,7 @@ class DropPath(nn.Module):
         if not self.training or self.drop_prob == 0.0:
             return x
         keep = 1.0 - self.drop_prob
-        # The draws and the roundings of mmcv's DropPath, so that a seed gives what it gives there.
+        # The random numbers and the rounding of mmcv's DropPath, so that a seed gives the same result.
         draws = torch.rand((x.shape[0],) + (1,) * (x.dim() - 1), dtype=x.dtype, device=x.device)
         return x.div(keep) * (draws + keep).floor()
 

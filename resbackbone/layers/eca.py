@@ -1,4 +1,4 @@
-"""Efficient channel attention: each channel weighed by what its neighbors average to."""
+"""Efficient channel attention: gates computed by a 1D convolution along the channels."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from resbackbone.utils.validation import check_count, check_int, check_number
 @register_kind("plugin")
 @MODELS.register_module()
 class ECALayer(nn.Module):
-    """Multiply each channel by a gate from 0 to 1, a convolution along the channels' means.
+    """Scale each channel by a gate from 0 to 1, computed by a 1D convolution of the channels' means.
 
-    As a plugin: ``dict(cfg=dict(type="ECALayer"), position="after_conv3")``; behind the last convolution is where the
-    paper has it.
+    As a plugin: ``dict(cfg=dict(type="ECALayer"), position="after_conv3")``, after the last convolution as in the
+    paper.
 
     Args:
         in_channels: Channels of the feature map.
-        kernel_size: How many neighboring channels a gate looks at, an odd number; None for the odd number next to
-            ``(log2(in_channels) + offset) / slope``, but 3 at least, since one alone sees no neighbor.
+        kernel_size: Channels per gate, an odd number; None for the odd number next to
+            ``(log2(in_channels) + offset) / slope``, but at least 3.
         slope: The paper's gamma.
         offset: The paper's b.
 
@@ -31,7 +31,7 @@ class ECALayer(nn.Module):
         ``(N, in_channels, H, W)`` to the same.
 
     Raises:
-        TypeError, ValueError: If ``kernel_size`` is no odd number or ``slope`` is not above 0.
+        TypeError, ValueError: If ``kernel_size`` is not odd or ``slope`` is not above 0.
 
     Source: Wang et al., ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks, arXiv:1910.03151,
     section 3.2, equation 12 for the size; its rounding, down and then up to odd, is that of BangguWu/ECANet.
@@ -54,7 +54,7 @@ class ECALayer(nn.Module):
             kernel_size = max(nearest + 1 - nearest % 2, 3)
         check_count("kernel_size", kernel_size, most=MAX_CHANNELS + 1)
         if kernel_size % 2 == 0:
-            raise ValueError(f"`kernel_size` must be odd, got {kernel_size}; a gate looks as far to both sides")
+            raise ValueError(f"`kernel_size` must be odd, got {kernel_size}, since the padding is symmetric")
         self.kernel_size = kernel_size
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 

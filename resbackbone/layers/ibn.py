@@ -1,4 +1,4 @@
-"""Instance-batch normalization: instance norm for one half of the channels, batch norm for the other."""
+"""IBN: instance norm for one half of the channels, batch norm for the other."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class IBN(nn.Module):
     The keys are those of XingangPan/IBN-Net: ``IN`` and ``BN``, whatever norm the latter is.
 
     Args:
-        num_features: Channels.
-        eps: Added to the variance of the instance norm before the root.
+        num_features: Number of channels.
+        eps: Added to the variance of the instance norm.
         norm_cfg: Config of the other norm.
 
     Shapes:
-        ``(N, num_features, H, W)`` to the same. On a map of one pixel instance norm gives its bias.
+        ``(N, num_features, H, W)`` to the same. On a map of one pixel instance norm returns its bias.
 
     Raises:
         TypeError, ValueError: If there are fewer than two channels.
@@ -48,8 +48,8 @@ class IBN(nn.Module):
         check_int("num_features", num_features, low=1)
         if num_features < 2:
             raise ValueError(
-                "`num_features` must be at least 2, got 1: one half of the channels is normalized by instance; "
-                "more `base_channels` make layers wider"
+                "`num_features` must be at least 2, got 1: one half of the channels has instance norm; "
+                "a larger `base_channels` makes layers wider"
             )
         check_eps("eps", eps)
         self.num_instance = num_features // 2
@@ -62,7 +62,7 @@ class IBN(nn.Module):
 
 
 class InstanceNorm2d(nn.InstanceNorm2d):
-    """torch's instance norm by its own statistics, without the checks of sizes that no tracer can follow."""
+    """torch's instance norm without running statistics, and without size checks, which cannot be traced."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, num_features, H, W)`` to the same shape."""
@@ -71,6 +71,6 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
 
 def make_instance_norm(num_features: int, norm_cfg: Config, eps: float = 1e-5) -> nn.Module:
-    """Make an instance norm with an affine map, which trains where ``norm_cfg`` says that norms do."""
+    """Build an instance norm with affine parameters, which train unless ``norm_cfg`` has ``requires_grad=False``."""
     cfg = {"type": InstanceNorm2d, "affine": True, "eps": eps, "requires_grad": norm_cfg.get("requires_grad", True)}
     return build_norm_layer(cfg, num_features)[1]

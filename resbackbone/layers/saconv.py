@@ -1,4 +1,4 @@
-"""Switchable atrous convolution: two dilations of one kernel, mixed pixel by pixel."""
+"""Switchable atrous convolution: two dilations of one kernel, blended pixel by pixel."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from resbackbone.layers.weight_standardization import ConvAWS2d
 from resbackbone.registry import MODELS
 from resbackbone.utils.validation import check_flag, check_ints
 
-FAR = 3  # the second dilation, in multiples of the first
-WINDOW = 5  # the switch looks at the mean over so many pixels squared
+LARGE_DILATION = 3  # the second dilation, in multiples of the first
+WINDOW = 5  # side of the average pooling before the switch, in pixels
 
-# Leaves for torch.fx, which cannot follow what they do with sizes.
+# Leaves for torch.fx, which cannot trace their use of sizes.
 torch.fx.wrap("deform_conv2d")
 torch.fx.wrap("_mirror")
 
 
-# mmengine's `init_cfg` finds a layer by its class's name and its direct bases'; so nn.Conv2d is named once more.
+# mmengine's `init_cfg` matches a layer by the names of its class and its direct bases, hence nn.Conv2d once more.
 @MODELS.register_module("SAC")
 class SAConv2d(ConvAWS2d, nn.Conv2d):
-    """A convolution that decides at every pixel between its dilation and three times that.
+    """A convolution that blends, at every pixel, its dilation and three times that.
 
-    Both convolutions share a standardized weight but for ``weight_diff``, which starts at zero. What the whole map
-    holds on average is added before and after them. A new layer uses the nearer convolution only.
+    Both dilations share a standardized weight, except for ``weight_diff``, which is initialized to zero. A projection
+    of the global average is added before and after. A new layer uses the smaller dilation only.
 
     Args:
-        in_channels: Channels that come in.
-        out_channels: Channels that go out.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
         kernel_size: Sides of the kernel in pixels, one number or (vertical, horizontal), as in the next three.
-        stride: Step of the kernel in pixels.
-        padding: Zeros added on each side, in pixels; half of what the dilated kernel spans, so that sizes agree.
-        dilation: Distance of the kernel's points in pixels, of the nearer convolution.
-        groups: Parts into which channels are split that do not see each other.
-        bias: Whether there is a parameter ``bias``. It is a key of mmcv's without effect, in mmcv and here, and does
-            not train; ``post_context.bias`` is what it would be.
-        use_deform: Make both convolutions deformable. The kernel is 3x3 then.
-        backend: What computes deformable convolution, see :func:`~resbackbone.layers.deform_operator.deform_conv2d`.
+        stride: Stride in pixels.
+        padding: Zeros added on each side, in pixels; ``dilation * (kernel_size - 1) / 2``.
+        dilation: The smaller dilation in pixels.
+        groups: Groups of channels that are convolved separately.
+        bias: Whether there is a parameter ``bias``. As in mmcv it has no effect; it does not train, and
+            ``post_context.bias`` takes its place.
+        use_deform: Make both convolutions deformable, which needs a 3x3 kernel.
+        backend: Of deformable convolution, see :func:`~resbackbone.layers.deform_operator.deform_conv2d`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -57,8 +57,9 @@ class SAConv2d(ConvAWS2d, nn.Conv2d):
     torch.Size([1, 16, 16, 24])
     """
 
-    neutral: ClassVar[tuple[str, ...]] = (  # what a checkpoint need not have: it starts as if it were not there
-        *ConvAWS2d.neutral,
+    # Keys that a checkpoint may lack: as initialized, they have no effect.
+    optional_keys: ClassVar[tuple[str, ...]] = (
+        *ConvAWS2d.optional_keys,
         *("weight_diff", "switch", "pre_context", "post_context", "offset_s", "offset_l"),
     )
 
@@ -107,7 +108,7 @@ class SAConv2d(ConvAWS2d, nn.Conv2d):
         backend: Backend = "auto",
         **others: Any,
     ) -> None:
-        """Raise TypeError or ValueError where the constructor would, but build nothing."""
+        """Raise the constructor's errors about invalid arguments without building anything."""
         super().check_arguments(in_channels, out_channels, kernel_size, **others)
         check_flag("use_deform", use_deform)
         check_backend(backend)
@@ -115,7 +116,7 @@ class SAConv2d(ConvAWS2d, nn.Conv2d):
         _check_geometry(sides, around, distances, use_deform)
 
     def _reset_switching(self) -> None:
-        """Use the nearer convolution only, without context and offsets, as at the start."""
+        """Initialize to the smaller dilation only, without context and offsets."""
         nn.init.zeros_(self.weight_diff)
         layers = [self.switch, self.pre_context, self.post_context]
         for layer in [*layers, self.offset_s, self.offset_l] if self.use_deform else layers:
@@ -124,7 +125,7 @@ class SAConv2d(ConvAWS2d, nn.Conv2d):
             nn.init.constant_(layer.bias, 1.0 if layer is self.switch else 0.0)
 
     def init_weights(self) -> None:
-        """Start plain again; mmengine calls this after a parent's ``init_cfg`` has drawn every ``Conv2d``."""
+        """Reset the switching; mmengine runs this after a parent's ``init_cfg`` has initialized every ``Conv2d``."""
         super().init_weights()
         self._reset_switching()
 
@@ -134,14 +135,14 @@ class SAConv2d(ConvAWS2d, nn.Conv2d):
         around = F.avg_pool2d(_mirror(x, WINDOW // 2), WINDOW, stride=1)
         switch = self.switch(around)
         weight = self.standardized_weight()
-        near = self._convolve(x, weight, around, 1)
-        far = self._convolve(x, weight + self.weight_diff, around, FAR)
-        out: Tensor = switch * near + (1 - switch) * far
+        small = self._convolve(x, weight, around, 1)
+        large = self._convolve(x, weight + self.weight_diff, around, LARGE_DILATION)
+        out: Tensor = switch * small + (1 - switch) * large
         context: Tensor = self.post_context(F.adaptive_avg_pool2d(out, 1))
         return out + context
 
     def _convolve(self, x: Tensor, weight: Tensor, around: Tensor, factor: int) -> Tensor:
-        """Convolve with ``factor`` times the dilation; ``around`` says where to, if that is learnt."""
+        """Convolve with ``factor`` times the dilation; deformable offsets are computed from ``around``."""
         stride, padding, dilation = _times(1, self.stride), _times(factor, self.padding), _times(factor, self.dilation)
         if not self.use_deform:
             return F.conv2d(x, weight, None, stride, padding, dilation, self.groups)
@@ -170,14 +171,14 @@ def _times(factor: int, pair: Any) -> tuple[int, int]:
 
 
 def _mirror(x: Tensor, border: int) -> Tensor:
-    """Continue an image beyond its edges by its reflection: the edge pixels are not repeated."""
-    # In a traced graph a comparison would hold for the sizes of the example only.
+    """Pad by reflection, also maps that are smaller than the border, for which torch raises."""
+    # Not in a traced graph, where the comparison would hold for the example's size only.
     if not is_recording() and min(x.shape[2:]) > border:
         return F.pad(x, (border, border, border, border), mode="reflect")
     for axis in (2, 3):
         size = x.shape[axis]
         period = (2 * torch.arange(size, device=x.device)[-1:]).clamp(min=1)
-        # Back and forth as often as it takes in an image smaller than the border, which torch refuses to reflect.
+        # Reflected back and forth as often as needed.
         position = torch.arange(-border, size + border, device=x.device) % period
         x = x.index_select(axis, torch.minimum(position, period - position))
     return x

@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation: a gate per channel, computed from the channels' means."""
+"""Squeeze-and-excitation: channel attention computed from the means of all channels."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from resbackbone.utils.validation import check_count, check_int
 @register_kind("plugin")
 @MODELS.register_module()
 class SELayer(nn.Module):
-    """Scale each channel by a number from 0 to 1, which two 1x1 convolutions compute from the means of all channels.
+    """Scale each channel by a gate from 0 to 1, computed by two 1x1 convolutions from the means of all channels.
 
-    It is a plugin, too: ``plugins=[dict(cfg=dict(type="SELayer", ratio=8), position="after_conv2")]``.
+    As a plugin: ``dict(cfg=dict(type="SELayer", ratio=8), position="after_conv2")``.
 
     Args:
-        in_channels: Channels that come in and go out.
-        ratio: How many channels make one squeezed channel.
-        squeeze_channels: Channels between the two convolutions; None for ``in_channels // ratio``, rounded.
-        divisor: What they are rounded to a multiple of.
+        in_channels: Channels of the feature map.
+        ratio: Reduction ratio: input channels per channel between the two convolutions.
+        squeeze_channels: Channels between the two convolutions, which replaces ``ratio`` and ``divisor``; None for
+            ``in_channels // ratio`` rounded to a multiple of ``divisor``.
+        divisor: See ``squeeze_channels``.
 
     Shapes:
         ``(N, in_channels, H, W)`` to the same.
 
     Raises:
-        TypeError, ValueError: If an argument is no integer of at least 1.
+        TypeError, ValueError: If an argument is not an integer of at least 1.
 
     Source: Hu et al., Squeeze-and-Excitation Networks, arXiv:1709.01507, figure 2; the rounding is that of mmpretrain
     1.2.0 ``models/utils/make_divisible.py``.
@@ -45,16 +46,16 @@ class SELayer(nn.Module):
         for name, value in (("in_channels", in_channels), ("ratio", ratio)):
             check_int(name, value, low=1)
         check_count("divisor", divisor, most=MAX_CHANNELS)
-        if squeeze_channels is not None:
-            check_count("squeeze_channels", squeeze_channels, most=MAX_CHANNELS)
         if squeeze_channels is None:
             squeeze_channels = _round_to_multiple(in_channels // ratio, divisor)
+        else:
+            check_count("squeeze_channels", squeeze_channels, most=MAX_CHANNELS)
         self.global_avgpool = nn.AdaptiveAvgPool2d(1)
         self.conv1 = ConvNormAct(in_channels, squeeze_channels, 1, act_cfg={"type": nn.ReLU, "inplace": True})
         self.conv2 = ConvNormAct(squeeze_channels, in_channels, 1, act_cfg={"type": nn.Sigmoid})
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale ``(N, in_channels, H, W)`` channel by channel."""
+        """Map ``(N, in_channels, H, W)`` to the same shape."""
         gates: Tensor = self.conv2(self.conv1(self.global_avgpool(x)))
         return x * gates
 

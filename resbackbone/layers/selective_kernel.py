@@ -1,4 +1,4 @@
-"""Selective kernels: convolutions that look near and far, weighed against each other channel by channel."""
+"""Selective kernels: attention over convolutions of several dilations."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from resbackbone.utils.validation import check_count, check_flag, check_int
 
 
 class SelectiveKernelConv2d(FormatKeeper):
-    """``num_paths`` 3x3 convolutions, the k-th dilated k times as far; their sum, with weights that all decide on.
+    """Attention-weighted sum of ``num_paths`` 3x3 convolutions, the k-th with k times the dilation.
 
-    The weights, one per path and channel, sum to 1 over the paths. The keys are timm's: ``paths.0.conv``,
+    The attention weights, one per path and channel, sum to 1 over the paths. The keys are timm's: ``paths.0.conv``,
     ``paths.0.bn``, ..., ``attn.fc_reduce``, ``attn.bn``, ``attn.fc_select``.
 
     Args:
-        in_channels: Channels that come in.
-        out_channels: Channels that go out, from each path.
-        stride: Step in pixels.
-        dilation: Dilation of the first path, in pixels; the second has twice as much, and so on.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels, also of each path.
+        stride: Stride in pixels.
+        dilation: Dilation of the first path, in pixels; twice as much in the second, and so on.
         groups: Groups of each convolution.
-        num_paths: How many paths, the paper's M.
-        reduction: How many channels make one channel of the attention, the paper's r.
-        min_channels: The fewest channels that the attention has, the paper's L.
-        split_input: Give each path its share of the channels that come in, instead of all.
-        conv_cfg: Config of the paths' convolutions, deformable ones included.
+        num_paths: Number of paths, the paper's M.
+        reduction: Reduction ratio of the attention, the paper's r.
+        min_channels: Minimum number of channels of the attention, the paper's L.
+        split_input: Split the input channels among the paths, instead of passing all to each.
+        conv_cfg: Config of the paths' convolutions; they may be deformable.
         norm_cfg: Config of the norms. That of the attention normalizes maps of one pixel.
 
     Shapes:
         ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H/stride), ceil(W/stride))``.
 
     Raises:
-        ValueError: If the paths cannot share the channels, or the attention's norm would have one number to normalize.
+        ValueError: If the channels cannot be split, or the attention's norm would normalize single values.
 
     Source: Li et al., Selective Kernel Networks, arXiv:1903.06586, section 3.1; ``split_input`` is timm's.
 
@@ -68,8 +68,7 @@ class SelectiveKernelConv2d(FormatKeeper):
         super().__init__()
         if split_input and in_channels % num_paths:
             raise ValueError(
-                f"with `split_input` the {in_channels} channels that come in must be divisible by `num_paths`, "
-                f"got {num_paths}"
+                f"with `split_input` the {in_channels} input channels must be divisible by `num_paths`, got {num_paths}"
             )
         self.out_channels = out_channels
         self.split_input = split_input
@@ -95,18 +94,18 @@ class SelectiveKernelConv2d(FormatKeeper):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H/stride), ceil(W/stride))``."""
         shares = x.chunk(len(self.paths), dim=1) if self.split_input else [x] * len(self.paths)
-        # By number, since a tracer (torch.fx) cannot iterate over the chunks.
+        # By index, since torch.fx cannot iterate over the chunks.
         views = torch.stack([path(shares[index]) for index, path in enumerate(self.paths)], dim=1)
         return add_up(views * self.attn(add_up(views, len(self.paths))), len(self.paths))
 
 
 class SelectiveKernelAttention(FormatKeeper):
-    """The weights of the paths, from the means of their sum.
+    """Attention weights of the paths, computed from the channel means of their sum.
 
     Args:
         in_channels: Channels of each path.
         channels: Channels between the two fully connected layers.
-        num_paths: How many paths.
+        num_paths: Number of paths.
         norm_cfg: Config of the norm between them.
 
     Source: arXiv:1903.06586, equations 2 to 5.

@@ -17,29 +17,29 @@ from resbackbone.layers.norm import build_norm_layer
 
 
 class SplitAttentionConv2d(Module):
-    """``radix`` convolutions side by side; their sum, with weights per channel that all of them decide on.
+    """Attention-weighted sum of ``radix`` parallel convolutions, with one weight per convolution and channel.
 
     The keys are those of OpenMMLab and of the paper's code: ``conv``, ``bn0``, ``fc1``, ``bn1``, ``fc2``.
 
     Args:
-        in_channels: Channels that come in.
-        out_channels: Channels that go out, from each of the convolutions.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels, also of each convolution.
         kernel_size: Side of the kernels in pixels.
-        stride: Step in pixels.
+        stride: Stride in pixels.
         padding: Zeros added on each side, in pixels.
-        dilation: Distance of the kernels' elements, in pixels.
+        dilation: Dilation in pixels.
         groups: Groups of each convolution and of the attention, the paper's cardinality.
-        radix: How many convolutions; with 1 the weights are gates from 0 to 1, otherwise they sum to 1 over the radix.
-        reduction_factor: The attention has ``in_channels * radix // reduction_factor`` channels, but 32 at least.
-        conv_cfg: Config of ``conv``, deformable ones included; the attention's convolutions are plain.
+        radix: Number of convolutions; with 1 the weights are gates from 0 to 1, otherwise they sum to 1 over the radix.
+        reduction_factor: The attention has ``in_channels * radix // reduction_factor`` channels, but at least 32.
+        conv_cfg: Config of ``conv``, which may be deformable; the attention's convolutions are ``nn.Conv2d``.
         norm_cfg: Config of both norms. The second normalizes maps of one pixel.
 
     Shapes:
-        ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``, as a convolution of these arguments.
+        ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``, as a convolution with these arguments.
 
     Raises:
-        ValueError: If ``groups`` does not divide the attention's channels, or its norm would have one number to
-            normalize, as instance norm has on one pixel.
+        ValueError: If ``groups`` does not divide the attention's channels, or its norm would normalize single values,
+            as instance norm does on one pixel.
 
     Source: Zhang et al., ResNeSt: Split-Attention Networks, arXiv:2004.08955, figure 2 and section 3.1.
 
@@ -100,7 +100,7 @@ class SplitAttentionConv2d(Module):
         logits: Tensor = self.fc2(hidden)
         if self.radix == 1:
             return logits.sigmoid().unsqueeze(1)
-        # fc2 is grouped, so its channels come group by group; those of the convolutions come radix by radix.
+        # The channels of fc2 are ordered by group first, those of the convolutions by radix first.
         by_group = torch.unflatten(logits, 1, (self.groups, self.radix, -1))
         return by_group.transpose(1, 2).softmax(1).flatten(2, 3)
 
@@ -113,19 +113,19 @@ class SplitAttentionConv2d(Module):
 
 
 def add_up(splits: Tensor, count: int) -> Tensor:
-    """Compute ``splits.sum(1)`` of ``(N, count, C, H, W)``, to the same bits; in channels_last faster."""
-    if count > 4:  # more are added up in another order
+    """Compute ``splits.sum(1)`` of ``(N, count, C, H, W)`` bit-identically, but faster in channels_last."""
+    if count > 4:  # sum() adds more in another order
         return splits.sum(1)
     parts = splits.unbind(1)
-    # By number, since a tracer (torch.fx) cannot iterate over them.
+    # By index, since torch.fx cannot iterate over them.
     return reduce(operator.add, [parts[index] for index in range(count)])
 
 
 def check_norm_of_one_pixel(norm: nn.Module, norm_cfg: Config, layer: str) -> None:
-    """Raise if ``norm``, run on maps of one pixel, would subtract each number from itself."""
+    """Raise if ``norm``, on maps of one pixel, would normalize single values, which gives zeros."""
     grouped = isinstance(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels
     if grouped or isinstance(norm, _InstanceNorm):  # in training even with running statistics
         raise ValueError(
-            f"{layer} normalises maps of one pixel, where `norm_cfg` must give each norm two channels or more, "
+            f"{layer} normalizes maps of one pixel, so `norm_cfg` must normalize at least two channels together, "
             f"got {dict(norm_cfg)!r}; use batch norm, or group norm with fewer groups"
         )

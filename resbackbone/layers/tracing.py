@@ -1,4 +1,4 @@
-"""Detect whether a forward pass runs or is being traced."""
+"""Detect tracing, exporting and function transforms."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torc
 
 
 def is_recording() -> bool:
-    """Return whether the pass becomes a graph for sizes yet to come: by ``torch.export``, to ONNX or by tracing."""
+    """Return whether the forward pass is recorded as a graph, by export, for ONNX or by ``torch.jit.trace``."""
     return _is_exporting() or is_tracing()
 
 
 def refuse_scripting(module: nn.Module) -> NoReturn:
-    """Raise TypeError, since ``torch.jit.script`` compiles no more than a part of Python."""
+    """Raise TypeError, since ``torch.jit.script`` cannot compile these modules."""
     raise TypeError(
         f"torch.jit.script cannot compile {type(module).__name__}: use torch.jit.trace(net.eval(), images), which also "
         "accepts batches and images of other sizes, or write a file with resbackbone.inference.export"

@@ -117,7 +117,7 @@ class ConvAWS2d(WeightStandardizedConv2d, nn.Conv2d):
     """
 
     # Keys that a checkpoint may lack; loading computes them.
-    neutral: ClassVar[tuple[str, ...]] = ("weight_gamma", "weight_beta")
+    optional_keys: ClassVar[tuple[str, ...]] = ("weight_gamma", "weight_beta")
     weight_gamma: Tensor
     weight_beta: Tensor
 

@@ -1,4 +1,4 @@
-"""The wording of errors in user input: what was expected, what came, what is allowed, what to do next."""
+"""Validation of arguments: errors name the argument, the value, the allowed values and the next step."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequen
 from typing import Any, TypeVar, cast
 
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
-_BETWEEN = ("resbackbone", "mmengine", "torch")  # whose frames may lie between a warning and the code that it is about
+_INTERNAL = ("resbackbone", "mmengine", "torch")  # packages whose frames a warning skips to find the user's line
 
 
 class UnknownKeyError(KeyError):
-    """A KeyError whose message is shown as it is; Python shows that of a plain one in quotes."""
+    """A KeyError that prints its message without quotes."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if len(self.args) == 1 else super().__str__()
 
 
 def message_of(error: BaseException) -> str:
-    """Return an error's message, that of a KeyError without the quotes that ``str`` puts around it."""
+    """Return the message of an error, without the quotes that ``str`` adds to that of a KeyError."""
     return str(error.args[0] if isinstance(error, KeyError) and len(error.args) == 1 else error)
 
 
@@ -40,19 +40,19 @@ def one_line(error: BaseException) -> str:
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn, and name the line outside this package, or mmengine and torch between, that led here: the caller's."""
-    frame, level = sys._getframe(1), 2  # the one of `stacklevel=2` is whoever calls this function
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
+    """Warn with the location of the user's call: the nearest line outside this package, mmengine and torch."""
+    frame, level = sys._getframe(1), 2  # `stacklevel=2` is the caller of this function
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _INTERNAL:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 
 
 def to_builtin(value: Any) -> Any:
-    """Return a config's value in Python's own types: what OmegaConf, NumPy and others have for dict, list and int.
+    """Convert a config's value to Python's builtin types, from those of OmegaConf, NumPy, torch and others.
 
-    Mappings become dicts; other sequences than text become lists, or tuples where they cannot be changed; NumPy's
-    scalars and vectors, and tensors of at most one dimension, become numbers and lists; and what can be an index is an
-    integer. What is plain already is returned as it is.
+    Mappings become dicts, mutable sequences lists and others tuples, except for strings; NumPy arrays and tensors of at
+    most one dimension become lists or numbers; objects with ``__index__`` become integers. Builtin values are returned
+    as they are.
 
     >>> to_builtin({"out_indices": range(2, 4), "depth": 50})
     {'out_indices': (2, 3), 'depth': 50}
@@ -81,7 +81,7 @@ def to_builtin(value: Any) -> Any:
 
 
 def convert_arguments(constructor: Constructor) -> Constructor:
-    """Decorate a constructor to receive its arguments in Python's own types, as :func:`to_builtin` returns them."""
+    """Decorate a constructor to receive its arguments converted by :func:`to_builtin`."""
     names = list(inspect.signature(constructor).parameters)[1:]
 
     @functools.wraps(constructor)
@@ -102,16 +102,16 @@ def convert_argument(name: str, value: Any) -> Any:
 
 
 def nearest(name: object, known: Iterable[str], *, list_all: str = "", same_numbers: bool = False) -> str:
-    """Return the tail of an error message about an unknown name.
+    """Return the end of an error message about an unknown name.
 
     Args:
         name: What the user wrote.
-        known: The names that would have been right.
-        list_all: How to see them all, such as a call or a command; without it the names are written out.
+        known: The known names.
+        list_all: How to list them, such as a call or a command; without it they are written out.
         same_numbers: Suggest only names with the same numbers, since others are nets of another size.
 
     Returns:
-        ``"; did you mean 'X'? Known: ..."``, the question only where something is near.
+        ``"; did you mean 'X'? Known: ..."``, without the question if no name is near.
 
     >>> nearest("ResNett", ["ResNet", "FPN"])
     "; did you mean 'ResNet'? Known: FPN, ResNet"
@@ -126,7 +126,7 @@ def nearest(name: object, known: Iterable[str], *, list_all: str = "", same_numb
 
 
 def check_type(name: str, value: object, allowed: type | tuple[type, ...], expected: str) -> None:
-    """Raise TypeError unless ``value`` is an instance of ``allowed``; bool does not pass for a number."""
+    """Raise TypeError unless ``value`` is an instance of ``allowed``; bool is not accepted as a number."""
     types = allowed if isinstance(allowed, tuple) else (allowed,)
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         raise TypeError(f"`{name}` must be {expected}, got {value!r} of type {type(value).__name__}")
@@ -141,7 +141,7 @@ def check_int(name: str, value: object, *, low: int, high: int | None = None) ->
     """Return ``value`` as an int, or raise unless it is an integer in ``low..high``.
 
     Raises:
-        TypeError: If it is no integer.
+        TypeError: If it is not an integer.
         ValueError: If it is out of range.
     """
     number = to_builtin(value)
@@ -166,14 +166,14 @@ def check_number(
 
     Args:
         name: The argument's name.
-        value: An integer or a floating-point number, of Python or of numpy; no bool.
-        low: The least that it may be, if there is one.
-        high: The most that it may be, if there is one.
-        above: Whether ``low`` itself is too little.
-        below: Whether ``high`` itself is too much.
+        value: An integer or floating-point number, of Python or NumPy, but not a bool.
+        low: Lower limit.
+        high: Upper limit.
+        above: Whether ``low`` itself is excluded.
+        below: Whether ``high`` itself is excluded.
 
     Raises:
-        TypeError: If it is no number.
+        TypeError: If it is not a number.
         ValueError: If it is out of range, infinite or NaN.
     """
     allowed = _range_in_words(low, high, above, below)
@@ -200,10 +200,10 @@ def _range_in_words(low: float, high: float, above: bool, below: bool) -> str:
 
 
 def check_count(name: str, value: object, *, most: int, low: int = 1) -> int:
-    """Return ``value`` as an int, or raise unless it is at least ``low`` and not beyond what anybody can build.
+    """Return ``value`` as an int, or raise unless it is from ``low`` to ``most``, a limit beyond any realistic net.
 
     Raises:
-        TypeError: If it is no integer.
+        TypeError: If it is not an integer.
         ValueError: If it is below ``low`` or above ``most``.
     """
     number = check_int(name, value, low=low)
@@ -214,13 +214,13 @@ def check_count(name: str, value: object, *, most: int, low: int = 1) -> int:
 
 def check_choice(name: str, value: object, allowed: Sequence[Any]) -> None:
     """Raise ValueError unless ``value`` is one of ``allowed``."""
-    # By type first: what compares an array with text is an array.
+    # Type first, since comparing an array returns an array.
     if not any(isinstance(value, type(choice)) and value == choice for choice in allowed):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
 def check_mapping(name: str, value: object, *, optional: bool = True) -> None:
-    """Raise TypeError unless ``value`` is a dict (or None, where that is allowed)."""
+    """Raise TypeError unless ``value`` is a dict, or None if that is allowed."""
     if value is None and optional:
         return
     check_type(name, value, Mapping, "a dict or None" if optional else "a dict")
@@ -231,12 +231,12 @@ def check_sequence(name: str, value: object, *, length: int | None = None, why: 
 
     Args:
         name: The argument's name.
-        value: A list or tuple, or another sequence that is no text.
-        length: How many entries it must have, if that is fixed.
-        why: Where the length comes from, such as "one per stage, `num_stages`=3".
+        value: A list, a tuple or another sequence, but not a string.
+        length: Required number of entries, if it is fixed.
+        why: The reason for this length, such as "one per stage, `num_stages`=3".
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If it is not a sequence.
         ValueError: If its length is wrong.
     """
     entries = to_builtin(value)

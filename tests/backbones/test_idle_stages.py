@@ -63,7 +63,7 @@ def test_w10_what_comes_later_does_not_run(images):
 
 
 def test_w10_a_hint_names_the_option(caplog, monkeypatch):
-    monkeypatch.setattr("resbackbone.utils.logs._mmengines_logger", lambda: None)  # that of a run in another test
+    monkeypatch.setattr("resbackbone.utils.logs._run_logger", lambda: None)  # that of a run in another test
     with caplog.at_level(logging.INFO, logger="resbackbone"):
         ResNet(**TINY, out_indices=(0, 1))
     assert "`num_stages=2, strides=(1, 2), dilations=(1, 1)` leaves it out" in caplog.text
@@ -114,7 +114,7 @@ def assert_same_outputs(shake, images, net, shorter):
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("out_indices", [(0, 1), (1,), (-3, -4), ("stem", 0), ("stem",)], ids=str)
 def test_w10_the_hint_can_be_followed(shake, images, caplog, monkeypatch, given, out_indices):
-    monkeypatch.setattr("resbackbone.utils.logs._mmengines_logger", lambda: None)
+    monkeypatch.setattr("resbackbone.utils.logs._run_logger", lambda: None)
     if given == "plugins" and out_indices != (0, 1):
         pytest.skip("one is enough")
     config = {**TINY, **GIVEN[given], "out_indices": out_indices}
@@ -133,7 +133,7 @@ def test_w10_the_hint_can_be_followed(shake, images, caplog, monkeypatch, given,
 
 @every_class
 def test_w10_the_hint_can_be_followed_with_every_class(shake, images, caplog, monkeypatch, case):
-    monkeypatch.setattr("resbackbone.utils.logs._mmengines_logger", lambda: None)
+    monkeypatch.setattr("resbackbone.utils.logs._run_logger", lambda: None)
     net, arguments = named_arguments(caplog, lambda: make(case, out_indices=(0, 1)))
     assert "neither run nor trained" in caplog.text
     assert bool(arguments) is (case not in ("RegNet", "TridentResNet"))  # which have no fewer stages
@@ -143,7 +143,7 @@ def test_w10_the_hint_can_be_followed_with_every_class(shake, images, caplog, mo
 
 @pytest.mark.parametrize("flags", [(False, True, True, True), (False, False, True, True)])
 def test_w10_the_hint_can_be_followed_with_switchable_convolutions(shake, images, caplog, monkeypatch, flags):
-    monkeypatch.setattr("resbackbone.utils.logs._mmengines_logger", lambda: None)
+    monkeypatch.setattr("resbackbone.utils.logs._run_logger", lambda: None)
     sac = {"type": "SAC", "use_deform": False}
     config = {"base_channels": 8, "out_indices": (0, 1), "sac": sac, "stage_with_sac": flags}
     net, arguments = named_arguments(caplog, lambda: DetectoRS_ResNet(50, **config))
@@ -155,7 +155,7 @@ def test_w10_no_hint_names_what_a_constructor_does_not_take(caplog, monkeypatch)
         def __init__(self, width):
             super().__init__(18, base_channels=width, out_indices=(0,))
 
-    monkeypatch.setattr("resbackbone.utils.logs._mmengines_logger", lambda: None)
+    monkeypatch.setattr("resbackbone.utils.logs._run_logger", lambda: None)
     assert named_arguments(caplog, lambda: Fixed(8))[1] == {}
     assert caplog.messages[-1].endswith("neither run nor trained")
 

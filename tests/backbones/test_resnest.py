@@ -197,7 +197,7 @@ def test_norms_are_named_as_they_are():
 def test_norms_of_a_single_number_are_refused(norm_cfg):
     """On the attention's maps of one pixel they give zeros, and raise for a single image."""
     with pytest.raises(
-        ValueError, match=r"split attention normalises maps of one pixel.*two channels or more.*got {'type'"
+        ValueError, match=r"split attention normalizes maps of one pixel.*two channels together.*got {'type'"
     ):
         ResNeSt(14, norm_cfg=norm_cfg)
 

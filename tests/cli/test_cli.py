@@ -111,7 +111,7 @@ class TestInfo:
         [
             ("resnt50", "unknown backbone 'resnt50'; did you mean 'resnet50'?"),
             ("gone.yaml", "no config file at 'gone.yaml'"),
-            ("broken.yaml", "'broken.yaml' is no valid YAML"),
+            ("broken.yaml", "'broken.yaml' is not valid YAML"),
             ("typo.yaml", "ResNet has no argument 'dept'; did you mean 'depth'?"),
         ],
     )

@@ -277,7 +277,7 @@ def test_a_base_may_have_a_base_in_another_folder(write, tmp_path):
     ids=["top", "inside"],
 )
 def test_a_yaml_key_written_twice_is_refused(write, text):
-    with pytest.raises(ValueError, match="is written twice"):
+    with pytest.raises(ValueError, match="duplicate key"):
         build_backbone(write("twice.yaml", text))
 
 
@@ -287,7 +287,7 @@ def test_a_yaml_tag_is_refused_and_not_executed(write, tmp_path):
     yaml.unsafe_load(text)
     assert target.exists()  # with another loader it would have been
     target.rmdir()
-    with pytest.raises(ValueError, match="no valid YAML of plain values"):
+    with pytest.raises(ValueError, match="not valid YAML of plain values"):
         build_backbone(write("evil.yaml", text))
     assert not target.exists()
 

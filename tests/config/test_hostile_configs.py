@@ -283,7 +283,7 @@ def test_s1_an_installed_plugin_registers_types(tmp_path, monkeypatch):
 def test_s1_a_small_yaml_stands_for_no_endless_config(tmp_path, text):
     path = tmp_path / "net.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match="no valid YAML of plain values"):
+    with pytest.raises(ValueError, match="not valid YAML of plain values"):
         build_backbone(path)
 
 

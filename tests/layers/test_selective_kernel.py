@@ -112,10 +112,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_built(refused, options,
 
 
 def test_paths_that_cannot_share_the_channels_are_refused():
-    with pytest.raises(ValueError, match="the 8 channels that come in must be divisible by `num_paths`, got 3"):
+    with pytest.raises(ValueError, match="the 8 input channels must be divisible by `num_paths`, got 3"):
         SKResNet(18, base_channels=8, num_paths=3, split_input=True)
 
 
 def test_a_norm_that_would_see_one_number_is_refused():
-    with pytest.raises(ValueError, match="selective-kernel attention normalises maps of one pixel"):
+    with pytest.raises(ValueError, match="selective-kernel attention normalizes maps of one pixel"):
         SKResNet(18, norm_cfg={"type": "GN", "num_groups": 32})

@@ -22,7 +22,7 @@ every_class_in_time = pytest.mark.parametrize(
 @pytest.fixture
 def own_log(monkeypatch, caplog):
     """What is logged, where no run of mmengine's has a log."""
-    monkeypatch.setattr("resbackbone.utils.logs._mmengines_logger", lambda: None)  # that of a run in another test
+    monkeypatch.setattr("resbackbone.utils.logs._run_logger", lambda: None)  # that of a run in another test
     caplog.set_level("INFO")
     return caplog
 
