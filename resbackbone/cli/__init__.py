@@ -1,4 +1,4 @@
-"""The ``resbackbone`` command; one file per subcommand, none of which imports torch before it runs."""
+"""The ``resbackbone`` command: one file per subcommand; torch is imported only when one runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from resbackbone.cli.load_report import load_report
 from resbackbone.cli.test import measure
 from resbackbone.cli.train import train
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="markdown"
+)
 app.command("list")(list_backbones)
 app.command("info")(info)
 app.command("extract")(extract)
@@ -33,8 +35,8 @@ def main() -> None:
     app(prog_name="resbackbone")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(show: bool) -> None:
+    if show:
         from resbackbone import __version__
 
         typer.echo(__version__)
@@ -45,7 +47,7 @@ def _print_version(wanted: bool) -> None:
 def _resbackbone(
     *,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """One ResNet backbone family: look at the architectures, extract features from pictures, train."""
+    """ResNet backbones: list, extract features, convert and export weights, benchmark, train."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resbackbone.cli.console import Imports, check_file, import_named, say, user_errors
+from resbackbone.cli.console import Imports, check_file, echo, import_user_modules, user_errors
 
 if TYPE_CHECKING:
     from resbackbone.analysis.benchmark import Timing
@@ -46,7 +46,7 @@ def bench(
     from resbackbone.utils.devices import check_device
 
     with user_errors():
-        import_named(imports)
+        import_user_modules(imports)
         check_file("--out", out)
         pixels = parse_size(size)
         height, width = (pixels, pixels) if isinstance(pixels, int) else pixels
@@ -57,22 +57,22 @@ def bench(
         dtypes = benchmark.benchmarked_dtypes(device)
         variants = benchmark.list_variants(device, compiled=compiled)
         num_images, num_runs = _with_noun(batch, "image"), _with_noun(runs, "run")
-        say(f"{config}, {num_images} of {height}x{width} on {device}, {num_runs} each: {'; '.join(variants)}")
+        echo(f"{config}, {num_images} of {height}x{width} on {device}, {num_runs} each: {'; '.join(variants)}")
         if "bfloat16" not in dtypes:
-            say(f"bfloat16 is skipped: {processor.reason(torch.bfloat16)}, and `optimize` computes in float32")
+            echo(f"bfloat16 is skipped: {processor.reason(torch.bfloat16)}, and `optimize` computes in float32")
         net = build_backbone(config).to(device).eval()
         images = torch.randn(batch, net.in_channels, height, width, device=device)
-        say("{:<20}{:>10}{:>12}{:>10}{:>10}{:>14}".format("variant", *_COLUMNS))
+        echo("{:<20}{:>10}{:>12}{:>10}{:>10}{:>14}".format("variant", *_COLUMNS))
         timings = {}
         for variant in variants:
             timings[variant] = benchmark.time_variant(net, variant, images, runs=runs)
-            say(_row(variant, timings[variant]))
+            echo(_row(variant, timings[variant]))
         machine = benchmark.describe_machine()
-        say(", ".join(f"{key} {value}" for key, value in machine.items()))
+        echo(", ".join(f"{key} {value}" for key, value in machine.items()))
         rates = {}
         for dtype in dtypes:
             rates[dtype] = benchmark.matmul_rate(getattr(torch, dtype), device=device)
-            say(f"matrix products, {dtype}: {rates[dtype] / 1e9:.0f} GFLOP/s")
+            echo(f"matrix products, {dtype}: {rates[dtype] / 1e9:.0f} GFLOP/s")
         if out is not None:
             figures = {"config": config, "shape": list(images.shape), "machine": machine, "matmul": rates}
             figures["variants"] = {variant: asdict(timing) for variant, timing in timings.items()}

@@ -1,4 +1,4 @@
-"""What the commands share: where they print, and how they end when the user's input is at fault."""
+"""Shared by the commands: printing, the ``--import`` option, checks of output paths, and errors in user input."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ Imports = Annotated[
     typer.Option(
         "--import",
         metavar="MODULE",
-        help="Import a module of yours that registers types, before CONFIG is read. May be repeated.",
+        help="Module that registers custom types, imported before CONFIG is read; may be repeated.",
         show_default=False,
     ),
 ]
 
-results = Console(highlight=False)
-messages = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
 
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, MemoryError, RecursionError)
 
 
-def say(text: str, *, style: str = "", console: Console = results) -> None:
-    """Print text as it is: never as markup, never wrapped, and with escapes for what is not :func:`printable`."""
+def echo(text: str, *, style: str = "", console: Console = stdout) -> None:
+    """Print text without markup or wrapping, and with control characters escaped by :func:`printable`."""
     lines = "\n".join(map(printable, text.split("\n")))
     console.print(Text(lines, style=style), soft_wrap=True)
 
 
 def printable(text: object) -> str:
-    r"""Escape what names of files may hold and no terminal should get: line breaks, control characters, no UTF-8.
+    r"""Escape characters of file names that a terminal must not get: line breaks, control characters, invalid UTF-8.
 
     >>> print(printable("a\nb\x1b[2J.png"))
     a\nb\x1b[2J.png
@@ -52,21 +52,21 @@ def printable(text: object) -> str:
 def with_progress(
     items: Iterable[Item], description: str, *, total: int | None = None, shown: bool = True
 ) -> Iterable[Item]:
-    """Go through the items, with a bar where somebody watches.
+    """Iterate over items with a progress bar, if stderr is a terminal.
 
     Args:
-        items: What is gone through.
-        description: What stands beside the bar.
-        total: How many there are, where they cannot say it themselves.
-        shown: False for no bar at all.
+        items: The items.
+        description: Label of the bar.
+        total: Number of items, if they have no length.
+        shown: Whether to show a bar at all.
     """
-    if not (shown and messages.is_terminal):
+    if not (shown and stderr.is_terminal):
         return items
-    return track(items, description, total=total, console=messages, transient=True)
+    return track(items, description, total=total, console=stderr, transient=True)
 
 
-def import_named(modules: Iterable[str] | None) -> None:
-    """Import what ``--import`` names, from the current folder as well, which is searched last.
+def import_user_modules(modules: Iterable[str] | None) -> None:
+    """Import the modules named by ``--import``; the current folder is searched, too, after all others.
 
     Raises:
         ImportError: If a module cannot be imported.
@@ -79,30 +79,30 @@ def import_named(modules: Iterable[str] | None) -> None:
 
 
 def check_folder(option: str, path: Path) -> None:
-    """Raise ValueError where a folder cannot be made, as a file stands in its way."""
+    """Raise ValueError if a folder cannot be created because the path or one of its parents is a file."""
     for there in (path, *path.parents):
         if there.exists() and not there.is_dir():
             raise ValueError(f"{option} needs a folder, but {str(there)!r} is a file; give another one")
 
 
 def check_file(option: str, path: Path | None) -> None:
-    """Raise ValueError where a file cannot be written because of what is there, before it takes time to find out."""
+    """Raise ValueError if a file cannot be written because it is a folder, or its folder does not exist."""
     if path is not None and path.is_dir():
         raise ValueError(f"{option} needs the name of a file, but {str(path)!r} is a folder")
     if path is not None and not path.absolute().parent.is_dir():
-        raise ValueError(f"{option} needs a folder that is there, but {str(path.parent)!r} is none")
+        raise ValueError(f"{option} needs an existing folder, but {str(path.parent)!r} is none")
 
 
 @contextmanager
 def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """End the command with one red line and status 2 where the block raises what is the user's to mend.
+    """Print errors of the block that the user can fix as one red line, and exit with status 2.
 
     Args:
-        kinds: The exceptions in question; ``USER_ERRORS`` unless given.
+        kinds: Exceptions to print, and MemoryError; ``USER_ERRORS`` if none are given.
     """
     caught: tuple[type[Exception], ...] = (*kinds, MemoryError) if kinds else USER_ERRORS
     try:
         yield
     except caught as error:
-        say(f"error: {one_line(error)}", style="red", console=messages)
+        echo(f"error: {one_line(error)}", style="red", console=stderr)
         raise typer.Exit(2) from error

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from resbackbone.cli.console import messages, say, user_errors
+from resbackbone.cli.console import echo, stderr, user_errors
 
 
 def convert(
@@ -22,14 +22,14 @@ def convert(
         str, typer.Option(metavar="LAYOUT", help="The key layout to write: native, timm, detectron2, huggingface, ...")
     ],
     layout: Annotated[
-        str | None, typer.Option("--from", metavar="LAYOUT", help="The key layout of SRC.", show_default="found out")
+        str | None, typer.Option("--from", metavar="LAYOUT", help="The key layout of SRC.", show_default="detected")
     ] = None,
     prefix: Annotated[
         str | None,
-        typer.Option(help="What stands before the backbone's keys, where SRC has several.", show_default="found out"),
+        typer.Option(help="Key prefix of the backbone, if SRC has several.", show_default="detected"),
     ] = None,
 ) -> None:
-    """Write the backbone of a checkpoint, and its classifier, with another library's keys."""
+    """Convert the backbone of a checkpoint, with its classifier, to the key layout of another library."""
     from resbackbone.checkpoints.conversion import find_backbone, get_layout
     from resbackbone.checkpoints.loading import read_tensors
     from resbackbone.checkpoints.saving import save_weights
@@ -42,9 +42,9 @@ def convert(
         save_weights(converted, destination)
     if found.copies:
         others = ", ".join(map(repr, found.copies))
-        say(f"took the backbone below {found.prefix!r}, not {others}; choose with --prefix", console=messages)
-    say(f"{len(converted)} tensors, {found.layout.name} to {target.name}: {destination}", style="green")
+        echo(f"converted the backbone below {found.prefix!r}, not {others}; choose with --prefix", console=stderr)
+    echo(f"{len(converted)} tensors, {found.layout.name} to {target.name}: {destination}", style="green")
     if found.others:
-        say(f"{len(found.others)} left out that are no backbone's, such as {found.others[0]}")
+        echo(f"{len(found.others)} outside the backbone left out, such as {found.others[0]}")
     if content.not_loaded:
-        say(f"not loaded: {', '.join(content.not_loaded)}")
+        echo(f"not loaded: {', '.join(content.not_loaded)}")

@@ -1,4 +1,4 @@
-"""``resbackbone export``: a backbone as a file that runs without this library."""
+"""``resbackbone export``: a backbone as a file that runs without this package."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from resbackbone.cli.console import Imports, check_file, import_named, messages, say, user_errors
+from resbackbone.cli.console import Imports, check_file, echo, import_user_modules, stderr, user_errors
 
 
 class Target(str, Enum):
-    """Kinds of files."""
+    """File format."""
 
     ONNX = "onnx"
     TORCH_EXPORT = "torch-export"
@@ -21,7 +21,7 @@ class Target(str, Enum):
 
 
 class Dtype(str, Enum):
-    """Number format that the file computes in."""
+    """Number format of the computation."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -34,25 +34,25 @@ def export(
     ],
     *,
     to: Annotated[
-        Target, typer.Option(help="ONNX, torch.export's archive, or compiled for this kind of machine.")
+        Target, typer.Option(help="ONNX, a torch.export archive, or code compiled by AOTInductor for this machine.")
     ] = Target.ONNX,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The file.", show_default="NAME.onnx or NAME.pt2")
+        Path | None, typer.Option(metavar="FILE", help="Output file.", show_default="NAME.onnx or NAME.pt2")
     ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Weights: a file, a name that `resbackbone list --weights` shows, or a URL.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Number format; ONNX takes no bfloat16.")] = Dtype.FLOAT32,
+    dtype: Annotated[Dtype, typer.Option(help="Number format; not bfloat16 for ONNX.")] = Dtype.FLOAT32,
     size: Annotated[
         str | None,
-        typer.Option(help="Take images of this size only: one side of a square, or HEIGHTxWIDTH.", show_default="any"),
+        typer.Option(help="Fixed image size in pixels: one side of a square, or HEIGHTxWIDTH.", show_default="any"),
     ] = None,
     imports: Imports = None,
 ) -> None:
-    """Write a backbone to a file that takes batches and images of any size.
+    """Export a backbone to a file, for any batch size and image size.
 
-    The file is run and compared with the backbone before it appears under its name. Without a checkpoint the weights
-    are those that the config starts from.
+    The outputs of the file are compared with the backbone's before it is moved to its name. Without a checkpoint, the
+    weights are initialized by the config.
     """
     from resbackbone import __version__, build_backbone
     from resbackbone.checkpoints import load_checkpoint
@@ -62,7 +62,7 @@ def export(
     from resbackbone.inference.export_formats import EXPORT_FORMATS
 
     with user_errors():
-        import_named(imports)
+        import_user_modules(imports)
         check_file("--out", out)
         pixels = None if size is None else parse_size(size)
         net = build_backbone(config)
@@ -77,10 +77,10 @@ def export(
             dtype=dtype.value,
             size=(pixels, pixels) if isinstance(pixels, int) else pixels,
             metadata={"config": name, "weights": weights, "resbackbone": __version__},
-            report=partial(say, console=messages),
+            report=partial(echo, console=stderr),
         )
-    say(f"weights: {weights}")
+    echo(f"weights: {weights}")
     for level in exported.levels:
         off = exported.differences[level.name]
-        say(f"{level.name}: {level.channels} channels, stride {level.stride}, at most {off:.1e} from the backbone's")
-    say(f"{exported.path} computes what the backbone does", style="green")
+        echo(f"{level.name}: {level.channels} channels, stride {level.stride}, at most {off:.1e} from the backbone's")
+    echo(f"{exported.path} computes what the backbone does", style="green")

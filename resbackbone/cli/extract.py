@@ -12,10 +12,10 @@ import typer
 from resbackbone.cli.console import (
     Imports,
     check_folder,
-    import_named,
-    messages,
+    echo,
+    import_user_modules,
     printable,
-    say,
+    stderr,
     user_errors,
     with_progress,
 )
@@ -92,7 +92,7 @@ def extract(
 
     keep_freed_memory()
     with user_errors():
-        import_named(imports)
+        import_user_modules(imports)
         check_folder("--out", out)
         with extraction.DistributedContext.from_environment() as distributed:
 
@@ -115,7 +115,7 @@ def extract(
                 batch_size=batch_size,
                 resume=resume,
                 progress=show,
-                report=say,
+                report=echo,
                 warn=_warn,
                 distributed=distributed,
             )
@@ -125,14 +125,14 @@ def extract(
 
 
 def _warn(text: str) -> None:
-    say(text, style="yellow", console=messages)
+    echo(text, style="yellow", console=stderr)
 
 
 def _print_problems(result: PictureResult) -> None:
     path = printable(result.path)
     if result.status == "failed":
         reason = result.error if repr(str(result.path)) in result.error else f"{path}: {result.error}"
-        say(f"skipped: {reason}", style="red", console=messages)
+        echo(f"skipped: {reason}", style="red", console=stderr)
     if result.non_finite:
         _warn(f"{path}: infinite or NaN in {', '.join(result.non_finite)}; try another --dtype")
 
@@ -147,8 +147,8 @@ def _print_summary(summary: ExtractionSummary, out: Path, distributed: Distribut
     who = f"rank {distributed.rank} of {distributed.world_size}: " if alone else ""
     kept = f", {summary.num_kept} of them by an earlier run" if summary.num_kept else ""
     text = f"{who}{extracted} of {total} picture{'' if total == 1 else 's'} extracted to {out}{kept}"
-    say(text, style="green" if extracted else "")
+    echo(text, style="green" if extracted else "")
     if summary.overview is not None:
-        say(f"look at {printable(summary.overview)}")
+        echo(f"look at {printable(summary.overview)}")
     if summary.num_failed:
-        say(f"{summary.num_failed} skipped", style="red", console=messages)
+        echo(f"{summary.num_failed} skipped", style="red", console=stderr)

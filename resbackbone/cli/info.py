@@ -1,4 +1,4 @@
-"""``resbackbone info``: what one backbone consists of and costs."""
+"""``resbackbone info``: the stages of one backbone and their cost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resbackbone.cli.console import Imports, import_named, results, say, user_errors
+from resbackbone.cli.console import Imports, echo, import_user_modules, stdout, user_errors
 
 
 def info(
@@ -16,7 +16,7 @@ def info(
         str, typer.Argument(metavar="CONFIG", help="A name that `resbackbone list` shows, or a .yaml or .py file.")
     ],
     *,
-    size: Annotated[str, typer.Option(help="Image in pixels: one side of a square, or HEIGHTxWIDTH.")] = "224",
+    size: Annotated[str, typer.Option(help="Image size in pixels: one side of a square, or HEIGHTxWIDTH.")] = "224",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     imports: Imports = None,
 ) -> None:
@@ -26,7 +26,7 @@ def info(
     from resbackbone.data.pictures import parse_size
 
     with user_errors():
-        import_named(imports)
+        import_user_modules(imports)
         pixels = parse_size(size)
         loaded = load_config(config)
         net = build_on_meta(loaded.backbone)
@@ -53,10 +53,10 @@ def _print(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     arguments = ", ".join(f"{key}={value!r}" for key, value in facts["config"].items() if key != "type")
-    say(f"{facts['name']}: {facts['type']}({arguments})")
+    echo(f"{facts['name']}: {facts['type']}({arguments})")
     if facts["source"]:
-        say(f"source: {facts['source']}")
-    say(f"one image of {facts['size'][0]}x{facts['size'][1]} pixels")
+        echo(f"source: {facts['source']}")
+    echo(f"one image of {facts['size'][0]}x{facts['size'][1]} pixels")
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("part", no_wrap=True)
     for heading in ("channels", "stride", "size", "params", "MACs", "output"):
@@ -69,5 +69,5 @@ def _print(facts: dict[str, Any]) -> None:
         )
     for label, total in (("backbone", facts["backbone"]), ("+ classifier", facts["with_classifier"])):
         table.add_row(label, "", "", "", f"{total['params']:,}", f"{total['macs']:,}", "")
-    results.print(table)
-    say("The classifier: average pooling and a linear layer of 1000 classes, for comparison with published figures.")
+    stdout.print(table)
+    echo("The classifier: average pooling and a linear layer of 1000 classes, for comparison with published figures.")

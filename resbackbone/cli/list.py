@@ -1,4 +1,4 @@
-"""``resbackbone list``: the architectures, by family, and the weights that are published for them."""
+"""``resbackbone list``: architectures by family, and published weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resbackbone.cli.console import results, user_errors
+from resbackbone.cli.console import stdout, user_errors
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,23 +17,22 @@ if TYPE_CHECKING:
 
 def list_backbones(
     pattern: Annotated[
-        str, typer.Argument(help="Part of the name, or the whole with * and ? as in a shell.", show_default=False)
+        str, typer.Argument(help="Part of the name, or a shell pattern with * and ?.", show_default=False)
     ] = "*",
     *,
-    names: Annotated[bool, typer.Option("--names", help="Only the names, one per line.")] = False,
-    weights: Annotated[bool, typer.Option("--weights", help="Not the architectures, but published weights.")] = False,
+    names: Annotated[bool, typer.Option("--names", help="Print only the names, one per line.")] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="List published weights instead.")] = False,
 ) -> None:
-    """List the architectures that `info` and `extract` know by name, with what each costs; or the weights for them."""
+    """List the architectures by name, with their parameters and multiply-accumulates; or published weights."""
     import resbackbone
     from resbackbone.checkpoints.hub.catalog import list_weights
 
     with user_errors():
         if weights:
-            found = _matching(
-                pattern, [one.name for one in list_weights()], "no weights'", "resbackbone list --weights"
-            )
+            known = [one.name for one in list_weights()]
+            found = _matching(pattern, known, "weights match", "resbackbone list --weights")
         else:
-            found = _matching(pattern, resbackbone.list_backbones(), "no backbone's", "resbackbone list")
+            found = _matching(pattern, resbackbone.list_backbones(), "backbone matches", "resbackbone list")
     if names:
         typer.echo("\n".join(found))
     elif weights:
@@ -42,15 +41,15 @@ def list_backbones(
         _print_backbones(found)
 
 
-def _matching(pattern: str, names: Collection[str], whose: str, command: str) -> list[str]:
-    """Return the names that a pattern matches; without wildcards it may stand anywhere in the name."""
+def _matching(pattern: str, names: Collection[str], what: str, command: str) -> list[str]:
+    """Return the names that match a pattern; without wildcards, those that contain it."""
     from resbackbone.utils.validation import nearest
 
     wildcard = any(sign in pattern for sign in "*?[")
     found = sorted(fnmatch.filter(names, pattern if wildcard else f"*{pattern}*"))
     if not found:
         hint = nearest(pattern, names, list_all=f"`{command}` shows all", same_numbers=True)
-        raise ValueError(f"{whose} name matches {pattern!r}{hint}")
+        raise ValueError(f"no {what} {pattern!r}{hint}")
     return found
 
 
@@ -72,14 +71,14 @@ def _print_backbones(names: list[str]) -> None:
     names = sorted(names, key=lambda name: (config_files()[name].parent.name, _natural(name)))
     caption = "params and MACs with a classifier of 1000 classes, for one image of 224x224"
     table = _table(("family", "name", "type"), ("params", "MACs"), caption)
-    above = ""
+    previous = ""
     for name in names:
         family = config_files()[name].parent.name
-        if above and family != above:
+        if previous and family != previous:
             table.add_section()
-        table.add_row("" if family == above else family, name, *_facts(name))
-        above = family
-    results.print(table)
+        table.add_row("" if family == previous else family, name, *_facts(name))
+        previous = family
+    stdout.print(table)
 
 
 def _print_weights(names: list[str]) -> None:
@@ -90,20 +89,20 @@ def _print_weights(names: list[str]) -> None:
     table = _table(
         ("name", "config"),
         ("params", "acc@1", "acc@5", "MiB", "license"),
-        "* what `default_weights` takes for the config; + the config with other arguments, its `overrides`",
+        "* default weights of the config; + for the config with other arguments, `overrides`",
     )
     for name in sorted(names, key=_natural):
         one = find_weights(name)
         mark = " *" if one.default else " +" if one.overrides else ""
         figures = ("" if figure is None else f"{figure:.2f}" for figure in (one.acc1, one.acc5, one.mebibytes))
         table.add_row(name, one.config + mark, _rounded(one.params, 1e6, "{:.1f} M"), *figures, one.license or "")
-    # As wide as it comes, since half a name is none: where the terminal is narrower, it breaks the lines.
-    width = results.measure(table, options=results.options.update(max_width=10_000)).maximum
-    Console(highlight=False, width=max(width, results.width)).print(table)
+    # At full width, so that names are not truncated; narrower terminals wrap the lines.
+    width = stdout.measure(table, options=stdout.options.update(max_width=10_000)).maximum
+    Console(highlight=False, width=max(width, stdout.width)).print(table)
 
 
 def _natural(name: str) -> list[str | int]:
-    """Sort key by which resnet18 comes before resnet101."""
+    """Return a sort key with which resnet18 comes before resnet101."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
@@ -117,5 +116,5 @@ def _facts(name: str) -> tuple[str, str, str]:
 
 
 def _rounded(count: int | None, unit: float, form: str) -> str:
-    """Write a count in a larger unit, or nothing where none is recorded."""
+    """Format a count in a larger unit; "" for None."""
     return "" if count is None else form.format(count / unit)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from resbackbone.cli.console import Imports, import_named, results, user_errors
+from resbackbone.cli.console import Imports, import_user_modules, stdout, user_errors
 
 
 def load_report(
@@ -19,18 +19,18 @@ def load_report(
     *,
     prefix: Annotated[
         str | None,
-        typer.Option(help="What stands before the backbone's keys, where SRC has several.", show_default="found out"),
+        typer.Option(help="Key prefix of the backbone, if SRC has several.", show_default="detected"),
     ] = None,
     imports: Imports = None,
 ) -> None:
-    """Show what loading SRC into CONFIG does, key by key; the exit status is 1 if it would be refused."""
+    """Show which keys of SRC load into CONFIG; the exit status is 1 if the checkpoint does not fit."""
     from resbackbone.checkpoints import load_checkpoint
     from resbackbone.checkpoints.loading import problems
     from resbackbone.config import construct_backbone
 
     with user_errors():
-        import_named(imports)
+        import_user_modules(imports)
         report = load_checkpoint(construct_backbone(config), source, strict=False, prefix=prefix)
-    results.print(report)
+    stdout.print(report)
     if problems(report):
         raise typer.Exit(1)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from resbackbone.cli.console import Imports, check_folder, import_named, say, user_errors
+from resbackbone.cli.console import Imports, check_folder, echo, import_user_modules, user_errors
 from resbackbone.cli.train import ConfigFile, Launcher, MoreOverrides, Overrides, Started, WorkFolder
 
 
@@ -29,7 +29,7 @@ def measure(
     from resbackbone.training.engine import build_runner, leave_processes
 
     with user_errors():
-        import_named(imports)
+        import_user_modules(imports)
         if work_dir is not None:
             check_folder("--work-dir", work_dir)
         runner = build_runner(
@@ -45,5 +45,5 @@ def measure(
             runner.register_hook(ClassesHook())  # whatever the config says: accuracy means nothing without
         metrics = runner.test()
     if is_main_process():
-        say(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()), style="green")
+        echo(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()), style="green")
     leave_processes()

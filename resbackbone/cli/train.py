@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from resbackbone.cli.console import Imports, check_folder, import_named, say, user_errors
+from resbackbone.cli.console import Imports, check_folder, echo, import_user_modules, user_errors
 
 
 class Launcher(str, Enum):
@@ -62,7 +62,7 @@ def train(
     from resbackbone.training.engine import BatchTooSmall, CheckpointDoesNotFit, build_runner, leave_processes
 
     with user_errors():
-        import_named(imports)
+        import_user_modules(imports)
         if work_dir is not None:
             check_folder("--work-dir", work_dir)
         runner = build_runner(
@@ -78,8 +78,8 @@ def train(
     with user_errors(OSError, ArithmeticError, BatchTooSmall, CheckpointDoesNotFit, ClassesDoNotFit, UnreadablePicture):
         runner.train()
     if is_main_process():
-        say(f"trained: {runner.message_hub.get_info('last_ckpt')}", style="green")
+        echo(f"trained: {runner.message_hub.get_info('last_ckpt')}", style="green")
         if (best := runner.message_hub.get_info("best_score")) is not None:
-            say(f"best: {best:.2f} of {runner.message_hub.get_info('best_ckpt')}")
-        say(f"curves: {Path(runner.work_dir) / 'curves.png'}")
+            echo(f"best: {best:.2f} of {runner.message_hub.get_info('best_ckpt')}")
+        echo(f"curves: {Path(runner.work_dir) / 'curves.png'}")
     leave_processes()

@@ -1,1 +1,1 @@
-"""Picture files as tensors: decoding, and the preprocessing that weights expect."""
+"""Reading pictures and preprocessing them into tensors."""

@@ -362,7 +362,7 @@ def test_the_command_lists_names_alone():
 def test_the_command_answers_a_slip():
     result = run("torchvision/resnett50.imagenet1k_v1")
     assert result.exit_code == 2
-    assert "no weights' name matches 'torchvision/resnett50.imagenet1k_v1'; did you mean" in result.stderr
+    assert "no weights match 'torchvision/resnett50.imagenet1k_v1'; did you mean" in result.stderr
 
 
 def test_architectures_that_have_weights_are_ours():

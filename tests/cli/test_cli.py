@@ -77,8 +77,7 @@ class TestList:
 
     def test_no_match(self):
         assert fails("list", "wide_resnett50_2") == (
-            "no backbone's name matches 'wide_resnett50_2'; "
-            "did you mean 'wide_resnet50_2'? `resbackbone list` shows all"
+            "no backbone matches 'wide_resnett50_2'; did you mean 'wide_resnet50_2'? `resbackbone list` shows all"
         )
 
 
@@ -141,7 +140,7 @@ class TestConvert:
         detector = {f"backbone.{key}": value for key, value in net.state_dict().items()}
         torch.save(detector | {"neck.weight": torch.zeros(1)}, "detector.pth")
         assert (
-            "1 left out that are no backbone's, such as neck.weight"
+            "1 outside the backbone left out, such as neck.weight"
             in run("convert", "detector.pth", "out.pth", "--to", "timm").stdout
         )
         assert torch.load("out.pth").keys() == net.state_dict().keys()
@@ -197,7 +196,7 @@ class TestOut:
             "--out needs the name of a file, but 'there' is a folder"
         )
         assert fails(command, "small.yaml", "--out", "none/net.pt2") == (
-            "--out needs a folder that is there, but 'none' is none"
+            "--out needs an existing folder, but 'none' is none"
         )
 
     def test_u3_train_refuses_a_file_for_its_folder(self):

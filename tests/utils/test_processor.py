@@ -121,7 +121,7 @@ def test_w8_rows_appear_as_they_come(monkeypatch):
         return benchmark.Timing(1, 1, 1, 1, 1)
 
     bench = sys.modules["resbackbone.cli.bench"]  # as an attribute it is the command
-    monkeypatch.setattr(bench, "say", lambda text, **_: events.append(text.split("  ")[0]))
+    monkeypatch.setattr(bench, "echo", lambda text, **_: events.append(text.split("  ")[0]))
     monkeypatch.setattr(benchmark, "time_variant", time_variant)
     run("bench", "resnet18", "--size", "32")
     rows = [event for event in events if event in NAMES or event[0] == "timed"]
