@@ -51,7 +51,7 @@ class TestBackend:
         make_picture("a.png")
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_optimised_unless_told_otherwise(self, monkeypatch, dtype):
+    def test_optimized_unless_told_otherwise(self, monkeypatch, dtype):
         asked = []
         monkeypatch.setattr(extractor, "optimize", lambda *args: asked.append(args[1:]) or optimize(*args))
         for options in ((), ("--backend", "eager"), ("--backend", "plain")):
@@ -75,7 +75,7 @@ class TestBackend:
         run(*arguments, "--backend", "plain")
         assert maps("half/a.png")["layer4"].dtype == "float16"
 
-    def test_what_is_not_optimised_is_computed_plainly_which_is_said(self):
+    def test_what_is_not_optimized_is_computed_plainly_which_is_said(self):
         dtype = "float64"
         arguments = ("extract", "small.yaml", "a.png", "--dtype", dtype)
         said = run(*arguments, "--out", "out").stdout
@@ -127,7 +127,7 @@ class TestBatches:
             ([1500, 1500], [[1500], [1500]]),
         ],
     )
-    def test_neighbours_of_one_size(self, sizes, batches):
+    def test_neighbors_of_one_size(self, sizes, batches):
         found = self.sides(in_batches(self.loaded(*sizes), 3))
         assert sorted(map(str, found)) == sorted(map(str, batches))
 
