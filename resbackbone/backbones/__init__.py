@@ -7,17 +7,17 @@ from resbackbone.backbones.res2net import Res2Net
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnest import ResNeSt
 from resbackbone.backbones.resnet import ResNet
-from resbackbone.backbones.resnet_aa import ResNetAA, ResNeXtAA
+from resbackbone.backbones.resnet_aa import ResNetAA
 from resbackbone.backbones.resnet_cifar import ResNet_CIFAR
-from resbackbone.backbones.resnet_ibn import ResNetIBN, ResNeXtIBN
+from resbackbone.backbones.resnet_ibn import ResNetIBN
 from resbackbone.backbones.resnet_rs import ResNetRS
-from resbackbone.backbones.resnet_t import ResNetT, ResNetV2T, ResNeXtT
+from resbackbone.backbones.resnet_t import ResNetT
 from resbackbone.backbones.resnet_v1 import ResNetV1b, ResNetV1c, ResNetV1d
 from resbackbone.backbones.resnet_v2 import ResNetV2
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.backbones.seresnet import SEResNet, SEResNeXt
 from resbackbone.backbones.shared_head import SharedHead
-from resbackbone.backbones.skresnet import SKResNet, SKResNeXt
+from resbackbone.backbones.skresnet import SKResNet
 from resbackbone.backbones.trident_resnet import TridentResNet
 from resbackbone.backbones.wide_resnet import WideResNet
 
@@ -30,9 +30,6 @@ __all__ = [
     "ResLayer",
     "ResNeSt",
     "ResNeXt",
-    "ResNeXtAA",
-    "ResNeXtIBN",
-    "ResNeXtT",
     "ResNet",
     "ResNetAA",
     "ResNetIBN",
@@ -42,11 +39,9 @@ __all__ = [
     "ResNetV1c",
     "ResNetV1d",
     "ResNetV2",
-    "ResNetV2T",
     "ResNet_CIFAR",
     "SEResNeXt",
     "SEResNet",
-    "SKResNeXt",
     "SKResNet",
     "SharedHead",
     "TridentResNet",

@@ -10,7 +10,7 @@ from resbackbone.backbones.pretrained import check_initialization
 from resbackbone.backbones.res_layer import DilationStyle
 from resbackbone.blocks.base import check_dcn, check_plugin_names, check_plugins
 from resbackbone.layers.activation_checkpointing import check_with_cp
-from resbackbone.layers.arguments import MAX_BLOCKS, MAX_CHANNELS, MAX_PIXELS
+from resbackbone.layers.arguments import MAX_BLOCKS, MAX_CHANNELS, MAX_PARTS, MAX_PIXELS
 from resbackbone.layers.conv import check_conv_cfg
 from resbackbone.layers.norm import check_norm_cfg
 from resbackbone.utils.validation import (
@@ -37,19 +37,18 @@ _FLAGS = (
 )
 
 
-def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Sequence[int]]], **given: Any) -> None:
+def check_resnet_arguments(block: Any, default_blocks: Sequence[int], **given: Any) -> None:
     """Raise unless the arguments of a ResNet fit each other.
 
     Args:
-        name: The class, for the errors.
-        arch_settings: For each depth that it knows, the block class and the number of blocks per stage.
+        block: The block class.
+        default_blocks: The number of blocks per stage of the depth.
         given: Its constructor's arguments, every one.
 
     Raises:
-        KeyError: If the depth or a type is unknown.
+        KeyError: If a type is unknown.
         TypeError, ValueError: If another argument does not fit.
     """
-    check_depth(name, given["depth"], arch_settings)
     for flag in _FLAGS:
         check_flag(flag, given[flag])
     check_with_cp(given["with_cp"])
@@ -59,7 +58,12 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
     check_int("num_stages", given["num_stages"], low=1, high=4)
     check_choice("style", given["style"], ("pytorch", "caffe"))
     check_choice("dilation_style", given["dilation_style"], get_args(DilationStyle))
-    block, default_blocks = arch_settings[given["depth"]]
+    check_count("groups", given["groups"], most=MAX_PARTS)
+    check_count("base_width", given["base_width"], most=MAX_CHANNELS)
+    if given["groups"] > 1 and getattr(block, "num_convs", 3) < 3:
+        raise ValueError(
+            f"`groups` must be 1 with a {block.__name__}, got {given['groups']}; take a depth of bottlenecks"
+        )
     _check_stages(given, default_blocks)
     _check_layer_configs(given)
     _check_plugins(given["plugins"], given["num_stages"], block)
@@ -70,7 +74,12 @@ def check_resnet_arguments(name: str, arch_settings: Mapping[int, tuple[Any, Seq
 
 def _check_stem_channels(given: Mapping[str, Any]) -> None:
     least = 2 if given["deep_stem"] else 1
-    if given["stem_channels"] is not None:
+    if isinstance(given["stem_channels"], (list, tuple)):
+        if not given["deep_stem"]:
+            raise ValueError(f"`stem_channels` must be one number without a deep stem, got {given['stem_channels']}")
+        why = "one per convolution of a deep stem"
+        check_ints("stem_channels", given["stem_channels"], low=1, most=MAX_CHANNELS, length=3, why=why)
+    elif given["stem_channels"] is not None:
         check_count("stem_channels", given["stem_channels"], low=least, most=MAX_CHANNELS)
     elif given["base_channels"] < least:
         raise ValueError(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from resbackbone.backbones.feature_info import FeatureInfo
+from resbackbone.backbones.options import GroupedResNetOptions
 from resbackbone.backbones.resnet import ResNet
-from resbackbone.backbones.resnext import ResNeXt
-from resbackbone.blocks.detectors import DetectorsBottleneck, DetectorsResNeXtBottleneck
+from resbackbone.blocks.detectors import DetectorsBottleneck
+from resbackbone.layers.activation_checkpointing import recompute_norms
 from resbackbone.layers.arguments import MAX_CHANNELS
 from resbackbone.layers.conv import check_conv_cfg
 from resbackbone.layers.memory_format import restore_format
@@ -34,7 +36,7 @@ class DetectoRS_ResNet(ResNet):
         output_img: Return the images themselves before the feature maps, for mmdet's ``RFP`` neck. Then
             ``feature_info`` begins with ``FeatureInfo(name="image", stage=-1, channels=in_channels, stride=1)``, and
             a neck that takes the feature maps alone wants ``out_channels[1:]``.
-        kwargs: As for :class:`~resbackbone.ResNet`; DetectoRS has ``conv_cfg=dict(type="ConvAWS")``. ``avg_down``
+        options: As for :class:`~resbackbone.ResNet`; DetectoRS has ``conv_cfg=dict(type="ConvAWS")``. ``avg_down``
             pools in the shortcuts of strided stages only, as mmdet's DetectoRS does.
 
     Raises:
@@ -63,10 +65,10 @@ class DetectoRS_ResNet(ResNet):
         stage_with_sac: Sequence[bool] = (False, False, False, False),
         rfp_inplanes: int | None = None,
         output_img: bool = False,
-        **kwargs: Any,
+        **options: Unpack[GroupedResNetOptions],
     ) -> None:
         if sac is not None:
-            _check_sac(sac, stage_with_sac, kwargs)
+            _check_sac(sac, stage_with_sac, options)
         if rfp_inplanes is not None:
             check_count("rfp_inplanes", rfp_inplanes, most=MAX_CHANNELS)
         check_flag("output_img", output_img)
@@ -74,7 +76,7 @@ class DetectoRS_ResNet(ResNet):
         self.stage_with_sac = check_sequence("stage_with_sac", stage_with_sac)
         self.rfp_inplanes = rfp_inplanes
         self.output_img = output_img
-        super().__init__(depth, **kwargs)
+        super().__init__(depth, **options)
 
     def first_stages(self, num_stages: int) -> dict[str, Any]:
         """Return the arguments that build the first stages alone."""
@@ -129,32 +131,25 @@ class DetectoRS_ResNet(ResNet):
         return restore_format(self, run, (x, rfp_feats), {}) if self.folds_norms else run(x, rfp_feats)
 
     def _run_again(self, x: Tensor, rfp_feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        x, outs = self._enter(x)
+        x, outs = self.enter(x)
         for index, (name, rfp_feat) in enumerate(zip(self._needed_stages(), rfp_feats, strict=False)):
             stage = getattr(self, name)
-            x = self.run_part(partial(_run_stage, stage, rfp_feat), x, [stage])
+            run = partial(_run_stage, stage, rfp_feat)
+            x = recompute_norms(run, x, [stage]) if self.with_cp == "norms" else run(x)
             if index in self.out_indices:
                 outs.append(x)
         return tuple(outs)
 
 
 @MODELS.register_module()
-class DetectoRS_ResNeXt(DetectoRS_ResNet, ResNeXt):
-    """ResNeXt with switchable atrous convolution and an entrance for a recursive feature pyramid.
+class DetectoRS_ResNeXt(DetectoRS_ResNet):
+    """:class:`DetectoRS_ResNet` by the name that it has in mmdet when it is a ResNeXt, with ``groups=32``.
 
-    Args:
-        depth: 50, 101 or 152.
-        kwargs: As for :class:`DetectoRS_ResNet` and :class:`~resbackbone.ResNeXt`.
-
-    Source: as for :class:`DetectoRS_ResNet`; mmdet 3.3.0 ``models/backbones/detectors_resnext.py``.
+    Source: mmdet 3.3.0 ``models/backbones/detectors_resnext.py``.
 
     >>> DetectoRS_ResNeXt(50, groups=32, base_width=4).layer1[0].conv2.groups
     32
     """
-
-    arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
-        depth: (DetectorsResNeXtBottleneck, ResNet.arch_settings[depth][1]) for depth in (50, 101, 152)
-    }
 
 
 def _run_stage(stage: Iterable[Any], rfp_feat: Tensor, x: Tensor) -> Tensor:
@@ -163,7 +158,7 @@ def _run_stage(stage: Iterable[Any], rfp_feat: Tensor, x: Tensor) -> Tensor:
     return x
 
 
-def _check_sac(sac: Config, stage_with_sac: Sequence[bool], others: dict[str, Any]) -> None:
+def _check_sac(sac: Config, stage_with_sac: Sequence[bool], others: Mapping[str, Any]) -> None:
     """Raise unless ``sac`` is a convolution's config, and alone in its stages."""
     check_conv_cfg(sac, "sac")
     num_stages = others.get("num_stages", 4)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from resbackbone.data.preprocessing import Preprocessing
-from resbackbone.layers import Module
-from resbackbone.layers.module import InitConfig
+from resbackbone.layers.module import FeatureModule, InitConfig
 from resbackbone.registry.init_cfg import check_init_cfg
 from resbackbone.utils.validation import warn_user
 
 
-class PretrainedModule(Module):
+class PretrainedModule(FeatureModule):
     """A part of a ResNet that loads third-party checkpoints, by ``init_cfg`` or whenever somebody asks for it.
 
     ``dict(type="Pretrained", checkpoint=...)`` goes through :func:`resbackbone.checkpoints.load_checkpoint`.

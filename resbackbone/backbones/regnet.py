@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -12,6 +12,7 @@ from resbackbone.backbones.regnet_archs import ARCHS, Arch, plan_stages, resolve
 from resbackbone.backbones.res_layer import DilationStyle
 from resbackbone.backbones.resnet import BATCH_NORM, ResNet
 from resbackbone.blocks import RegNetBottleneck
+from resbackbone.blocks.base import Style
 from resbackbone.layers.activation_checkpointing import WithCp
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.registry import MODELS
@@ -63,12 +64,12 @@ class RegNet(ResNet):
         self,
         arch: str | Arch,
         in_channels: int = 3,
-        stem_channels: int | None = 32,
+        stem_channels: int | Sequence[int] | None = 32,
         base_channels: int = _BASE_CHANNELS,
         strides: Sequence[int] = (2, 2, 2, 2),
         dilations: Sequence[int] = (1, 1, 1, 1),
         out_indices: Sequence[OutIndex] = (0, 1, 2, 3),
-        style: str = "pytorch",
+        style: Style = "pytorch",
         deep_stem: bool = False,
         avg_down: bool = False,
         frozen_stages: int = -1,
@@ -101,10 +102,11 @@ class RegNet(ResNet):
                 f"`base_channels` (={base_channels}) does nothing in a RegNet; its widths come from `arch`",
             )
         num_stages = len(self.stage_widths)
-        super().__init__(sum(self.stage_blocks), base_channels=self.stage_widths[0], num_stages=num_stages, **given)
+        super().__init__(settings["depth"], base_channels=self.stage_widths[0], num_stages=num_stages, **given)
 
-    def _blocks_by_depth(self) -> Mapping[int, tuple[Any, tuple[int, ...]]]:
-        return {sum(self.stage_blocks): (RegNetBottleneck, self.stage_blocks)}
+    def block_and_stages(self, depth: int) -> tuple[Any, tuple[int, ...]]:
+        """Return the block class and the number of blocks per stage, which follow from ``arch``."""
+        return RegNetBottleneck, self.stage_blocks
 
     def stage_planes(self, index: int) -> int:
         """Return the width of a stage, counted from 0."""

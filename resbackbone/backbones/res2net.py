@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import nn
+from typing_extensions import Unpack
 
+from resbackbone.backbones.options import ResNetOptions
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnet_v1 import ResNetV1d
 from resbackbone.blocks.res2 import Bottle2neck, check_splits
@@ -28,7 +30,7 @@ class Res2Net(ResNetV1d):
         pool_at_stride_1: Whether a stage whose first block does not stride (``layer1``, and dilated stages) pools the
             last split there over 3x3 pixels, stride 1. The authors' code, timm and mmpretrain do, so their weights
             want True; mmdet and mmseg pass the split on, so theirs want False.
-        kwargs: As for :class:`ResNetV1d`.
+        options: As for :class:`ResNetV1d`.
 
     Raises:
         KeyError, TypeError, ValueError: As for :class:`ResNet`; also if ``scales`` is below 2.
@@ -55,22 +57,20 @@ class Res2Net(ResNetV1d):
         base_width: int = 26,
         groups: int = 1,
         pool_at_stride_1: bool = False,
-        **kwargs: Any,
+        **options: Unpack[ResNetOptions],
     ) -> None:
         check_splits(scales, base_width, groups, pool_at_stride_1)
         self.scales = scales
-        self.base_width = base_width
-        self.groups = groups
         self.pool_at_stride_1 = pool_at_stride_1
-        super().__init__(depth, **kwargs)
+        super().__init__(depth, groups=groups, base_width=base_width, **options)
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """Make one stage, whose first block does not add its splits up."""
-        return super().make_res_layer(
+        kwargs.update(
             scales=self.scales,
             base_width=self.base_width,
             base_channels=self.base_channels,
             groups=self.groups,
             first_block={"stage_type": "stage", "pool_at_stride_1": self.pool_at_stride_1},
-            **kwargs,
         )
+        return super().make_res_layer(**kwargs)

@@ -48,6 +48,8 @@ class ResLayer(Sequential):
     arXiv:1706.05587, section 3.2.1.
     """
 
+    forward: Any = nn.Sequential.forward  # no convolution is followed by a norm between the blocks
+
     def __init__(
         self,
         block: Any,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import nn
+from typing_extensions import Unpack
 
+from resbackbone.backbones.options import GroupedResNetOptions
 from resbackbone.backbones.resnet_v1 import ResNetV1d
-from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks.split import SplitAttentionBottleneck
 from resbackbone.layers.arguments import MAX_PARTS
 from resbackbone.registry import MODELS
@@ -15,21 +16,19 @@ from resbackbone.utils.validation import check_count, check_flag, check_int, con
 
 
 @MODELS.register_module()
-class ResNeSt(ResNeXt, ResNetV1d):
+class ResNeSt(ResNetV1d):
     """ResNet-D whose 3x3s are split-attention convolutions, in ``groups`` groups if you like.
 
     The published nets of depth 50 have ``stem_channels=64``, the deeper ones 128.
 
     Args:
         depth: 14, 26, 50, 101, 152, 200 or 269.
-        groups: Groups of the 3x3s, the paper's cardinality.
-        base_width: Channels per group in the first stage; without effect with one group.
         radix: Splits of each group that the attention weighs against each other.
         reduction_factor: How many channels make one channel of the attention.
         avg_down_stride: Stride by average pooling over 3x3 pixels beside the split attention instead of in it.
         avd_first: Pool in front of the split attention, the paper's "fast" setting, instead of behind it.
-        kwargs: As for :class:`ResNetV1d`. ``norm_cfg`` must not be instance norm: it has one pixel to normalize in
-            the attention.
+        options: As for :class:`ResNetV1d`; ``groups`` is the paper's cardinality. ``norm_cfg`` must not be instance
+            norm: it has one pixel to normalize in the attention.
 
     Raises:
         KeyError, TypeError, ValueError: As for :class:`ResNet`.
@@ -63,7 +62,7 @@ class ResNeSt(ResNeXt, ResNetV1d):
         reduction_factor: int = 4,
         avg_down_stride: bool = True,
         avd_first: bool = False,
-        **kwargs: Any,
+        **options: Unpack[GroupedResNetOptions],
     ) -> None:
         check_count("radix", radix, most=MAX_PARTS)
         check_int("reduction_factor", reduction_factor, low=1)
@@ -73,7 +72,7 @@ class ResNeSt(ResNeXt, ResNetV1d):
         self.reduction_factor = reduction_factor
         self.avg_down_stride = avg_down_stride
         self.avd_first = avd_first
-        super().__init__(depth, **kwargs)
+        super().__init__(depth, **options)
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """Make one stage of bottlenecks with split attention."""

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import takewhile
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from resbackbone.backbones.arguments import check_resnet_arguments, resolve_out_indices, shorten
+from resbackbone.backbones.arguments import check_depth, check_resnet_arguments, resolve_out_indices, shorten
 from resbackbone.backbones.base import Backbone, total_stride
 from resbackbone.backbones.feature_info import FeatureInfo, OutIndex
 from resbackbone.backbones.pretrained import resolve_init_cfg
 from resbackbone.backbones.res_layer import DilationStyle, ResLayer
 from resbackbone.backbones.shapes import fingerprint, measure_maps, shapes_only
 from resbackbone.backbones.stem import make_deep_stem
-from resbackbone.blocks import BasicBlock, Bottleneck
+from resbackbone.blocks import BasicBlock, Bottleneck, ResidualBlock
+from resbackbone.blocks.base import Style
 from resbackbone.layers import FrozenBatchNorm2d, build_conv_layer, build_norm_layer
 from resbackbone.layers.activation_checkpointing import WithCp, recompute_norms
-from resbackbone.layers.conv_norm import conv_norm, set_folding
+from resbackbone.layers.conv_norm import set_folding
 from resbackbone.layers.dry_run import check_memory, dry_run
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.registry import MODELS, is_ours, resolve_type
@@ -39,7 +40,8 @@ class ResNet(Backbone):
     Args:
         depth: A key of ``arch_settings``: 18 or 34, of basic blocks; 26, 50, 101, 152, 200 or 269, of bottlenecks.
         in_channels: Channels of the images.
-        stem_channels: Channels after the stem; None for ``base_channels``.
+        stem_channels: Channels after the stem; None for ``base_channels``. Three numbers are the channels after each
+            convolution of a deep stem; with one, the first two have half of it.
         base_channels: ``planes`` of the first stage; each further stage doubles them.
         num_stages: Number of stages, 1 to 4.
         strides: Step of each stage's first block, in pixels.
@@ -78,6 +80,8 @@ class ResNet(Backbone):
             PaddleDetection's nets have it.
         fold_frozen_norms: Fold frozen norms into the convolutions before them while training, too, as
             :func:`~resbackbone.training.fold_frozen_norms` does.
+        groups: Groups of the 3x3 of bottlenecks: ResNeXt's cardinality. 1 is a plain ResNet.
+        base_width: With groups, channels per group in the first stage.
 
     Raises:
         KeyError: If ``depth`` is none of ``arch_settings``, or a type is not registered.
@@ -97,7 +101,7 @@ class ResNet(Backbone):
     _sizes: ClassVar[tuple[str, ...]] = ("in_channels", "stem_channels", "base_channels", "stage_blocks")
     with_cp: WithCp = False  # for constructors of subclasses that do not call this one
     _given: Config | None = None  # of `stage_blocks` and `out_indices`, which are resolved; likewise
-    _stem_names: list[str] | None = None  # likewise: then all layers before the first stage
+    _stem_names: Sequence[str] = ("conv1", "bn1", "relu", "stem", "maxpool")  # likewise
     _built: str | None = None
     _measured: tuple[str, dict[OutIndex, FeatureInfo]] | None = None
     arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
@@ -116,13 +120,13 @@ class ResNet(Backbone):
         self,
         depth: int,
         in_channels: int = 3,
-        stem_channels: int | None = None,
+        stem_channels: int | Sequence[int] | None = None,
         base_channels: int = 64,
         num_stages: int = 4,
         strides: Sequence[int] = (1, 2, 2, 2),
         dilations: Sequence[int] = (1, 1, 1, 1),
         out_indices: Sequence[OutIndex] = (0, 1, 2, 3),
-        style: str = "pytorch",
+        style: Style = "pytorch",
         deep_stem: bool = False,
         avg_down: bool = False,
         frozen_stages: int = -1,
@@ -144,14 +148,19 @@ class ResNet(Backbone):
         stage_blocks: Sequence[int] | None = None,
         project_first_block: bool = False,
         fold_frozen_norms: bool = False,
+        groups: int = 1,
+        base_width: int = 4,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        blocks_by_depth = self._blocks_by_depth()
-        check_resnet_arguments(type(self).__name__, blocks_by_depth, **given)
+        self.block, default_blocks = self.block_and_stages(depth)
+        check_resnet_arguments(self.block, default_blocks, **given)
         super().__init__(resolve_init_cfg(pretrained, init_cfg))
         self.depth = depth
         self.in_channels = in_channels
-        self.stem_channels = base_channels if stem_channels is None else stem_channels
+        self.deep_stem_channels = tuple(stem_channels) if isinstance(stem_channels, Sequence) else None
+        if isinstance(stem_channels, Sequence):
+            stem_channels = stem_channels[-1]
+        self.stem_channels: int = base_channels if stem_channels is None else stem_channels
         self.base_channels = base_channels
         self.num_stages = num_stages
         self.strides = tuple(strides)
@@ -174,9 +183,10 @@ class ResNet(Backbone):
         self.dilation_style = dilation_style
         self.drop_path_rate = drop_path_rate
         self.project_first_block = project_first_block
-        self.block, default_blocks = blocks_by_depth[depth]
         self.stage_blocks = default_blocks[:num_stages] if stage_blocks is None else tuple(stage_blocks)
         self._given = {"stage_blocks": stage_blocks, "out_indices": tuple(out_indices)}
+        self.groups = groups
+        self.base_width = base_width
         self.inplanes = self.stem_channels
 
         self._check_layers()
@@ -217,9 +227,14 @@ class ResNet(Backbone):
         own = {name: getattr(self, name) for name in names}
         return shorten({**own, "drop_path_rates": rates, **self._given}, num_stages)
 
-    def _blocks_by_depth(self) -> Mapping[int, tuple[Any, tuple[int, ...]]]:
-        """The block class and the number of blocks per stage of each depth that there is."""
-        return self.arch_settings
+    def block_and_stages(self, depth: int) -> tuple[Any, tuple[int, ...]]:
+        """Return the block class and the number of blocks per stage of a depth.
+
+        Raises:
+            KeyError: If there is no such depth.
+        """
+        check_depth(type(self).__name__, depth, self.arch_settings)
+        return self.arch_settings[depth]
 
     def stage_planes(self, index: int) -> int:
         """Return the ``planes`` of a stage, counted from 0: the width of its blocks before expansion."""
@@ -245,14 +260,13 @@ class ResNet(Backbone):
 
     def _make_deep_stem(self, in_channels: int, stem_channels: int) -> None:
         """Add ``stem``, three convolutions with their norms and ReLUs."""
-        self.stem = make_deep_stem(in_channels, stem_channels, self.conv_cfg, self.norm_cfg)
+        half = stem_channels // 2
+        channels = self.deep_stem_channels or (half, half, stem_channels)
+        self.stem = make_deep_stem(in_channels, channels, self.conv_cfg, self.norm_cfg)
 
     def _stem(self) -> list[nn.Module]:
-        """What ``_make_stem_layer`` added, or what took its place by hand, in the order it runs."""
-        names = self._stem_names
-        if names is None:
-            names = list(takewhile(lambda name: name not in self.res_layers, dict(self.named_children())))
-        return [getattr(self, name) for name in names if hasattr(self, name)]
+        """The layers that ``_make_stem_layer`` added, or their replacements."""
+        return [getattr(self, name) for name in self._stem_names if hasattr(self, name)]
 
     def _before_pool(self) -> list[nn.Module]:
         """The stem's layers before its pooling, whose output is the map of "stem" in ``out_indices``."""
@@ -274,6 +288,8 @@ class ResNet(Backbone):
                 optional["drop_path_rate"] = rates[index]
             if self.project_first_block:
                 optional["project_first_block"] = True
+            if self.groups != 1:
+                optional |= {"groups": self.groups, "base_width": self.base_width, "base_channels": self.base_channels}
             stage = self.make_res_layer(
                 block=self.block,
                 inplanes=self.inplanes,
@@ -295,7 +311,8 @@ class ResNet(Backbone):
             stride *= getattr(stage, "stride", self.strides[index])
             self.add_stage(stage, channels=getattr(stage, "out_channels", self.inplanes), stride=stride)
             for last_block in list(stage.children())[-1:]:
-                last_block.is_output = index in self.out_indices  # type: ignore[assignment]
+                if isinstance(last_block, ResidualBlock):
+                    last_block.is_output = index in self.out_indices
 
     def _drop_path_rates(self) -> list[list[float]]:
         """One rate per block, from 0 at the first to ``drop_path_rate`` at the last."""
@@ -334,7 +351,7 @@ class ResNet(Backbone):
             return None
         pool = getattr(shapes, "maxpool", nn.Identity())
         stages = [getattr(shapes, name) for name in shapes.res_layers]
-        measured = measure_maps([shapes._run_before_pool, pool, *stages], shapes, self.in_channels)
+        measured = measure_maps([partial(shapes.run_stem, pool=False), pool, *stages], shapes, self.in_channels)
         if measured is None:
             return None
         stem, _, *maps = measured
@@ -409,18 +426,44 @@ class ResNet(Backbone):
         Returns:
             One ``(N, C, H/s, W/s)`` per entry of ``feature_info``, in its order.
         """
-        x, outs = self._enter(x)
+        x, outs = self.enter(x)
         for index, name in enumerate(self._needed_stages()):
             stage = getattr(self, name)
-            x = self.run_part(stage, x, [stage])
+            x = recompute_norms(stage, x, [stage]) if self.with_cp == "norms" else stage(x)
             if index in self.out_indices:
                 outs.append(x)
         return tuple(outs)
 
+    def enter(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Run the stem on images.
+
+        Returns:
+            The first stage's input, and the outputs so far: the stem's feature map, or none.
+        """
+        self.check_input(x)
+        recomputes = self.with_cp == "norms"
+        if "stem" not in self.out_indices:
+            x = recompute_norms(self.run_stem, x, self._stem()) if recomputes else self.run_stem(x)
+            return x, []
+        before_pool = partial(self.run_stem, pool=False)
+        x = recompute_norms(before_pool, x, self._before_pool()) if recomputes else before_pool(x)
+        outs = [x]
+        if self._needed_stages():
+            x = recompute_norms(self.maxpool, x, [self.maxpool]) if recomputes else self.maxpool(x)
+        return x, outs
+
+    def run_stem(self, x: Tensor, *, pool: bool = True) -> Tensor:
+        """Run the layers before the first stage, with or without the pooling."""
+        x = self.stem(x) if self.deep_stem else self.relu(self.conv_norm(x, self.conv1, self.norm1_name))
+        return self.maxpool(x) if pool else x
+
     def _needed_stages(self) -> list[str]:
         """The names of the stages up to the last output; what comes after it need not run."""
-        stages = [index for index in self.out_indices if index != "stem"]
-        return self.res_layers[: max(stages) + 1] if stages else []
+        num_stages = 0
+        for index in self.out_indices:
+            if index != "stem":
+                num_stages = max(num_stages, index + 1)
+        return self.res_layers[:num_stages]
 
     def idle_modules(self) -> list[nn.Module]:
         """Return the stages after the last output; after the stem's map alone its pooling, too."""
@@ -431,23 +474,3 @@ class ResNet(Backbone):
     def first_layer(self) -> nn.Module | None:
         """Return the stem, or its first convolution."""
         return getattr(self, "stem" if self.deep_stem else "conv1", None)
-
-    def _enter(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run the stem; return what the first stage gets, and the outputs so far: the stem's map, or none."""
-        self.check_input(x)
-        if "stem" not in self.out_indices:  # in one part, so that with_cp="norms" need not keep the map
-            return self.run_part(self._run_stem, x, self._stem()), []
-        x = self.run_part(self._run_before_pool, x, self._before_pool())
-        if not self._needed_stages():
-            return x, [x]
-        return self.run_part(self.maxpool, x, [self.maxpool]), [x]
-
-    def _run_stem(self, x: Tensor) -> Tensor:
-        return self.maxpool(self._run_before_pool(x))  # type: ignore[no-any-return]
-
-    def _run_before_pool(self, x: Tensor) -> Tensor:
-        return self.stem(x) if self.deep_stem else self.relu(conv_norm(x, self.conv1, self.norm1))  # type: ignore[no-any-return]
-
-    def run_part(self, part: Callable[[Tensor], Tensor], x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
-        """Run the stem or a stage, which consists of ``layers``; with ``with_cp="norms"`` in its way."""
-        return recompute_norms(part, x, layers) if self.with_cp == "norms" else part(x)

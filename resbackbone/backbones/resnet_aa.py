@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 from torch import nn
+from typing_extensions import Unpack
 
+from resbackbone.backbones.options import GroupedResNetOptions
 from resbackbone.backbones.resnet import ResNet
-from resbackbone.backbones.resnext import ResNeXt
-from resbackbone.blocks import BasicBlock
-from resbackbone.blocks.anti_aliased import AntiAliasedBasicBlock, AntiAliasedBottleneck, AntiAliasedResNeXtBottleneck
 from resbackbone.layers.blur_pool import AntiAliasing, make_downsampling
 from resbackbone.registry import MODELS
 from resbackbone.utils.validation import check_choice, convert_arguments
@@ -27,7 +26,7 @@ class ResNetAA(ResNet):
     Args:
         depth: As for :class:`~resbackbone.ResNet`.
         anti_aliasing: "blur" for :class:`~resbackbone.layers.BlurPool2d`, "average" for the mean of 2x2 pixels.
-        kwargs: As for :class:`~resbackbone.ResNet`.
+        options: As for :class:`~resbackbone.ResNet`.
 
     Raises:
         ValueError: If ``anti_aliasing`` is neither; otherwise as :class:`~resbackbone.ResNet`.
@@ -39,16 +38,13 @@ class ResNetAA(ResNet):
     BlurPool2d(128, kernel_size=3, stride=2, padding_mode='reflect')
     """
 
-    arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
-        depth: (AntiAliasedBasicBlock if block is BasicBlock else AntiAliasedBottleneck, blocks)
-        for depth, (block, blocks) in ResNet.arch_settings.items()
-    }
-
     @convert_arguments
-    def __init__(self, depth: int, *, anti_aliasing: AntiAliasing = "blur", **kwargs: Any) -> None:
+    def __init__(
+        self, depth: int, *, anti_aliasing: AntiAliasing = "blur", **options: Unpack[GroupedResNetOptions]
+    ) -> None:
         check_choice("anti_aliasing", anti_aliasing, get_args(AntiAliasing))
         self.anti_aliasing = anti_aliasing
-        super().__init__(depth, **kwargs)
+        super().__init__(depth, **options)
 
     def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
         """Add the layers before the first stage; the pooling filters."""
@@ -60,19 +56,3 @@ class ResNetAA(ResNet):
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """Make one stage of anti-aliased blocks."""
         return super().make_res_layer(anti_aliasing=self.anti_aliasing, **kwargs)
-
-
-@MODELS.register_module()
-class ResNeXtAA(ResNetAA, ResNeXt):
-    """ResNeXt that downsamples by low-pass filters.
-
-    Args:
-        depth: As for :class:`~resbackbone.ResNeXt`.
-        kwargs: As for :class:`ResNetAA` and :class:`~resbackbone.ResNeXt`.
-
-    Source: As :class:`ResNetAA`; the family of timm's ``seresnextaa101d_32x8d``.
-    """
-
-    arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
-        depth: (AntiAliasedResNeXtBottleneck, blocks) for depth, (_, blocks) in ResNeXt.arch_settings.items()
-    }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
+from typing_extensions import Unpack
 
+from resbackbone.backbones.options import GroupedResNetOptions
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.layers import build_conv_layer, build_norm_layer
 from resbackbone.registry import MODELS
@@ -18,8 +18,7 @@ class ResNet_CIFAR(ResNet):
 
     Args:
         depth: As for :class:`ResNet`.
-        deep_stem: Must stay False: the stem is what makes this class.
-        kwargs: As for :class:`ResNet`.
+        options: As for :class:`ResNet`; ``deep_stem`` must stay False, since the stem is what makes this class.
 
     Raises:
         ValueError: If ``deep_stem`` is asked for.
@@ -33,14 +32,15 @@ class ResNet_CIFAR(ResNet):
     """
 
     @convert_arguments
-    def __init__(self, depth: int, *, deep_stem: bool = False, **kwargs: Any) -> None:
+    def __init__(self, depth: int, **options: Unpack[GroupedResNetOptions]) -> None:
+        deep_stem = options.get("deep_stem", False)
         check_flag("deep_stem", deep_stem)
         if deep_stem:
             raise ValueError(
                 f"`deep_stem` of {type(self).__name__} must be False, got {deep_stem!r}: its stem is one 3x3 "
                 "convolution of stride 1; use ResNetV1c for the deep stem"
             )
-        super().__init__(depth, deep_stem=deep_stem, **kwargs)
+        super().__init__(depth, **options)
 
     def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
         """Add ``conv1``, ``norm1`` and ``relu``, and in place of the max pooling nothing."""

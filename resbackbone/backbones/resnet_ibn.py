@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import nn
+from typing_extensions import Unpack
 
+from resbackbone.backbones.options import GroupedResNetOptions
 from resbackbone.backbones.resnet import ResNet
-from resbackbone.backbones.resnext import ResNeXt
-from resbackbone.blocks import BasicBlock
-from resbackbone.blocks.ibn import InstanceNormBasicBlock, InstanceNormBottleneck, InstanceNormResNeXtBottleneck
 from resbackbone.layers.ibn import make_instance_norm
 from resbackbone.registry import MODELS
 from resbackbone.utils.validation import check_choice, convert_arguments
@@ -25,7 +24,7 @@ class ResNetIBN(ResNet):
     Args:
         depth: As for :class:`~resbackbone.ResNet`.
         ibn: "a" or "b".
-        kwargs: As for :class:`~resbackbone.ResNet`; "b" has no deep stem.
+        options: As for :class:`~resbackbone.ResNet`; "b" has no deep stem.
 
     Raises:
         ValueError: If ``ibn`` is neither, or "b" meets ``deep_stem``; otherwise as :class:`~resbackbone.ResNet`.
@@ -38,18 +37,13 @@ class ResNetIBN(ResNet):
     (128, 128)
     """
 
-    arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
-        depth: (InstanceNormBasicBlock if block is BasicBlock else InstanceNormBottleneck, blocks)
-        for depth, (block, blocks) in ResNet.arch_settings.items()
-    }
-
     @convert_arguments
-    def __init__(self, depth: int, *, ibn: Literal["a", "b"] = "a", **kwargs: Any) -> None:
+    def __init__(self, depth: int, *, ibn: Literal["a", "b"] = "a", **options: Unpack[GroupedResNetOptions]) -> None:
         check_choice("ibn", ibn, ("a", "b"))
-        if ibn == "b" and kwargs.get("deep_stem") is True:
+        if ibn == "b" and options.get("deep_stem") is True:
             raise ValueError("`ibn`='b' normalises behind the stem's one convolution; leave `deep_stem` out")
         self.ibn = ibn
-        super().__init__(depth, **kwargs)
+        super().__init__(depth, **options)
 
     def _make_plain_stem(self, in_channels: int, stem_channels: int, kernel_size: int) -> None:
         """Add ``conv1``, ``norm1`` and ``relu``; with IBN-b the norm is instance norm under the same name."""
@@ -65,19 +59,3 @@ class ResNetIBN(ResNet):
         elif self.ibn == "b" and index < 2:
             kwargs["last_block"] = {"ibn": "b"}
         return super().make_res_layer(**kwargs)
-
-
-@MODELS.register_module()
-class ResNeXtIBN(ResNetIBN, ResNeXt):
-    """ResNeXt with instance norm in its early stages.
-
-    Args:
-        depth: As for :class:`~resbackbone.ResNeXt`.
-        kwargs: As for :class:`ResNetIBN` and :class:`~resbackbone.ResNeXt`.
-
-    Source: XingangPan/IBN-Net ``ibnnet/resnext_ibn.py``.
-    """
-
-    arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
-        depth: (InstanceNormResNeXtBottleneck, blocks) for depth, (_, blocks) in ResNeXt.arch_settings.items()
-    }

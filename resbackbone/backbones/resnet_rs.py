@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from typing_extensions import Unpack
+
+from resbackbone.backbones.options import GroupedResNetOptions
 from resbackbone.backbones.resnet_v1 import ResNetV1d
 from resbackbone.backbones.seresnet import SEResNet
 from resbackbone.backbones.stem import conv_norm_relu
@@ -22,7 +25,7 @@ class ResNetRS(SEResNet, ResNetV1d):
     Args:
         depth: 50, 101, 152, 200, 270, 350 or 420.
         se_ratio: How many channels make one squeezed channel; 4 here.
-        kwargs: As for :class:`~resbackbone.SEResNet` and :class:`~resbackbone.ResNetV1d`. The paper trains with
+        options: As for :class:`~resbackbone.SEResNet` and :class:`~resbackbone.ResNetV1d`. The paper trains with
             ``drop_path_rate=0.1`` from depth 200 on, with none before.
 
     Raises:
@@ -46,8 +49,8 @@ class ResNetRS(SEResNet, ResNetV1d):
     }
 
     @convert_arguments
-    def __init__(self, depth: int, *, se_ratio: int = 4, **kwargs: Any) -> None:
-        super().__init__(depth, se_ratio=se_ratio, **kwargs)
+    def __init__(self, depth: int, *, se_ratio: int = 4, **options: Unpack[GroupedResNetOptions]) -> None:
+        super().__init__(depth, se_ratio=se_ratio, **options)
 
     def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
         """Add the stem and the convolution that strides in place of the max pooling."""

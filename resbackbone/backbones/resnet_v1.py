@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing_extensions import Unpack
 
+from resbackbone.backbones.options import GroupedResNetOptions
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.registry import MODELS
 from resbackbone.utils.validation import convert_arguments
@@ -23,15 +24,15 @@ class ResNetV1c(ResNet):
 
     Args:
         depth: As for :class:`ResNet`.
-        deep_stem: True here.
-        kwargs: As for :class:`ResNet`.
+        options: As for :class:`ResNet`; ``deep_stem`` is True unless given.
 
     Source: ResNet-C of He et al., Bag of Tricks, arXiv:1812.01187, figure 2b.
     """
 
     @convert_arguments
-    def __init__(self, depth: int, *, deep_stem: bool = True, **kwargs: Any) -> None:
-        super().__init__(depth, deep_stem=deep_stem, **kwargs)
+    def __init__(self, depth: int, **options: Unpack[GroupedResNetOptions]) -> None:
+        options.setdefault("deep_stem", True)
+        super().__init__(depth, **options)
 
 
 @MODELS.register_module()
@@ -40,12 +41,12 @@ class ResNetV1d(ResNetV1c):
 
     Args:
         depth: As for :class:`ResNet`.
-        avg_down: True here.
-        kwargs: As for :class:`ResNetV1c`.
+        options: As for :class:`ResNetV1c`; ``avg_down`` is True unless given.
 
     Source: ResNet-D of He et al., Bag of Tricks, arXiv:1812.01187, figure 2c.
     """
 
     @convert_arguments
-    def __init__(self, depth: int, *, avg_down: bool = True, **kwargs: Any) -> None:
-        super().__init__(depth, avg_down=avg_down, **kwargs)
+    def __init__(self, depth: int, **options: Unpack[GroupedResNetOptions]) -> None:
+        options.setdefault("avg_down", True)
+        super().__init__(depth, **options)

@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Unpack
 
+from resbackbone.backbones.options import GroupedResNetOptions
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.preact import PreActBasicBlock, PreActBottleneck
@@ -33,8 +35,8 @@ class ResNetV2(ResNet):
             differs here, since negative numbers are pooled.
         final_norm: Add the norm and ReLU that classifiers have behind the last stage; its feature map is then taken
             behind them. The norm is called ``bn`` or ``gn``.
-        zero_init_residual: Start with the last convolution of each block at zero; off here, as in timm.
-        kwargs: As for :class:`~resbackbone.ResNet`.
+        options: As for :class:`~resbackbone.ResNet`; ``zero_init_residual`` starts with the last convolution of each
+            block at zero, and is False unless given, as in timm.
 
     Raises:
         KeyError, TypeError, ValueError: As for :class:`~resbackbone.ResNet`; also if ``final_norm`` meets
@@ -61,15 +63,15 @@ class ResNetV2(ResNet):
         *,
         zero_padded_pool: bool = False,
         final_norm: bool = False,
-        zero_init_residual: bool = False,
-        **kwargs: Any,
+        **options: Unpack[GroupedResNetOptions],
     ) -> None:
         check_flag("zero_padded_pool", zero_padded_pool)
         check_flag("final_norm", final_norm)
         self.zero_padded_pool = zero_padded_pool
         self.final_norm_name: str | None = None
         self.final_norm = final_norm
-        super().__init__(depth, zero_init_residual=zero_init_residual, **kwargs)
+        options.setdefault("zero_init_residual", False)
+        super().__init__(depth, **options)
 
     def _check_combinations(self) -> None:
         if self.final_norm and self.out_indices[-1] != self.num_stages - 1:

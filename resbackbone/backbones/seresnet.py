@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
+from resbackbone.backbones.options import GroupedResNetOptions
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.layers import SELayer
@@ -24,7 +26,7 @@ class SEResNet(ResNet):
     Args:
         depth: As for :class:`~resbackbone.ResNet`.
         se_ratio: How many channels make one squeezed channel.
-        kwargs: As for :class:`ResNet`.
+        options: As for :class:`ResNet`.
 
     Raises:
         KeyError, TypeError, ValueError: As for :class:`ResNet`.
@@ -37,10 +39,10 @@ class SEResNet(ResNet):
     """
 
     @convert_arguments
-    def __init__(self, depth: int, *, se_ratio: int = 16, **kwargs: Any) -> None:
+    def __init__(self, depth: int, *, se_ratio: int = 16, **options: Unpack[GroupedResNetOptions]) -> None:
         check_int("se_ratio", se_ratio, low=1)
         self.se_ratio = se_ratio
-        super().__init__(depth, **kwargs)
+        super().__init__(depth, **options)
 
     def make_res_layer(self, *, plugins: Sequence[Config] | None = None, **kwargs: Any) -> nn.Module:
         """Make one stage with squeeze-and-excitation in front of the plugins that were asked for."""
@@ -49,13 +51,14 @@ class SEResNet(ResNet):
 
 
 @MODELS.register_module()
-class SEResNeXt(SEResNet, ResNeXt):
+class SEResNeXt(SEResNet):
     """ResNeXt with squeeze-and-excitation, like :class:`SEResNet`.
 
     Args:
         depth: As for :class:`~resbackbone.ResNeXt`.
-        groups: Groups of the 3x3; 32 here. (``width_per_group``, mmpretrain's name, is ``base_width``.)
-        kwargs: As for :class:`SEResNet` and :class:`ResNeXt`.
+        se_ratio: As for :class:`SEResNet`.
+        options: As for :class:`ResNet`; ``groups`` is 32 unless given. (``width_per_group``, mmpretrain's name, is
+            ``base_width``.)
 
     Source: Hu et al., Squeeze-and-Excitation Networks, arXiv:1709.01507, table 1.
     """
@@ -63,5 +66,6 @@ class SEResNeXt(SEResNet, ResNeXt):
     arch_settings = ResNeXt.arch_settings
 
     @convert_arguments
-    def __init__(self, depth: int, *, groups: int = 32, **kwargs: Any) -> None:
-        super().__init__(depth, groups=groups, **kwargs)
+    def __init__(self, depth: int, *, se_ratio: int = 16, **options: Unpack[GroupedResNetOptions]) -> None:
+        options.setdefault("groups", 32)
+        super().__init__(depth, se_ratio=se_ratio, **options)

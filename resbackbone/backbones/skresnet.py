@@ -1,20 +1,20 @@
-"""SK-ResNet and SK-ResNeXt: the first 3x3 of each block is a selective-kernel convolution."""
+"""SK-ResNet: the first 3x3 of each block is a selective-kernel convolution."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
 from torch import nn
+from typing_extensions import Unpack
 
+from resbackbone.backbones.options import GroupedResNetOptions
 from resbackbone.backbones.resnet import ResNet
-from resbackbone.backbones.resnext import ResNeXt
 from resbackbone.blocks import BasicBlock
 from resbackbone.blocks.selective_kernel import (
     SelectiveKernelBasicBlock,
     SelectiveKernelBottleneck,
-    SelectiveKernelResNeXtBottleneck,
+    SelectiveKernelOptions,
 )
-from resbackbone.layers.module import Config
 from resbackbone.layers.selective_kernel import check_selective_kernel
 from resbackbone.registry import MODELS
 from resbackbone.utils.validation import convert_arguments
@@ -30,7 +30,7 @@ class SKResNet(ResNet):
         reduction: How many channels make one channel of the attention, the paper's r.
         min_channels: The fewest channels that the attention has, the paper's L.
         split_input: Give each path its share of the channels that come in, instead of all.
-        kwargs: As for :class:`~resbackbone.ResNet`.
+        options: As for :class:`~resbackbone.ResNet`; with ``groups=32`` it is the paper's SKNet.
 
     Raises:
         KeyError, TypeError, ValueError: As for :class:`~resbackbone.ResNet`; also if one of the four does not fit.
@@ -46,7 +46,7 @@ class SKResNet(ResNet):
         for depth, (block, blocks) in ResNet.arch_settings.items()
     }
 
-    _sizes: ClassVar[tuple[str, ...]] = ("selective",)
+    _sizes: ClassVar[tuple[str, ...]] = ("selective_kernel",)
 
     @convert_arguments
     def __init__(
@@ -57,33 +57,17 @@ class SKResNet(ResNet):
         reduction: int = 16,
         min_channels: int = 32,
         split_input: bool = False,
-        **kwargs: Any,
+        **options: Unpack[GroupedResNetOptions],
     ) -> None:
         check_selective_kernel(num_paths, reduction, min_channels, split_input)
-        self.selective: Config = {
+        self.selective_kernel: SelectiveKernelOptions = {
             "num_paths": num_paths,
             "reduction": reduction,
             "min_channels": min_channels,
             "split_input": split_input,
         }
-        super().__init__(depth, **kwargs)
+        super().__init__(depth, **options)
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """Make one stage of blocks with selective kernels."""
-        return super().make_res_layer(**self.selective, **kwargs)
-
-
-@MODELS.register_module()
-class SKResNeXt(SKResNet, ResNeXt):
-    """ResNeXt with selective kernels, the paper's SKNet with ``groups=32``.
-
-    Args:
-        depth: As for :class:`~resbackbone.ResNeXt`.
-        kwargs: As for :class:`SKResNet` and :class:`~resbackbone.ResNeXt`.
-
-    Source: Li et al., Selective Kernel Networks, arXiv:1903.06586, table 1.
-    """
-
-    arch_settings: ClassVar[dict[int, tuple[Any, tuple[int, ...]]]] = {
-        depth: (SelectiveKernelResNeXtBottleneck, blocks) for depth, (_, blocks) in ResNeXt.arch_settings.items()
-    }
+        return super().make_res_layer(selective_kernel=self.selective_kernel, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from resbackbone.layers import Sequential, build_conv_layer, build_norm_layer
@@ -20,31 +22,24 @@ def conv_norm_relu(
 
 
 def make_deep_stem(
-    in_channels: int,
-    channels: int,
-    conv_cfg: Config | None,
-    norm_cfg: Config,
-    *,
-    first_channels: int | None = None,
+    in_channels: int, channels: Sequence[int], conv_cfg: Config | None, norm_cfg: Config
 ) -> nn.Sequential:
-    """Make three 3x3 convolutions at half, half and full width in place of one 7x7.
+    """Make three 3x3 convolutions, with norms and ReLUs, in place of one 7x7.
 
     Args:
         in_channels: Channels of the images.
-        channels: Channels that go out.
+        channels: Output channels of each of the three.
         conv_cfg: Config of the convolutions.
         norm_cfg: Config of the norms.
-        first_channels: Channels behind the first convolution, where they are not the half.
 
     Returns:
-        ``(N, in_channels, H, W)`` to ``(N, channels, ceil(H/2), ceil(W/2))``.
+        ``(N, in_channels, H, W)`` to ``(N, channels[2], ceil(H/2), ceil(W/2))``.
 
     Source: ResNet-C of He et al., Bag of Tricks, arXiv:1812.01187, figure 2b.
     """
-    half = channels // 2
-    first = half if first_channels is None else first_channels
-    return Sequential(  # ours hands `init_weights()` on to its layers, torch's does not
+    first, second, third = channels
+    return Sequential(  # ours calls the `init_weights()` of its layers, torch's does not
         *conv_norm_relu(in_channels, first, conv_cfg, norm_cfg, stride=2),
-        *conv_norm_relu(first, half, conv_cfg, norm_cfg),
-        *conv_norm_relu(half, channels, conv_cfg, norm_cfg),
+        *conv_norm_relu(first, second, conv_cfg, norm_cfg),
+        *conv_norm_relu(second, third, conv_cfg, norm_cfg),
     )

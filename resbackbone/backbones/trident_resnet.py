@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from resbackbone.backbones.feature_info import OutIndex
+from resbackbone.backbones.options import ResNetOptions
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.blocks.trident import TridentBottleneck
@@ -43,6 +44,9 @@ class TridentLayer(ResLayer):
         return torch.cat(branches)
 
 
+_DEFAULTS: ResNetOptions = {"num_stages": 3, "strides": (1, 2, 2), "dilations": (1, 1, 1), "out_indices": (2,)}
+
+
 @MODELS.register_module()
 class TridentResNet(ResNet):
     """ResNet of three stages, the third of them with ``num_branch`` branches of one weight and several dilations.
@@ -55,13 +59,11 @@ class TridentResNet(ResNet):
         num_branch: Number of branches.
         test_branch_idx: The branch that runs in eval mode, counted from 0; -1 for all, as in training mode.
         trident_dilations: Dilation of each branch, in pixels.
-        num_stages: 3.
-        strides: As for :class:`~resbackbone.ResNet`.
-        dilations: As for :class:`~resbackbone.ResNet`; the last is 1, ``trident_dilations`` stands for it.
-        out_indices: As for :class:`~resbackbone.ResNet`.
-        kwargs: As for :class:`~resbackbone.ResNet`. In the last stage ``conv_cfg`` leaves out the 3x3s and
-            ``avg_down`` has no effect, as in mmdet. ``frozen_stages`` is at most 2, because what is frozen is in eval
-            mode; ``dcn`` is for the first two stages; there is no ``multi_grid``.
+        options: As for :class:`~resbackbone.ResNet`; unless given, ``strides`` is (1, 2, 2) and ``out_indices`` (2,).
+            ``num_stages`` is 3, and the last of ``dilations`` 1, because ``trident_dilations`` are those of the last
+            stage, in which ``conv_cfg`` does not apply to the 3x3s and ``avg_down`` has no effect, as in mmdet.
+            ``frozen_stages`` is at most 2, because what is frozen is in eval mode; ``dcn`` is for the first two stages;
+            there is no ``multi_grid``.
 
     Raises:
         KeyError, TypeError, ValueError: As for :class:`~resbackbone.ResNet`.
@@ -87,11 +89,7 @@ class TridentResNet(ResNet):
         num_branch: int = 3,
         test_branch_idx: int = 1,
         trident_dilations: Sequence[int] = (1, 2, 3),
-        num_stages: int = 3,
-        strides: Sequence[int] = (1, 2, 2),
-        dilations: Sequence[int] = (1, 1, 1),
-        out_indices: Sequence[OutIndex] = (2,),
-        **kwargs: Any,
+        **options: Unpack[ResNetOptions],
     ) -> None:
         check_count("num_branch", num_branch, most=MAX_PARTS)
         check_int("test_branch_idx", test_branch_idx, low=-1, high=num_branch - 1)
@@ -99,6 +97,8 @@ class TridentResNet(ResNet):
         self.trident_dilations = check_ints(
             "trident_dilations", trident_dilations, low=1, most=MAX_PIXELS, length=num_branch, why=why
         )
+        options = {**_DEFAULTS, **options}
+        num_stages, dilations = options["num_stages"], options["dilations"]
         check_int("num_stages", num_stages, low=1)
         if num_stages != 3:
             raise ValueError(f"`num_stages` of TridentResNet must be 3, the last with branches, got {num_stages!r}")
@@ -107,12 +107,10 @@ class TridentResNet(ResNet):
                 f"`dilations` must end with 1, because `trident_dilations` (={self.trident_dilations}) are those of "
                 f"the last stage, got {tuple(dilations)}"
             )
-        _check_last_stage(kwargs)
+        _check_last_stage(options)
         self.num_branch = num_branch
         self.test_branch_idx = test_branch_idx
-        super().__init__(
-            depth, num_stages=num_stages, strides=strides, dilations=dilations, out_indices=out_indices, **kwargs
-        )
+        super().__init__(depth, **options)
 
     def freeze(self, frozen_stages: int) -> None:
         """Change ``frozen_stages``, which is at most 2."""
@@ -132,7 +130,7 @@ class TridentResNet(ResNet):
         return TridentLayer(trident_dilations=self.trident_dilations, test_branch_idx=self.test_branch_idx, **kwargs)
 
 
-def _check_last_stage(others: dict[str, Any]) -> None:
+def _check_last_stage(others: Mapping[str, Any]) -> None:
     """Raise if an argument of ResNet asks of the last stage what branches cannot do."""
     _check_frozen_stages(others.get("frozen_stages"))
     flags = others.get("stage_with_dcn", ())

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import nn
+from typing_extensions import Unpack
 
+from resbackbone.backbones.options import ResNetOptions
 from resbackbone.backbones.resnet import ResNet
 from resbackbone.layers.arguments import MAX_PARTS
 from resbackbone.registry import MODELS
@@ -19,7 +21,7 @@ class WideResNet(ResNet):
     Args:
         depth: 50, 101 or 152.
         widening_factor: The paper's k.
-        kwargs: As for :class:`~resbackbone.ResNet`.
+        options: As for :class:`~resbackbone.ResNet`.
 
     Source: Zagoruyko and Komodakis, Wide Residual Networks, arXiv:1605.07146, table 8 (WRN-50-2-bottleneck);
     torchvision's ``wide_resnet50_2``.
@@ -35,10 +37,10 @@ class WideResNet(ResNet):
     _sizes: ClassVar[tuple[str, ...]] = ("widening_factor",)
 
     @convert_arguments
-    def __init__(self, depth: int, *, widening_factor: int = 2, **kwargs: Any) -> None:
+    def __init__(self, depth: int, *, widening_factor: int = 2, **options: Unpack[ResNetOptions]) -> None:
         check_count("widening_factor", widening_factor, most=MAX_PARTS)
         self.widening_factor = widening_factor
-        super().__init__(depth, **kwargs)
+        super().__init__(depth, **options)
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
         """Make one stage of widened bottlenecks."""

@@ -1,17 +1,18 @@
-"""The residual block: everything that the blocks share, so that each states only its own convolutions."""
+"""The base class of residual blocks: their arguments, and how their layers are built."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypedDict
 
 from torch import Tensor, nn
 
 from resbackbone.layers import DropPath, Module, build_conv_layer, build_norm_layer, build_plugin_layer, plugin_name
-from resbackbone.layers.activation_checkpointing import needs_backward, recompute_in_backward
+from resbackbone.layers.blur_pool import AntiAliasing, make_downsampling
 from resbackbone.layers.conv import check_conv_cfg
-from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.deform_conv import rename_old_offsets
+from resbackbone.layers.ibn import IBN, make_instance_norm
 from resbackbone.layers.memory_format import to_output_format
 from resbackbone.layers.module import Config, InitConfig
 from resbackbone.layers.plugins import check_plugin_cfg
@@ -25,43 +26,88 @@ from resbackbone.utils.validation import (
 )
 
 BATCH_NORM: Config = {"type": "BN"}  # the norm where a config names none; read, never written to
+Style = Literal["pytorch", "caffe"]
+
+
+class BlockOptions(TypedDict, total=False):
+    """The arguments of :class:`ResidualBlock` that every subclass accepts by name."""
+
+    stride: int
+    dilation: int
+    downsample: nn.Module | None
+    style: Style
+    with_cp: bool
+    conv_cfg: Config | None
+    norm_cfg: Config
+    dcn: Config | None
+    plugins: Sequence[Config] | None
+    init_cfg: InitConfig | None
+    drop_path_rate: float
+    stage_dilation: int
+    anti_aliasing: AntiAliasing | None
+    ibn: Literal["a", "b"] | None
+
+
+class GroupOptions(BlockOptions, total=False):
+    """Those, and the arguments of blocks with a grouped convolution."""
+
+    groups: int
+    base_width: int
+    base_channels: int
 
 
 class ResidualBlock(Module):
-    """``relu(branch(x) + shortcut(x))``, the branch being ``num_convs`` convolutions with norm, ReLU and plugins.
+    """The base class of blocks that compute ``relu(branch(x) + shortcut(x))``.
 
-    A subclass sets ``expansion`` and ``num_convs`` and adds its convolutions in :meth:`_build`; where they are not
-    ``planes`` wide before the last, it overrides :meth:`channels_after`. The forward pass runs
-    ``conv1, norm1, relu, plugins after_conv1, conv2, ...``; the last norm has no ReLU of its own. A subclass with
-    something else in the place of one convolution overrides :meth:`step`.
+    A subclass sets ``expansion`` and ``num_convs``, adds its convolutions in :meth:`_build` and has a ``forward``.
+    For each convolution there are the attributes ``conv{i}``, ``norm{i}_name`` (None where the layer has norms and
+    activations of its own) and ``after_conv{i}_plugin_names``.
 
     Args:
-        inplanes: Channels that come in.
-        planes: The block's width before expansion; ``planes * expansion`` channels go out.
-        stride: Step of the block in pixels.
+        inplanes: Input channels.
+        planes: The block's width before expansion; it has ``planes * expansion`` output channels.
+        stride: Stride of the block.
         dilation: Dilation of its spatial convolution, in pixels.
-        downsample: The shortcut, where it is not the identity.
-        style: Where a bottleneck strides: "pytorch" in the 3x3, "caffe" in the first 1x1.
-        with_cp: Recompute the block in the backward pass instead of keeping its activations.
+        downsample: The layers of the shortcut; None for the identity.
+        style: The convolution of a bottleneck that has the stride: "pytorch", the 3x3; "caffe", the first 1x1.
+        with_cp: Activation checkpointing: recompute the block in the backward pass, and keep only its input.
         conv_cfg: Config of every convolution but a deformable one.
         norm_cfg: Config of every norm.
-        dcn: Config of the deformable convolution that takes the place of the block's spatial one. Its entry
+        dcn: Config of the deformable convolution in place of the block's spatial one. Its entry
             ``fallback_on_stride=True`` leaves strided convolutions plain.
         plugins: Dicts of ``cfg`` (the plugin's config) and ``position`` (``"after_conv1"``, ...).
-        drop_path_rate: Probability, 0 to 1, of leaving the branch out while training.
-        stage_dilation: Dilation of the stage, which ``dilation`` may be half of, where the stage is dilated as in timm
-            (``dilation_style``); a basic block's second 3x3 has it. 1 leaves that plain.
         init_cfg: As for :class:`~resbackbone.layers.Module`.
+        drop_path_rate: Probability, 0 to 1, of dropping the branch while training.
+        stage_dilation: Dilation of the stage, if it is dilated as in timm (``dilation_style``); the second 3x3 of a
+            basic block has it. 1 leaves that undilated.
+        anti_aliasing: Do not stride in the spatial convolution, but in a low-pass filter behind its ReLU: "blur" or
+            "average"; None for the stride in the convolution. (Zhang, arXiv:1904.11486, equation 8.)
+        ibn: "a" for :class:`~resbackbone.layers.IBN` behind the first convolution; "b" for instance norm, called
+            ``IN``, between the sum and its ReLU; None for neither. (Pan et al., arXiv:1807.09441, figure 3.)
+        width: Channels of the spatial convolution of a bottleneck; None for ``planes``, or what the groups amount to.
+        groups: Groups of the spatial convolution of a bottleneck.
+        base_width: With groups, channels per group in the first stage; further stages have more, as ``planes`` grow.
+        base_channels: ``planes`` of the first stage.
 
     Raises:
         TypeError, ValueError, KeyError: If an argument does not fit; nothing is built then.
 
-    Source: He et al., Deep Residual Learning for Image Recognition, arXiv:1512.03385, figure 5.
+    Source: He et al., Deep Residual Learning for Image Recognition, arXiv:1512.03385, figure 5; groups as in Xie et
+    al., ResNeXt, arXiv:1611.05431, figure 3c.
     """
 
     expansion: ClassVar[int]
     num_convs: ClassVar[int]
-    is_output = False  # whether the backbone returns what this block computes
+    conv1: Any
+    conv2: Any
+    conv3: Any
+    relu: Callable[[Tensor], Tensor]
+    norm1_name: str | None = None
+    norm2_name: str | None = None
+    norm3_name: str | None = None
+    after_conv1_plugin_names: Sequence[str]
+    after_conv2_plugin_names: Sequence[str]
+    after_conv3_plugin_names: Sequence[str]
 
     def __init__(
         self,
@@ -70,7 +116,7 @@ class ResidualBlock(Module):
         stride: int = 1,
         dilation: int = 1,
         downsample: nn.Module | None = None,
-        style: str = "pytorch",
+        style: Style = "pytorch",
         with_cp: bool = False,
         conv_cfg: Config | None = None,
         norm_cfg: Config = BATCH_NORM,
@@ -80,12 +126,20 @@ class ResidualBlock(Module):
         *,
         drop_path_rate: float = 0.0,
         stage_dilation: int = 1,
+        anti_aliasing: AntiAliasing | None = None,
+        ibn: Literal["a", "b"] | None = None,
+        width: int | None = None,
+        groups: int = 1,
+        base_width: int = 4,
+        base_channels: int = 64,
     ) -> None:
         super().__init__(init_cfg)
         check_choice("style", style, ("pytorch", "caffe"))
         check_dcn(dcn, conv_cfg)
         check_plugins(plugins, type(self))
         check_plugin_names(plugins)
+        if width is None:  # with one group a plain bottleneck, as upstream, whatever `base_width` is
+            width = planes if groups == 1 else grouped_width(planes, base_width, base_channels) * groups
         self.inplanes = inplanes
         self.planes = planes
         self.stride = stride
@@ -97,6 +151,10 @@ class ResidualBlock(Module):
         self.norm_cfg = norm_cfg
         self.dcn = dcn
         self.plugins = plugins
+        self.anti_aliasing = anti_aliasing
+        self.ibn = ibn
+        self.width = width
+        self.groups = groups
         self._build()
         if dcn is not None:
             self.register_load_state_dict_pre_hook(rename_old_offsets)  # type: ignore[no-untyped-call]
@@ -104,6 +162,8 @@ class ResidualBlock(Module):
         self.downsample = downsample
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else None
         self._add_plugins()
+        self.IN = make_instance_norm(planes * self.expansion, norm_cfg) if ibn == "b" else None
+        self.has_own_add = type(self).add is not ResidualBlock.add
 
     def _build(self) -> None:
         """Add the convolutions, in order, with :meth:`add_conv`."""
@@ -130,59 +190,64 @@ class ResidualBlock(Module):
         return self._norm(2)
 
     def _norm(self, index: int) -> nn.Module:
-        norm: nn.Module = getattr(self, getattr(self, f"norm{index}_name"))
+        name = getattr(self, f"norm{index}_name")
+        if name is None:
+            raise AttributeError(f"{type(self).__name__} has no norm{index}")
+        norm: nn.Module = getattr(self, name)
         return norm
 
-    def add_conv(self, index: int, in_channels: int, out_channels: int, kernel_size: int, **kwargs: Any) -> None:
-        """Add ``conv{index}`` and the norm behind it.
-
-        Args:
-            index: Its place in the branch, counted from 1.
-            in_channels: As for :meth:`make_conv`.
-            out_channels: As for :meth:`make_conv`.
-            kernel_size: As for :meth:`make_conv`.
-            kwargs: As for :meth:`make_conv`.
-        """
-        self.add_module(f"conv{index}", self.make_conv(in_channels, out_channels, kernel_size, **kwargs))
-        self.add_norm(index, out_channels)
-
-    def make_conv(
+    def add_conv(
         self,
+        index: int,
         in_channels: int,
         out_channels: int,
         kernel_size: int,
         *,
         stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
         deformable: bool = False,
-        bias: bool = False,
-        **kwargs: Any,
-    ) -> nn.Module:
-        """Make one of the block's convolutions.
+    ) -> None:
+        """Add ``conv{index}``, the norm behind it and, with ``anti_aliasing``, the filter that has the stride.
 
         Args:
-            in_channels: Channels that come in.
-            out_channels: Channels that go out.
+            index: Its place in the branch, counted from 1.
+            in_channels: Input channels.
+            out_channels: Output channels.
             kernel_size: Side of the kernel in pixels.
-            stride: Step of the kernel in pixels.
-            deformable: Whether it is the spatial one, which ``dcn`` replaces.
-            bias: Whether it has a bias.
-            kwargs: padding, dilation, groups.
-
-        Returns:
-            ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``.
+            stride: Stride.
+            padding: Zeros added on each side, in pixels.
+            dilation: Distance of the kernel's elements, in pixels.
+            groups: Groups of channels.
+            deformable: Whether it is the spatial convolution, in whose place ``dcn`` comes.
         """
-        cfg = self.spatial_conv_cfg(stride) if deformable else self.conv_cfg
-        return build_conv_layer(cfg, in_channels, out_channels, kernel_size, stride=stride, bias=bias, **kwargs)
+        filtered = self.anti_aliasing is not None
+        conv_stride = 1 if filtered else stride
+        cfg = self.spatial_conv_cfg(conv_stride) if deformable else self.conv_cfg
+        conv = build_conv_layer(
+            cfg,
+            *(in_channels, out_channels, kernel_size),
+            stride=conv_stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+        )
+        self.add_module(f"conv{index}", conv)
+        self.add_norm(index, out_channels)
+        dilation_grows = kernel_size > 1 and 1 < self.stage_dilation != dilation
+        if self.anti_aliasing is not None and (stride > 1 or dilation_grows):
+            self.add_module(f"low_pass{index}", make_downsampling(self.anti_aliasing, out_channels, stride))
 
     def add_norm(self, index: int, channels: int) -> None:
         """Add the ``index``-th norm, on ``channels`` channels."""
-        norm_name, norm = build_norm_layer(self.norm_cfg_at(index), channels, postfix=index)
+        cfg = self.norm_cfg
+        if index == 1 and self.ibn == "a":
+            cfg = {"type": IBN, "norm_cfg": cfg, "requires_grad": cfg.get("requires_grad", True)}
+        norm_name, norm = build_norm_layer(cfg, channels, postfix=index)
         setattr(self, f"norm{index}_name", norm_name)
         self.add_module(norm_name, norm)
-
-    def norm_cfg_at(self, index: int) -> Config:
-        """Return the config of the ``index``-th norm."""
-        return self.norm_cfg
 
     def spatial_conv_cfg(self, stride: int) -> Config | None:
         """Return the spatial convolution's config: ``dcn``, unless it falls back at ``stride``, else ``conv_cfg``."""
@@ -196,18 +261,20 @@ class ResidualBlock(Module):
         for index in range(1, self.num_convs + 1):
             position = f"after_conv{index}"
             cfgs = [plugin["cfg"] for plugin in self.plugins or () if plugin["position"] == position]
+            names = self.make_block_plugins(self.channels_after(index), cfgs)
+            low_pass = f"low_pass{index}"
             setattr(self, f"{position}_plugins", cfgs)
-            setattr(self, f"{position}_plugin_names", self.make_block_plugins(self.channels_after(index), cfgs))
+            setattr(self, f"{position}_plugin_names", [low_pass, *names] if hasattr(self, low_pass) else names)
 
     def channels_after(self, index: int) -> int:
         """Return the channels behind the ``index``-th convolution, which its plugins work on."""
-        return self.planes * self.expansion if index == self.num_convs else self.planes
+        return self.planes * self.expansion if index == self.num_convs else self.width
 
     def make_block_plugins(self, in_channels: int, plugins: Sequence[Config]) -> list[str]:
         """Build plugins and add them to the block.
 
         Args:
-            in_channels: Channels that they work on.
+            in_channels: Channels of the feature map that they work on.
             plugins: Their configs; an entry ``postfix`` goes into the attribute name.
 
         Returns:
@@ -226,63 +293,50 @@ class ResidualBlock(Module):
         return names
 
     def forward_plugin(self, x: Tensor, plugin_names: Sequence[str]) -> Tensor:
-        """Run the named plugins one after the other; the shape stays."""
+        """Run the named layers one after the other."""
         for name in plugin_names:
             x = getattr(self, name)(x)
         return x
 
-    def branch(self, x: Tensor) -> Tensor:
-        """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)`` without the shortcut."""
-        return self._run_steps(self.num_convs, x)
+    def join(self, out: Tensor, shortcut: Tensor, plugin_names: Sequence[str]) -> Tensor:
+        """Run what comes between the last norm and the last ReLU: plugins, drop path and the sum.
 
-    def _run_steps(self, count: int, x: Tensor) -> Tensor:
-        for index in range(1, count + 1):
-            x = self.step(index, x)
-            x = self.forward_plugin(x, getattr(self, f"after_conv{index}_plugin_names"))
-        return x
-
-    def step(self, index: int, x: Tensor) -> Tensor:
-        """Run the ``index``-th convolution with its norm and, but for the last, the ReLU; plugins come behind it."""
-        x = conv_norm(x, getattr(self, f"conv{index}"), self._norm(index))
-        return self.relu(x) if index < self.num_convs else x
-
-    def before_branch(self, x: Tensor) -> Tensor:
-        """Compute what the branch and a projecting shortcut get of the block's input: all of it, unless overridden."""
-        return x
-
-    def _add_shortcut(self, x: Tensor) -> Tensor:
-        entering = self.before_branch(x)
-        last = self.num_convs
-        if self._ends_plainly():  # so that a folded convolution can add the shortcut
-            out = self._run_steps(last - 1, entering)
-            shortcut = x if self.downsample is None else self.downsample(entering)
-            return conv_norm(out, getattr(self, f"conv{last}"), self._norm(last), shortcut=shortcut)
-        out = self.branch(entering)
+        Args:
+            out: The branch's output, ``(N, planes * expansion, H', W')``.
+            shortcut: The shortcut's output, of the same shape.
+            plugin_names: The plugins behind the last convolution.
+        """
+        out = self.forward_plugin(out, plugin_names)
         if self.drop_path is not None:
             out = self.drop_path(out)
-        return self.add(out, x if self.downsample is None else self.downsample(entering))
-
-    def _ends_plainly(self) -> bool:
-        """Return whether nothing comes between the last norm and the sum, not even of a subclass."""
-        kind = type(self)
-        overridden = any(getattr(kind, name) is not getattr(ResidualBlock, name) for name in ("branch", "step", "add"))
-        return not (overridden or self.drop_path is not None or getattr(self, f"after_conv{self.num_convs}_plugins"))
+        out = self.add(out, shortcut)
+        return to_output_format(out) if self.is_output and self.folds_norms else out
 
     def add(self, out: Tensor, shortcut: Tensor) -> Tensor:
-        """Add the shortcut to the branch's output, which is overwritten."""
+        """Add the shortcut to the branch's output, in place; a subclass may combine them in another way."""
         out += shortcut
         return out
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)``."""
-        x = self.residual(x)
-        return self.relu(to_output_format(x) if self.is_output else x)  # type: ignore[no-any-return]
 
-    def residual(self, x: Any) -> Any:
-        """Compute branch plus shortcut, before the last ReLU; with ``with_cp`` again in the backward pass."""
-        if self.with_cp and needs_backward(x, [self]):
-            return recompute_in_backward(self._add_shortcut, x, [self])
-        return self._add_shortcut(x)
+def grouped_width(planes: int, base_width: int, base_channels: int) -> int:
+    """Return the channels of one group (or split) of a block's 3x3.
+
+    Args:
+        planes: The block's width before expansion.
+        base_width: Channels per group in the first stage.
+        base_channels: ``planes`` of the first stage.
+
+    Raises:
+        ValueError: If there would be none.
+    """
+    width = math.floor(planes * (base_width / base_channels))  # as upstream, whose rounding may lose a channel
+    width = width or planes * base_width // base_channels  # but never the only one
+    if width < 1:
+        raise ValueError(
+            f"`base_width` (={base_width}) leaves no channels per group where `planes` is {planes}: it is for "
+            f"{base_channels} `base_channels`; give more of either"
+        )
+    return width
 
 
 def check_dcn(dcn: Config | None, conv_cfg: Config | None) -> None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from resbackbone.blocks.base import ResidualBlock
+from resbackbone.layers.activation_checkpointing import needs_backward, recompute_in_backward
 
 
 class Bottleneck(ResidualBlock):
-    """1x1 to ``width`` channels, 3x3 at that width, 1x1 to ``planes * 4`` channels.
+    """1x1 to ``width`` channels, 3x3 at that width and with ``groups`` groups, 1x1 to ``planes * 4`` channels.
 
-    Args:
-        inplanes: Channels that come in.
-        planes: A quarter of the channels that go out.
-        width: Channels in the middle; None for ``planes``.
-        groups: Groups of the 3x3.
-        kwargs: As for :class:`~resbackbone.blocks.ResidualBlock`; plugins go ``after_conv1``, ``2`` or ``3``.
+    Plugins go ``after_conv1``, ``after_conv2`` or ``after_conv3``.
 
     Source: He et al., arXiv:1512.03385, figure 5 right; striding in the 3x3 ("pytorch", also called v1.5 or v1b) is
     the variant of facebook/fb.resnet.torch.
@@ -25,13 +22,6 @@ class Bottleneck(ResidualBlock):
 
     expansion: ClassVar[int] = 4
     num_convs: ClassVar[int] = 3
-
-    def __init__(
-        self, inplanes: int, planes: int, *args: Any, width: int | None = None, groups: int = 1, **kwargs: Any
-    ) -> None:
-        self.width = planes if width is None else width
-        self.groups = groups
-        super().__init__(inplanes, planes, *args, **kwargs)
 
     @property
     def norm3(self) -> nn.Module:
@@ -41,19 +31,47 @@ class Bottleneck(ResidualBlock):
     def _build(self) -> None:
         self.conv1_stride, self.conv2_stride = (1, self.stride) if self.style == "pytorch" else (self.stride, 1)
         self.add_conv(1, self.inplanes, self.width, 1, stride=self.conv1_stride)
+        self.add_spatial_conv(self.width, self.conv2_stride, self.dilation)
+        self.add_conv(3, self.width, self.planes * self.expansion, 1)
+
+    def add_spatial_conv(self, channels: int, stride: int, dilation: int) -> None:
+        """Add ``conv2``, from ``channels`` to as many; a subclass may add another layer in its place."""
         self.add_conv(
-            2,
-            self.width,
-            self.width,
-            3,
-            stride=self.conv2_stride,
-            padding=self.dilation,
-            dilation=self.dilation,
+            *(2, channels, channels, 3),
+            stride=stride,
+            padding=dilation,
+            dilation=dilation,
             groups=self.groups,
             deformable=True,
         )
-        self.add_conv(3, self.width, self.planes * self.expansion, 1)
 
-    def channels_after(self, index: int) -> int:
-        """Return the channels behind the ``index``-th convolution: ``width`` before the last."""
-        return super().channels_after(index) if index == self.num_convs else self.width
+    def forward(self, x: Tensor, *, checkpointed: bool = False) -> Tensor:
+        """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)``.
+
+        Args:
+            x: The input.
+            checkpointed: Whether activation checkpointing makes this call, which ``with_cp`` asks for in others.
+        """
+        if self.with_cp and not checkpointed and needs_backward(x, [self]):
+            return recompute_in_backward(partial(Bottleneck.forward, self, checkpointed=True), x, [self])  # type: ignore[no-any-return]
+
+        out: Tensor = self.relu(self.conv_norm(x, self.conv1, self.norm1_name))
+        if self.after_conv1_plugin_names:
+            out = self.forward_plugin(out, self.after_conv1_plugin_names)
+
+        if self.norm2_name is None:  # a layer with norms and activations of its own
+            out = self.conv2(out)
+        else:
+            out = self.relu(self.conv_norm(out, self.conv2, self.norm2_name))
+        if self.after_conv2_plugin_names:
+            out = self.forward_plugin(out, self.after_conv2_plugin_names)
+
+        shortcut = x if self.downsample is None else self.downsample(x)
+        if self.after_conv3_plugin_names or self.drop_path is not None or self.has_own_add:
+            out = self.conv_norm(out, self.conv3, self.norm3_name)
+            out = self.join(out, shortcut, self.after_conv3_plugin_names)
+        else:
+            out = self.conv_norm(out, self.conv3, self.norm3_name, shortcut)
+        if self.IN is not None:
+            out = self.IN(out)
+        return self.relu(out)

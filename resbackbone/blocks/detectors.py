@@ -1,34 +1,36 @@
-"""The blocks of DetectoRS: bottlenecks with switchable atrous convolution and an input for fed-back features."""
+"""The block of DetectoRS: a bottleneck with switchable atrous convolution and an input for fed-back features."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import Unpack
 
-from resbackbone.blocks.base import ResidualBlock
+from resbackbone.blocks.base import GroupOptions
 from resbackbone.blocks.bottleneck import Bottleneck
-from resbackbone.blocks.resnext import ResNeXtBottleneck
 from resbackbone.layers import build_conv_layer
-from resbackbone.layers.module import Config, InitConfig
+from resbackbone.layers.activation_checkpointing import needs_backward, recompute_in_backward
+from resbackbone.layers.module import Config
 from resbackbone.utils.validation import check_int, check_mapping
 
 NO_FEEDBACK: Config = {"type": "Constant", "val": 0, "override": {"name": "rfp_conv"}}  # read, never written to
 
 
-class RecursiveBlock(ResidualBlock):
-    """A base to put before a block, which adds what DetectoRS has beside it.
+class DetectorsBottleneck(Bottleneck):
+    """A bottleneck whose 3x3 may be a switchable atrous convolution, and that adds features of a pyramid to its sum.
 
     Args:
-        inplanes: Channels that come in.
-        planes: As for the block.
-        sac: Config of the spatial convolution, such as ``dict(type="SAC", use_deform=True)``; None for ``conv_cfg``.
-        rfp_inplanes: Channels of the features that are fed back into the block; None for a block without.
-        init_cfg: As for :class:`~resbackbone.layers.Module`. What is fed back starts at zero times.
-        kwargs: As for the block.
+        inplanes: Input channels.
+        planes: A quarter of the output channels.
+        sac: Config of the 3x3, such as ``dict(type="SAC", use_deform=True)``; None for ``conv_cfg`` or ``dcn``.
+        rfp_inplanes: Channels of the features that are fed back into the block; None for a block without. Their
+            convolution starts at zero.
+        options: As for :class:`~resbackbone.blocks.Bottleneck`.
 
     Raises:
-        TypeError, ValueError: As for the block, and if it is given both ``sac`` and ``dcn``.
+        TypeError, ValueError: As for the bottleneck, and if it is given both ``sac`` and ``dcn``.
 
     Source: Qiao et al., DetectoRS, arXiv:2006.02334, sections 3.2 and 4.
     """
@@ -42,18 +44,18 @@ class RecursiveBlock(ResidualBlock):
         *,
         sac: Config | None = None,
         rfp_inplanes: int | None = None,
-        init_cfg: InitConfig | None = None,
-        **kwargs: Any,
+        **options: Unpack[GroupOptions],
     ) -> None:
         check_mapping("sac", sac)
-        if sac is not None and kwargs.get("dcn") is not None:
-            raise ValueError("give a block `sac` or `dcn`, not both: each says its spatial convolution")
+        if sac is not None and options.get("dcn") is not None:
+            raise ValueError("give a block `sac` or `dcn`, not both: each is the config of its spatial convolution")
         if rfp_inplanes is not None:
             check_int("rfp_inplanes", rfp_inplanes, low=1)
+            init_cfg = options.get("init_cfg")
             given = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
-            init_cfg = [*given, NO_FEEDBACK]
+            options["init_cfg"] = [*given, NO_FEEDBACK]
         self.sac = sac
-        super().__init__(inplanes, planes, init_cfg=init_cfg, **kwargs)
+        super().__init__(inplanes, planes, **options)
         self.rfp_inplanes = rfp_inplanes
         out_channels = self.planes * self.expansion
         self.rfp_conv = None if rfp_inplanes is None else build_conv_layer(None, rfp_inplanes, out_channels, 1)
@@ -64,11 +66,27 @@ class RecursiveBlock(ResidualBlock):
         return self.sac is not None
 
     def spatial_conv_cfg(self, stride: int) -> Config | None:
-        """Return the config of the spatial convolution: ``sac``, where the block has it."""
+        """Return the config of the 3x3: ``sac``, if the block has it."""
         return super().spatial_conv_cfg(stride) if self.sac is None else self.sac
 
+    def forward(self, x: Tensor, rfp_feat: Tensor | None = None, *, checkpointed: bool = False) -> Tensor:
+        """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)``; see :meth:`rfp_forward`."""
+        if self.rfp_conv is None or rfp_feat is None:
+            return super().forward(x, checkpointed=checkpointed)
+        if self.with_cp and not checkpointed and needs_backward(x, [self]):
+            again = partial(DetectorsBottleneck.forward, self, rfp_feat=rfp_feat, checkpointed=True)
+            return recompute_in_backward(again, x, [self])  # type: ignore[no-any-return]
+        out: Tensor = self.relu(self.conv_norm(x, self.conv1, self.norm1_name))
+        out = self.forward_plugin(out, self.after_conv1_plugin_names)
+        out = self.relu(self.conv_norm(out, self.conv2, self.norm2_name))
+        out = self.forward_plugin(out, self.after_conv2_plugin_names)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.conv_norm(out, self.conv3, self.norm3_name)
+        out = self.join(out, shortcut, self.after_conv3_plugin_names)
+        return self.relu(out + self.rfp_conv(rfp_feat))
+
     def rfp_forward(self, x: Tensor, rfp_feat: Tensor | None) -> Tensor:
-        """Compute the block with features fed back into it.
+        """Compute the block with features fed back into it, the method that mmdet's backbone calls.
 
         Args:
             x: ``(N, inplanes, H, W)``.
@@ -77,15 +95,4 @@ class RecursiveBlock(ResidualBlock):
         Returns:
             ``(N, planes * expansion, H/stride, W/stride)``.
         """
-        out = self.residual(x)
-        if self.rfp_conv is not None:
-            out = out + self.rfp_conv(rfp_feat)
-        return self.relu(out)  # type: ignore[no-any-return]
-
-
-class DetectorsBottleneck(RecursiveBlock, Bottleneck):
-    """A bottleneck with the arguments of :class:`RecursiveBlock`."""
-
-
-class DetectorsResNeXtBottleneck(RecursiveBlock, ResNeXtBottleneck):
-    """A grouped bottleneck with the arguments of :class:`RecursiveBlock`."""
+        return self.forward(x, rfp_feat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -9,52 +10,59 @@ from torch import Tensor
 from resbackbone.blocks.base import ResidualBlock
 from resbackbone.blocks.basic import BasicBlock
 from resbackbone.blocks.bottleneck import Bottleneck
-from resbackbone.layers.conv_norm import conv_norm
+from resbackbone.layers import build_conv_layer
+from resbackbone.layers.activation_checkpointing import needs_backward, recompute_in_backward
 
 
-class PreActivation(ResidualBlock):
-    """``branch(relu(norm1(x))) + shortcut``; named before the block class among a class's bases.
+class PreActBlock(ResidualBlock):
+    """The base class of blocks with pre-activation: ``norm{i}`` is in front of ``conv{i}``.
 
-    The shortcut is ``x``, or ``downsample`` of what the branch gets, too, which has no norm of its own. In the branch
-    norm and ReLU of the next convolution follow each but the last; plugins come behind them.
-
-    Args:
-        args: As for the block class.
-        kwargs: As for the block class.
+    The projection of the shortcut has the branch's input, behind the first norm and ReLU, and no norm of its own.
+    Plugins go behind the norm and ReLU that follow a convolution, or behind the last convolution.
 
     Source: He et al., Identity Mappings in Deep Residual Networks, arXiv:1603.05027, figure 1 (b); the shortcut as in
     its authors' code and in timm.
     """
 
-    def add_conv(self, index: int, in_channels: int, *args: Any, **kwargs: Any) -> None:
-        """Add ``conv{index}`` and the norm in front of it."""
+    def add_conv(self, index: int, in_channels: int, out_channels: int, kernel_size: int, **geometry: Any) -> None:
+        """Add ``conv{index}`` and the norm in front of it; arguments as for :class:`ResidualBlock`."""
         self.add_norm(index, in_channels)
-        self.add_module(f"conv{index}", self.make_conv(in_channels, *args, **kwargs))
-
-    def step(self, index: int, x: Tensor) -> Tensor:
-        """Run the ``index``-th convolution and, but for the last, norm and ReLU of the next."""
-        conv = getattr(self, f"conv{index}")
-        if index == self.num_convs:
-            return conv(x)  # type: ignore[no-any-return]
-        return self.relu(conv_norm(x, conv, self._norm(index + 1)))  # type: ignore[no-any-return]
-
-    def before_branch(self, x: Tensor) -> Tensor:
-        """Compute the first norm and its ReLU, which come before branch and projection alike."""
-        activated: Tensor = self.relu(self.norm1(x))
-        return activated
+        cfg = self.spatial_conv_cfg(geometry.get("stride", 1)) if geometry.pop("deformable", False) else self.conv_cfg
+        conv = build_conv_layer(cfg, in_channels, out_channels, kernel_size, bias=False, **geometry)
+        self.add_module(f"conv{index}", conv)
 
     def add(self, out: Tensor, shortcut: Tensor) -> Tensor:
         """Add the shortcut to the branch's output, which a convolution may have kept for the backward pass."""
         return out + shortcut
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)``."""
-        return self.residual(x)  # type: ignore[no-any-return]
 
-
-class PreActBasicBlock(PreActivation, BasicBlock):
+class PreActBasicBlock(PreActBlock, BasicBlock):
     """A :class:`~resbackbone.blocks.BasicBlock` with pre-activation."""
 
+    def forward(self, x: Tensor, *, checkpointed: bool = False) -> Tensor:
+        """Map ``(N, inplanes, H, W)`` to ``(N, planes, H/stride, W/stride)``."""
+        if self.with_cp and not checkpointed and needs_backward(x, [self]):
+            return recompute_in_backward(partial(PreActBasicBlock.forward, self, checkpointed=True), x, [self])  # type: ignore[no-any-return]
+        activated = self.relu(self.norm1(x))
+        out: Tensor = self.relu(self.conv_norm(activated, self.conv1, self.norm2_name))
+        out = self.forward_plugin(out, self.after_conv1_plugin_names)
+        out = self.conv2(out)
+        shortcut = x if self.downsample is None else self.downsample(activated)
+        return self.join(out, shortcut, self.after_conv2_plugin_names)
 
-class PreActBottleneck(PreActivation, Bottleneck):
+
+class PreActBottleneck(PreActBlock, Bottleneck):
     """A :class:`~resbackbone.blocks.Bottleneck` with pre-activation."""
+
+    def forward(self, x: Tensor, *, checkpointed: bool = False) -> Tensor:
+        """Map ``(N, inplanes, H, W)`` to ``(N, planes * expansion, H/stride, W/stride)``."""
+        if self.with_cp and not checkpointed and needs_backward(x, [self]):
+            return recompute_in_backward(partial(PreActBottleneck.forward, self, checkpointed=True), x, [self])  # type: ignore[no-any-return]
+        activated = self.relu(self.norm1(x))
+        out: Tensor = self.relu(self.conv_norm(activated, self.conv1, self.norm2_name))
+        out = self.forward_plugin(out, self.after_conv1_plugin_names)
+        out = self.relu(self.conv_norm(out, self.conv2, self.norm3_name))
+        out = self.forward_plugin(out, self.after_conv2_plugin_names)
+        out = self.conv3(out)
+        shortcut = x if self.downsample is None else self.downsample(activated)
+        return self.join(out, shortcut, self.after_conv3_plugin_names)

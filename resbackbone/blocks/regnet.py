@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from typing_extensions import Unpack
+
+from resbackbone.blocks.base import BlockOptions
 from resbackbone.blocks.bottleneck import Bottleneck
 from resbackbone.layers.module import Config
 from resbackbone.layers.se import SELayer
 
 
 class RegNetBottleneck(Bottleneck):
-    """A bottleneck whose ``planes`` channels go out as they are, with a grouped 3x3 and optionally attention behind it.
+    """A bottleneck of expansion 1, with a grouped 3x3 and optionally squeeze-and-excitation behind it.
 
     Args:
-        inplanes: Channels that come in.
-        planes: Channels that go out.
+        inplanes: Input channels.
+        planes: Output channels.
         group_width: Channels per group of the 3x3; the 3x3's channels are a multiple of it, or fewer.
-        bot_mul: Channels of the 3x3 per channel that goes out.
-        se_ratio: Channels that squeeze-and-excitation squeezes to, per channel that comes in; 0 for no such layer. It
-            stands behind the 3x3, before the plugins ``after_conv2``.
-        plugins: As for :class:`~resbackbone.blocks.ResidualBlock`.
-        kwargs: As for :class:`~resbackbone.blocks.Bottleneck`.
+        bot_mul: Channels of the 3x3 per output channel.
+        se_ratio: Squeezed channels of squeeze-and-excitation per input channel of the block; 0 for no such layer. It
+            is the first of the plugins ``after_conv2``.
+        options: As for :class:`~resbackbone.blocks.ResidualBlock`.
 
     Source: Radosavovic et al., Designing Network Design Spaces, arXiv:2003.13678, figure 4, and section 4 on SE.
     """
@@ -36,12 +37,10 @@ class RegNetBottleneck(Bottleneck):
         group_width: int,
         bot_mul: float = 1.0,
         se_ratio: float = 0.0,
-        plugins: Sequence[Config] | None = None,
-        **kwargs: Any,
+        **options: Unpack[BlockOptions],
     ) -> None:
         width = round(planes * bot_mul)
         if se_ratio:
             squeeze: Config = {"type": SELayer, "squeeze_channels": max(1, round(inplanes * se_ratio))}
-            plugins = [{"cfg": squeeze, "position": "after_conv2"}, *(plugins or ())]
-        groups = width // min(group_width, width)
-        super().__init__(inplanes, planes, width=width, groups=groups, plugins=plugins, **kwargs)
+            options["plugins"] = [{"cfg": squeeze, "position": "after_conv2"}, *(options.get("plugins") or ())]
+        super().__init__(inplanes, planes, width=width, groups=width // min(group_width, width), **options)

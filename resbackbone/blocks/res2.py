@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from resbackbone.blocks.base import BlockOptions, grouped_width
 from resbackbone.blocks.bottleneck import Bottleneck
-from resbackbone.blocks.resnext import grouped_width
-from resbackbone.layers import build_norm_layer
+from resbackbone.layers import build_conv_layer, build_norm_layer
 from resbackbone.layers.arguments import MAX_CHANNELS, MAX_PARTS
-from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.utils.validation import check_choice, check_count, check_flag
 
 
@@ -23,8 +23,8 @@ class Bottle2neck(Bottleneck):
     pixels. The 3x3s are ``convs``, their norms ``bns``; there is no ``norm2``. ``dcn`` makes all 3x3s deformable.
 
     Args:
-        inplanes: Channels that come in.
-        planes: A quarter of the channels that go out.
+        inplanes: Input channels.
+        planes: A quarter of the output channels.
         scales: Number of splits.
         base_width: Channels per split, and per group of it, in the first stage.
         base_channels: ``planes`` of the first stage.
@@ -32,7 +32,7 @@ class Bottle2neck(Bottleneck):
         groups: Groups of each 3x3 (Res2NeXt).
         pool_at_stride_1: Pool the last split of a first block even if it does not stride; see
             :class:`~resbackbone.Res2Net`.
-        kwargs: As for :class:`~resbackbone.blocks.Bottleneck`; plugins ``after_conv2`` see all splits side by side.
+        options: As for :class:`~resbackbone.blocks.Bottleneck`; plugins ``after_conv2`` see all splits side by side.
 
     Raises:
         ValueError: If ``scales`` is below 2.
@@ -47,11 +47,11 @@ class Bottle2neck(Bottleneck):
         scales: int = 4,
         base_width: int = 26,
         base_channels: int = 64,
-        stage_type: str = "normal",
+        stage_type: Literal["normal", "stage"] = "normal",
         *,
         groups: int = 1,
         pool_at_stride_1: bool = False,
-        **kwargs: Any,
+        **options: Unpack[BlockOptions],
     ) -> None:
         check_splits(scales, base_width, groups, pool_at_stride_1)
         check_choice("stage_type", stage_type, ("normal", "stage"))
@@ -59,38 +59,47 @@ class Bottle2neck(Bottleneck):
         self.stage_type = stage_type
         self.pool_at_stride_1 = pool_at_stride_1
         self.split_width = grouped_width(planes, base_width, base_channels) * groups
-        super().__init__(inplanes, planes, width=self.split_width * scales, groups=groups, **kwargs)
+        super().__init__(inplanes, planes, width=self.split_width * scales, groups=groups, **options)
         for name in ("convs", "bns"):
             # To the end, where mmdet has them: an optimizer's state, which goes by the order of parameters, then fits.
             self._modules[name] = self._modules.pop(name)
 
-    def add_conv(
-        self, index: int, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, **kwargs: Any
-    ) -> None:
-        """Add ``conv{index}`` and its norm, or the 3x3s and theirs."""
-        if index != 2:
-            super().add_conv(index, in_channels, out_channels, kernel_size, stride=stride, **kwargs)
-            return
+    def add_spatial_conv(self, channels: int, stride: int, dilation: int) -> None:
+        """Add the 3x3s and their norms."""
         first = self.stage_type == "stage" or stride > 1
         self.hierarchical = not first
         self.pool = None
         if first and (stride > 1 or self.pool_at_stride_1):
-            self.pool = nn.AvgPool2d(kernel_size, stride, padding=1)
+            self.pool = nn.AvgPool2d(3, stride, padding=1)
         self.convs = nn.ModuleList()
         self.bns = nn.ModuleList()
         for _ in range(self.scales - 1):
-            self.convs.append(self.make_conv(self.split_width, self.split_width, kernel_size, stride=stride, **kwargs))
+            conv = build_conv_layer(
+                self.spatial_conv_cfg(stride),
+                *(self.split_width, self.split_width, 3),
+                stride=stride,
+                padding=dilation,
+                dilation=dilation,
+                groups=self.groups,
+                bias=False,
+            )
+            self.convs.append(conv)
             self.bns.append(build_norm_layer(self.norm_cfg, self.split_width)[1])
 
-    def step(self, index: int, x: Tensor) -> Tensor:
-        """Run the ``index``-th convolution with its norm and ReLU; the second is the splits."""
-        if index != 2:
-            return super().step(index, x)
+    def conv2(self, x: Tensor) -> Tensor:  # a method in place of the layer
+        """Run each split through its 3x3 with norm and ReLU, and add its output to the next split.
+
+        Args:
+            x: All splits side by side, ``(N, width, H, W)``.
+
+        Returns:
+            ``(N, width, H/stride, W/stride)``.
+        """
         splits = x.chunk(self.scales, 1)
         outs: list[Tensor] = []
-        for i, (conv, norm) in enumerate(zip(self.convs, self.bns, strict=True)):
-            split = outs[-1] + splits[i] if outs and self.hierarchical else splits[i]
-            outs.append(self.relu(conv_norm(split, conv, norm)))
+        for index, (conv, norm) in enumerate(zip(self.convs, self.bns, strict=True)):
+            split = outs[-1] + splits[index] if outs and self.hierarchical else splits[index]
+            outs.append(self.relu(self.conv_norm(split, conv, norm)))
         last = splits[self.scales - 1]
         outs.append(last if self.pool is None else self.pool(last))
         return torch.cat(outs, 1)

@@ -2,93 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TypedDict
 
-from torch import Tensor
+from typing_extensions import Unpack
 
-from resbackbone.blocks.base import ResidualBlock
+from resbackbone.blocks.base import GroupOptions, ResidualBlock
 from resbackbone.blocks.basic import BasicBlock
 from resbackbone.blocks.bottleneck import Bottleneck
-from resbackbone.blocks.resnext import ResNeXtBottleneck
-from resbackbone.layers.module import Config
 from resbackbone.layers.selective_kernel import SelectiveKernelConv2d
 
 
-class SelectiveKernelBlock(ResidualBlock):
-    """What puts a selective-kernel convolution into a block; named before the block class among a class's bases.
+class SelectiveKernelOptions(TypedDict, total=False):
+    """The arguments of :class:`~resbackbone.layers.SelectiveKernelConv2d` that a block accepts."""
 
-    The convolution holds its norms: there is none of its number in the block. Where it is the one that ``dcn``
-    replaces, all of its paths are deformable.
+    num_paths: int
+    reduction: int
+    min_channels: int
+    split_input: bool
+
+
+class SelectiveKernelBlock(ResidualBlock):
+    """The base class of blocks with a selective-kernel convolution, which has norms and activations of its own.
+
+    Where it is the convolution in whose place ``dcn`` comes, all of its paths are deformable.
 
     Args:
-        args: As for the block class.
-        num_paths: As for :class:`~resbackbone.layers.SelectiveKernelConv2d`.
-        reduction: As for :class:`~resbackbone.layers.SelectiveKernelConv2d`.
-        min_channels: As for :class:`~resbackbone.layers.SelectiveKernelConv2d`.
-        split_input: As for :class:`~resbackbone.layers.SelectiveKernelConv2d`.
-        kwargs: As for the block class.
+        inplanes: Input channels.
+        planes: The block's width before expansion.
+        selective_kernel: Arguments of the convolution: its ``num_paths``, ``reduction``, ``min_channels`` and
+            ``split_input``.
+        options: As for :class:`ResidualBlock`.
 
     Source: Li et al., Selective Kernel Networks, arXiv:1903.06586, section 3.2.
     """
 
-    selective_index: ClassVar[int]  # which convolution it is, counted from 1
-
     def __init__(
         self,
-        *args: Any,
-        num_paths: int = 2,
-        reduction: int = 16,
-        min_channels: int = 32,
-        split_input: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.selective: Config = {
-            "num_paths": num_paths,
-            "reduction": reduction,
-            "min_channels": min_channels,
-            "split_input": split_input,
-        }
-        super().__init__(*args, **kwargs)
-
-    def add_conv(
-        self,
-        index: int,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
+        inplanes: int,
+        planes: int,
         *,
-        deformable: bool = False,
-        **kwargs: Any,
+        selective_kernel: SelectiveKernelOptions | None = None,
+        **options: Unpack[GroupOptions],
     ) -> None:
-        """Add ``conv{index}`` and its norm, or the selective-kernel convolution."""
-        if index != self.selective_index:
-            super().add_conv(index, in_channels, out_channels, kernel_size, deformable=deformable, **kwargs)
-            return
-        conv_cfg = self.spatial_conv_cfg(kwargs["stride"]) if deformable else self.conv_cfg
-        del kwargs["padding"]  # as far as each path looks
-        conv = SelectiveKernelConv2d(
-            in_channels, out_channels, conv_cfg=conv_cfg, norm_cfg=self.norm_cfg, **self.selective, **kwargs
-        )
-        self.add_module(f"conv{index}", conv)
-
-    def step(self, index: int, x: Tensor) -> Tensor:
-        """Run the ``index``-th convolution with its norm and ReLU; the selective one brings its own."""
-        return self.get_submodule(f"conv{index}")(x) if index == self.selective_index else super().step(index, x)
+        self.selective_kernel: SelectiveKernelOptions = selective_kernel or {}
+        super().__init__(inplanes, planes, **options)
 
 
 class SelectiveKernelBasicBlock(SelectiveKernelBlock, BasicBlock):
-    """A :class:`~resbackbone.blocks.BasicBlock` whose first convolution selects."""
+    """A :class:`~resbackbone.blocks.BasicBlock` whose first convolution is a selective-kernel convolution."""
 
-    selective_index: ClassVar[int] = 1
+    def _build(self) -> None:
+        self.conv1 = SelectiveKernelConv2d(
+            self.inplanes,
+            self.planes,
+            stride=self.stride,
+            dilation=self.dilation,
+            conv_cfg=self.conv_cfg,
+            norm_cfg=self.norm_cfg,
+            **self.selective_kernel,
+        )
+        second = self.stage_dilation
+        self.add_conv(2, self.planes, self.planes, 3, padding=second, dilation=second, deformable=True)
 
 
 class SelectiveKernelBottleneck(SelectiveKernelBlock, Bottleneck):
-    """A :class:`~resbackbone.blocks.Bottleneck` whose 3x3 selects."""
+    """A :class:`~resbackbone.blocks.Bottleneck` whose 3x3 is a selective-kernel convolution."""
 
-    selective_index: ClassVar[int] = 2
-
-
-class SelectiveKernelResNeXtBottleneck(SelectiveKernelBlock, ResNeXtBottleneck):
-    """A :class:`~resbackbone.blocks.ResNeXtBottleneck` whose 3x3 selects, as in the paper."""
-
-    selective_index: ClassVar[int] = 2
+    def add_spatial_conv(self, channels: int, stride: int, dilation: int) -> None:
+        """Add ``conv2``, the selective-kernel convolution."""
+        self.conv2 = SelectiveKernelConv2d(
+            channels,
+            channels,
+            stride=stride,
+            dilation=dilation,
+            groups=self.groups,
+            conv_cfg=self.spatial_conv_cfg(stride),
+            norm_cfg=self.norm_cfg,
+            **self.selective_kernel,
+        )

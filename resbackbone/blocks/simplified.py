@@ -2,54 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor, nn
 
-from torch import Tensor
-
-from resbackbone.blocks.base import BATCH_NORM
+from resbackbone.blocks.base import BATCH_NORM, Style
 from resbackbone.blocks.basic import BasicBlock
-from resbackbone.layers.module import Config
+from resbackbone.layers import build_conv_layer
+from resbackbone.layers.module import Config, InitConfig
 
 
 class SimplifiedBasicBlock(BasicBlock):
-    """Two 3x3 convolutions added to their input, with nothing behind the addition.
+    """Two 3x3 convolutions added to their input, with nothing behind the sum.
 
     Args:
-        inplanes: Channels that come in.
-        planes: Channels that go out.
+        inplanes: Input channels.
+        planes: Output channels.
+        stride: As for :class:`BasicBlock`.
+        dilation: As for :class:`BasicBlock`.
+        downsample: As for :class:`BasicBlock`.
+        style: As for :class:`BasicBlock`.
+        with_cp: Must be False, as upstream.
+        conv_cfg: As for :class:`BasicBlock`.
         norm_cfg: Config of the norms; None for none, in which case the convolutions have a bias.
-        kwargs: As for :class:`BasicBlock`; ``dcn``, ``plugins`` and ``with_cp`` are refused, as upstream.
+        dcn: Must be None, as upstream.
+        plugins: Must be None, as upstream.
+        init_cfg: As for :class:`BasicBlock`.
 
     Raises:
-        ValueError: If one of these three is given.
+        ValueError: If one of those that must not be is given.
 
     Source: Vu et al., SCNet, arXiv:2012.10150; mmdet 3.3.0 ``models/layers/res_layer.py``.
     """
 
-    def __init__(self, inplanes: int, planes: int, *, norm_cfg: Config | None = BATCH_NORM, **kwargs: Any) -> None:
-        for name in ("dcn", "plugins", "with_cp"):
-            if kwargs.get(name):
-                raise ValueError(f"`{name}` is not for a SimplifiedBasicBlock, got {kwargs[name]!r}; use a BasicBlock")
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        dilation: int = 1,
+        downsample: nn.Module | None = None,
+        style: Style = "pytorch",
+        with_cp: bool = False,
+        conv_cfg: Config | None = None,
+        norm_cfg: Config | None = BATCH_NORM,
+        dcn: Config | None = None,
+        plugins: None = None,
+        init_cfg: InitConfig | None = None,
+    ) -> None:
+        for name, value in {"dcn": dcn, "plugins": plugins, "with_cp": with_cp}.items():
+            if value:
+                raise ValueError(f"`{name}` is not for a SimplifiedBasicBlock, got {value!r}; use a BasicBlock")
         self.with_norm = norm_cfg is not None
-        super().__init__(inplanes, planes, norm_cfg=norm_cfg, **kwargs)  # type: ignore[arg-type]  # None is for here
+        super().__init__(
+            *(inplanes, planes, stride, dilation, downsample, style, False, conv_cfg),
+            norm_cfg=norm_cfg,  # type: ignore[arg-type]  # None is read by `_build` alone
+            init_cfg=init_cfg,
+        )
 
-    def add_conv(self, index: int, *args: Any, **kwargs: Any) -> None:
-        """Add ``conv{index}`` and, if the block has norms, the norm behind it."""
+    def _build(self) -> None:
         if self.with_norm:
-            super().add_conv(index, *args, **kwargs)
-        else:
-            self.add_module(f"conv{index}", self.make_conv(*args, bias=True, **kwargs))
+            super()._build()
+            return
+        dilation = self.dilation
+        self.conv1 = build_conv_layer(
+            *(self.conv_cfg, self.inplanes, self.planes, 3),
+            stride=self.stride,
+            padding=dilation,
+            dilation=dilation,
+            bias=True,
+        )
+        self.conv2 = build_conv_layer(self.conv_cfg, self.planes, self.planes, 3, padding=1, bias=True)
 
-    def _norm(self, index: int) -> Any:
-        return super()._norm(index) if self.with_norm else None
-
-    def step(self, index: int, x: Tensor) -> Tensor:
-        """Run the ``index``-th convolution with its norm, if any, and, but for the last, the ReLU."""
-        if self.with_norm:
-            return super().step(index, x)
-        x = getattr(self, f"conv{index}")(x)
-        return self.relu(x) if index < self.num_convs else x
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, checkpointed: bool = False) -> Tensor:
         """Map ``(N, inplanes, H, W)`` to ``(N, planes, H/stride, W/stride)``."""
-        return self._add_shortcut(x)
+        out = self.relu(self.conv_norm(x, self.conv1, self.norm1_name))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.conv_norm(out, self.conv2, self.norm2_name, shortcut)

@@ -112,7 +112,7 @@ ARGUMENTS = {
         ("attn_layer", "block_args"),
         "attention layers are `plugins` here, or classes such as SEResNet and SKResNet",
     ),
-    **dict.fromkeys(("aa_layer", "antialias"), "anti-aliased models are separate classes here: ResNetAA, ResNeXtAA"),
+    **dict.fromkeys(("aa_layer", "antialias"), "anti-aliased models are a separate class here: ResNetAA"),
     "encoder_depth": "it is `num_stages` here",
     "custom_imports": "configs that are data cannot import modules; use --import, or build_backbone(..., imports=[])",
 }

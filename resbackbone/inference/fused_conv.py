@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resbackbone.layers.folded_convolution import output_shape
+from resbackbone.layers.conv_norm import fold_batch_norm
 from resbackbone.layers.tracing import is_tracing
 from resbackbone.layers.weight_standardization import effective_weight
 
@@ -111,18 +111,22 @@ def _is_channels_last(x: Tensor | None) -> bool:
 
 
 def fold(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
-    """Return the weight and bias of one convolution equal to a convolution and the batch norm behind it.
-
-    ``weight * s`` and ``beta + (bias - mean) * s`` with ``s = gamma / sqrt(var + eps)``, in double precision.
-    """
+    """Return the weight and bias of a convolution with the batch norm behind it folded in, computed in float64."""
     weight = effective_weight(conv).detach().double()
-    bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().double()
+    bias = None if conv.bias is None else conv.bias.detach().double()
     if norm is not None:
-        scale = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight.detach().double()
-        weight = weight * scale[:, None, None, None]
-        bias = (bias - norm.running_mean.double()) * scale
-        if norm.bias is not None:
-            bias = bias + norm.bias.detach().double()
-    return weight.float(), bias.float()
+        gamma, beta = (None if tensor is None else tensor.detach().double() for tensor in (norm.weight, norm.bias))
+        mean, var = norm.running_mean.double(), norm.running_var.double()
+        weight, bias = fold_batch_norm(weight, bias, gamma, beta, mean, var, norm.eps)
+    return weight.float(), weight.new_zeros(len(weight)).float() if bias is None else bias.float()
+
+
+def output_shape(
+    x: Tensor, weight: Tensor, padding: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the output shape of a convolution."""
+    sides = [
+        (side + 2 * p - d * (k - 1) - 1) // s + 1
+        for side, k, p, s, d in zip(x.shape[2:], weight.shape[2:], padding, stride, dilation, strict=True)
+    ]
+    return (x.shape[0], weight.shape[0], *sides)

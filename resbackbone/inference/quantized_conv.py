@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from resbackbone.inference.fused_conv import ConvCall, OneDNNConv2d
-from resbackbone.layers.folded_convolution import output_shape
+from resbackbone.inference.fused_conv import ConvCall, OneDNNConv2d, output_shape
 
 
 class QuantParams(NamedTuple):

@@ -7,7 +7,7 @@ mmseg's ResNets. Subclasses written for mmpretrain's ResNet can derive from them
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -78,12 +78,10 @@ class DepthDefaults(MmpretrainDefaults):
         super().__init__(depth, stem_channels=stem_channels, **kwargs)
         self.expansion = self.block.expansion
 
-    def _blocks_by_depth(self) -> Mapping[int, tuple[Any, tuple[int, ...]]]:
-        blocks = super()._blocks_by_depth()
-        if self.expansion is None or self.depth not in blocks:
-            return blocks
-        block, counts = blocks[self.depth]
-        return {**blocks, self.depth: (_expanded(block, self.expansion), counts)}
+    def block_and_stages(self, depth: int) -> tuple[Any, tuple[int, ...]]:
+        """Return the block class, with the ``expansion`` that was asked for, and the number of blocks per stage."""
+        block, stage_blocks = super().block_and_stages(depth)
+        return block if self.expansion is None else _expanded(block, self.expansion), stage_blocks
 
 
 class GroupDefaults(DepthDefaults):

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from resbackbone.layers.conv_norm import stands_still
+from resbackbone.layers.conv_norm import ConvNormModule, is_frozen
 from resbackbone.layers.norm import is_norm
 from resbackbone.layers.tracing import is_tracing
 from resbackbone.utils.validation import check_type
@@ -67,8 +67,8 @@ def recompute_norms(function: Callable[[Tensor], Tensor], x: Tensor, modules: Se
 
 def _has_norms(modules: Sequence[nn.Module]) -> bool:
     layers = [layer for module in modules for layer in module.modules()]
-    folding = any(getattr(layer, "folds_norm", False) for layer in layers)
-    return any(is_norm(layer) and not (folding and stands_still(layer)) for layer in layers)
+    folding = any(isinstance(layer, ConvNormModule) and layer.folds_norms for layer in layers)
+    return any(is_norm(layer) and not (folding and is_frozen(layer)) for layer in layers)
 
 
 def recompute_in_backward(function: Callable[[Any], Any], x: Any, modules: Sequence[nn.Module]) -> Any:

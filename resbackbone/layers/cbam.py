@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from resbackbone.layers.arguments import MAX_PIXELS
 from resbackbone.layers.conv import build_conv_layer
-from resbackbone.layers.conv_norm import conv_norm
-from resbackbone.layers.memory_format import FormatKeeper
+from resbackbone.layers.conv_norm import ConvNormModule
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
 from resbackbone.registry import MODELS, register_kind
@@ -43,7 +42,7 @@ class ChannelAttention(nn.Module):
         return out
 
 
-class SpatialAttention(FormatKeeper):
+class SpatialAttention(ConvNormModule):
     """Scale each pixel by a gate computed by a convolution of the mean and the maximum over channels.
 
     Args:
@@ -62,13 +61,13 @@ class SpatialAttention(FormatKeeper):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to the same shape."""
         maps = torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), dim=1)
-        out: Tensor = x * conv_norm(maps, self.conv, getattr(self, self.norm_name)).sigmoid()
+        out: Tensor = x * self.conv_norm(maps, self.conv, self.norm_name).sigmoid()
         return out
 
 
 @register_kind("plugin")
 @MODELS.register_module()
-class CBAM(FormatKeeper):
+class CBAM(nn.Module):
     """Convolutional block attention module: :class:`ChannelAttention`, then :class:`SpatialAttention`.
 
     As a plugin: ``dict(cfg=dict(type="CBAM"), position="after_conv3")``, after the last convolution as in the paper.

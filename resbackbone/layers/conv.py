@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from resbackbone.layers.arguments import CONV_ARGUMENTS_OF_NET, MAX_CHANNELS, check_entries, resolve_layer_cfg
-from resbackbone.layers.conv_norm import conv_norm
+from resbackbone.layers.conv_norm import ConvNormModule
 from resbackbone.layers.dry_run import DryRun, current_dry_run, try_layer
-from resbackbone.layers.memory_format import FormatKeeper
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer, check_norm_cfg
 from resbackbone.layers.trident_conv import TridentConv2d
@@ -112,7 +111,7 @@ def _check_convolution(conv_class: type[Any], arguments: dict[str, Any]) -> None
     try_layer(conv_class, (), arguments, what, shape, expected)
 
 
-class ConvNormAct(FormatKeeper):
+class ConvNormAct(ConvNormModule):
     """A convolution, a norm and an activation, with the keys of mmcv's ``ConvModule``.
 
     Args:
@@ -153,7 +152,7 @@ class ConvNormAct(FormatKeeper):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        x = self.conv(x) if self.norm_name is None else conv_norm(x, self.conv, getattr(self, self.norm_name))
+        x = self.conv_norm(x, self.conv, self.norm_name)
         return x if self.activate is None else self.activate(x)
 
 

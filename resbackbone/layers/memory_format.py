@@ -13,12 +13,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from resbackbone.layers.tracing import is_recording, is_transformed
 
 
-class _Calls(threading.local):
-    inside = False  # whether a call is under way at whose end the format is restored
-    contiguous = False  # whether what that one returns will be contiguous
+class _Call(threading.local):
+    """The outermost call of :func:`restore_format` that is under way in a thread.
+
+    Attributes:
+        contiguous: Whether its outputs will be contiguous; None outside of such a call.
+    """
+
+    contiguous: bool | None = None
 
 
-_CALLS = _Calls()
+CALL = _Call()
 
 
 def is_channels_last(x: object) -> bool:
@@ -34,20 +39,27 @@ def to_contiguous(outs: Any) -> Any:
 
 
 def map_to_contiguous(x: Tensor) -> Tensor:
-    """Return a feature map in the contiguous format; if it is large, faster than :meth:`torch.Tensor.contiguous`."""
-    if x.is_contiguous() or torch.compiler.is_compiling() or is_recording() or not _is_faster_transposed(x):
-        return x.contiguous()
-    out: Tensor = _Transposed.apply(x)  # type: ignore[no-untyped-call]
-    return out
+    """Return a feature map in the contiguous format; if it is large, faster than :meth:`torch.Tensor.contiguous`.
 
-
-def _is_faster_transposed(x: Tensor) -> bool:
-    """Return whether transposing matrices, image by image, is faster than torch's copy, which misses the cache.
-
-    Six times for 2x256x160x160 on one thread. Torch's copy is shared by the threads, that of a matrix is not.
+    On few threads and a large map in channels_last, transposing matrices, image by image, is faster than torch's copy,
+    which misses the cache: six times for 2x256x160x160 on one thread.
     """
-    fits = x.device.type == "cpu" and is_channels_last(x) and not x.is_conj() and not x.is_neg()
-    return fits and x.shape[2] * x.shape[3] >= 1024 and x.shape[1] >= 16 and torch.get_num_threads() <= 4
+    if x.is_contiguous():
+        return x
+    is_large = x.dim() == 4 and x.shape[1] >= 16 and x.shape[2] * x.shape[3] >= 1024
+    if (
+        is_large
+        and x.device.type == "cpu"
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_conj()
+        and not x.is_neg()
+        and torch.get_num_threads() <= 4
+        and not torch.compiler.is_compiling()
+        and not is_recording()
+    ):
+        out: Tensor = _Transposed.apply(x)  # type: ignore[no-untyped-call]
+        return out
+    return x.contiguous()
 
 
 class _Transposed(torch.autograd.Function):
@@ -65,42 +77,40 @@ class _Transposed(torch.autograd.Function):
         return grad.contiguous(memory_format=torch.channels_last)  # what follows computes in
 
 
-def to_output_format(x: Any) -> Any:
-    """Return what becomes an output in its final format, before a layer that keeps its result for the backward pass.
+def to_output_format(x: Tensor) -> Tensor:
+    """Return a feature map in the format of the call's outputs, before a layer that keeps it for the backward pass.
 
-    Converted at the end alone, it would be kept in both formats.
+    Converted at the end of the call alone, it would be kept in both formats.
     """
-    return map_to_contiguous(x) if _CALLS.contiguous and isinstance(x, Tensor) else x
+    return map_to_contiguous(x) if CALL.contiguous else x
 
 
 def restore_format(net: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call what computes in channels_last, and return its feature maps as plain layers would.
 
-    Many compiled operators, such as mmcv's RoIAlign, read what they get as contiguous, whatever it is.
+    Many compiled operators, such as mmcv's RoIAlign, read every tensor as if it were contiguous.
 
     Args:
-        net: Where it belongs. Weights in channels_last ask for outputs in channels_last.
-        call: What computes; within another such call it is called and nothing else happens.
+        net: The module that is called. Weights in channels_last ask for outputs in channels_last.
+        call: The function; within another such call it is called and nothing else happens.
         args: Its arguments; an image or feature map in channels_last among them asks for outputs in channels_last.
         kwargs: Its keyword arguments.
     """
-    if _CALLS.inside or is_recording() or is_transformed():
+    if CALL.contiguous is not None or is_recording() or is_transformed():
         return call(*args, **kwargs)
-    asked = any(map(is_channels_last, (*tree_leaves((args, kwargs)), *net.parameters())))
-    _CALLS.inside, _CALLS.contiguous = True, not asked
+    asked = False
+    for tensor in (*tree_leaves((args, kwargs)), *net.parameters()):
+        if isinstance(tensor, Tensor) and tensor.dim() == 4 and not tensor.is_contiguous() and is_channels_last(tensor):
+            asked = True
+            break
+    CALL.contiguous = not asked
     try:
         outs = call(*args, **kwargs)
     finally:
-        _CALLS.inside = _CALLS.contiguous = False
-    return outs if asked else to_contiguous(outs)
-
-
-class FormatKeeper(nn.Module):
-    """A module that, while it folds norms, returns feature maps in the memory format that it would return without."""
-
-    folds_norms = False  # set by `fold_frozen_norms`
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run :meth:`forward` with its hooks."""
-        call = super().__call__
-        return restore_format(self, call, args, kwargs) if self.folds_norms else call(*args, **kwargs)
+        CALL.contiguous = None
+    if asked:
+        return outs
+    for out in outs if isinstance(outs, tuple) else (None,):
+        if not isinstance(out, Tensor) or not out.is_contiguous():
+            return to_contiguous(outs)
+    return outs

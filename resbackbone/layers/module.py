@@ -1,4 +1,4 @@
-"""The base of every module here: an ``nn.Module`` that follows mmengine's initialization protocol.
+"""The base classes of the modules here: ``nn.Module`` with mmengine's initialization protocol and folding of norms.
 
 mmengine's own ``BaseModule`` is not inherited from, because importing it costs most of a second; it is asked to do the
 work the first time weights are initialized.
@@ -10,7 +10,8 @@ import copy
 from functools import partial
 from typing import Any, NoReturn
 
-from resbackbone.layers.memory_format import FormatKeeper
+from resbackbone.layers.conv_norm import ConvNormModule
+from resbackbone.layers.memory_format import restore_format
 from resbackbone.layers.tracing import refuse_scripting
 from resbackbone.registry.initialization import initialize
 
@@ -18,7 +19,7 @@ Config = dict[str, Any]
 InitConfig = Config | list[Config]
 
 
-class Module(FormatKeeper):
+class Module(ConvNormModule):
     """An ``nn.Module`` with an ``init_cfg`` that ``init_weights()`` carries out.
 
     Args:
@@ -58,3 +59,15 @@ class Module(FormatKeeper):
 
     def _dump_init_info(self) -> None:
         """Do nothing: a backbone on its own leaves the log of every parameter to the host that trains it."""
+
+
+class FeatureModule(Module):
+    """A module whose outputs are feature maps that others compute on: a backbone, a neck, a shared head.
+
+    When folding, its outputs have the memory format that they have without.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run :meth:`forward` with its hooks."""
+        call = super().__call__
+        return restore_format(self, call, args, kwargs) if self.folds_norms else call(*args, **kwargs)

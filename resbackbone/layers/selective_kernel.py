@@ -10,15 +10,15 @@ from torch.nn import functional as F
 
 from resbackbone.layers.arguments import MAX_CHANNELS, MAX_PARTS
 from resbackbone.layers.conv import build_conv_layer
-from resbackbone.layers.conv_norm import Sequential, conv_norm
-from resbackbone.layers.memory_format import FormatKeeper
+from resbackbone.layers.conv_norm import ConvNormModule
 from resbackbone.layers.module import Config
 from resbackbone.layers.norm import build_norm_layer
+from resbackbone.layers.sequential import Sequential
 from resbackbone.layers.split_attention import add_up, check_norm_of_one_pixel
 from resbackbone.utils.validation import check_count, check_flag, check_int
 
 
-class SelectiveKernelConv2d(FormatKeeper):
+class SelectiveKernelConv2d(nn.Module):
     """Attention-weighted sum of ``num_paths`` 3x3 convolutions, the k-th with k times the dilation.
 
     The attention weights, one per path and channel, sum to 1 over the paths. The keys are timm's: ``paths.0.conv``,
@@ -99,7 +99,7 @@ class SelectiveKernelConv2d(FormatKeeper):
         return add_up(views * self.attn(add_up(views, len(self.paths))), len(self.paths))
 
 
-class SelectiveKernelAttention(FormatKeeper):
+class SelectiveKernelAttention(ConvNormModule):
     """Attention weights of the paths, computed from the channel means of their sum.
 
     Args:
@@ -122,7 +122,7 @@ class SelectiveKernelAttention(FormatKeeper):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the paths' sum ``(N, in_channels, H, W)`` to weights ``(N, num_paths, in_channels, 1, 1)``."""
-        hidden = conv_norm(F.adaptive_avg_pool2d(x, 1), self.fc_reduce, getattr(self, self.norm_name))
+        hidden = self.conv_norm(F.adaptive_avg_pool2d(x, 1), self.fc_reduce, self.norm_name)
         logits: Tensor = self.fc_select(F.relu(hidden))
         return torch.unflatten(logits, 1, (self.num_paths, -1)).softmax(1)
 

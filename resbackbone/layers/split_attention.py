@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from resbackbone.layers.conv import build_conv_layer
-from resbackbone.layers.conv_norm import conv_norm
 from resbackbone.layers.module import Config, Module
 from resbackbone.layers.norm import build_norm_layer
 
@@ -96,7 +95,7 @@ class SplitAttentionConv2d(Module):
 
     def attention(self, pooled: Tensor) -> Tensor:
         """Map the means ``(N, out_channels, 1, 1)`` to weights ``(N, radix, out_channels, 1, 1)``."""
-        hidden = self.relu(conv_norm(pooled, self.fc1, getattr(self, self.norm1_name)))
+        hidden = self.relu(self.conv_norm(pooled, self.fc1, self.norm1_name))
         logits: Tensor = self.fc2(hidden)
         if self.radix == 1:
             return logits.sigmoid().unsqueeze(1)
@@ -106,7 +105,7 @@ class SplitAttentionConv2d(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        x = self.relu(conv_norm(x, self.conv, getattr(self, self.norm0_name)))
+        x = self.relu(self.conv_norm(x, self.conv, self.norm0_name))
         splits = torch.unflatten(x, 1, (self.radix, -1))
         weights = self.attention(F.adaptive_avg_pool2d(add_up(splits, self.radix), 1))
         return add_up(weights * splits, self.radix)

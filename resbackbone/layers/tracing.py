@@ -10,12 +10,12 @@ from torch import nn
 
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 is_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active  # by torch.func.vmap, jvp and so on
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.7
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.7
 
 
 def is_recording() -> bool:
     """Return whether the forward pass is recorded as a graph, by export, for ONNX or by ``torch.jit.trace``."""
-    return _is_exporting() or is_tracing()
+    return is_exporting() or is_tracing()
 
 
 def refuse_scripting(module: nn.Module) -> NoReturn:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resbackbone.layers import ConvNormAct, Module
+from resbackbone.layers import ConvNormAct
 from resbackbone.layers.arguments import MAX_CHANNELS
 from resbackbone.layers.dry_run import check_memory, dry_run
-from resbackbone.layers.module import Config, InitConfig
+from resbackbone.layers.module import Config, FeatureModule, InitConfig
 from resbackbone.registry import MODELS, register_kind
 from resbackbone.registry.init_cfg import check_init_cfg
 from resbackbone.utils.validation import (
@@ -33,7 +33,7 @@ EXTRA_CONV_INPUTS = ("on_input", "on_lateral", "on_output")
 
 @register_kind("neck")
 @MODELS.register_module()
-class FPN(Module):
+class FPN(FeatureModule):
     """Feature pyramid network with the arguments, state dict and outputs of mmdet's.
 
     Args:

@@ -187,7 +187,9 @@ def test_feedback_is_added_before_the_last_relu(shake):
     block = shake(DetectorsBottleneck(32, 8, rfp_inplanes=6)).eval()
     x, rfp_feat = torch.randn(2, 32, 7, 9), torch.randn(2, 6, 7, 9)
     assert block.rfp_conv.weight.any()  # only init_weights() zeroes it
-    expected = (block.branch(x) + x + block.rfp_conv(rfp_feat)).relu()
+    out = block.relu(block.norm1(block.conv1(x)))
+    out = block.norm3(block.conv3(block.relu(block.norm2(block.conv2(out)))))
+    expected = (out + x + block.rfp_conv(rfp_feat)).relu()
     assert torch.equal(block.rfp_forward(x, rfp_feat), expected)
     assert not torch.equal(block(x), expected)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resbackbone.blocks import BasicBlock
-from resbackbone.blocks.preact import PreActivation
+from resbackbone.blocks.preact import PreActBlock
 from resbackbone.config import construct_backbone
 from resbackbone.layers import DeformConv2d, FrozenBatchNorm2d
 
@@ -98,7 +98,7 @@ def test_zero_init_residual_makes_blocks_start_as_the_identity(case, norm_cfg):
         assert plain
         for block in plain:
             x = torch.randn(2, block.inplanes, 4, 4)
-            found.append(torch.equal(block(x), x if isinstance(block, PreActivation) else x.relu()))
+            found.append(torch.equal(block(x), x if isinstance(block, PreActBlock) else x.relu()))
     assert found == [True] * len(plain) + [False] * len(plain)
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resbackbone import FeatureInfo, RegNet, ResNeXt, build_backbone, list_backbones
 from resbackbone.analysis.cost import build_on_meta, measure
 from resbackbone.backbones.regnet_archs import plan_stages, resolve_arch
-from resbackbone.blocks import Bottleneck, RegNetBottleneck, ResNeXtBottleneck
+from resbackbone.blocks import Bottleneck, RegNetBottleneck
 from resbackbone.layers import DeformConv2d, DropPath, FrozenBatchNorm2d
 
 # Widths and blocks per stage, channels per group: arXiv:2003.13678, figures 15 and 16; from 64gf on timm's;
@@ -357,7 +357,7 @@ def test_defect_07_other_bottlenecks_keep_their_expansion(monkeypatch, how):
             fail_while_building(patch)
             with pytest.raises(RuntimeError, match="in the middle"):
                 RegNet(TINY)
-    assert (Bottleneck.expansion, ResNeXtBottleneck.expansion, RegNetBottleneck.expansion) == (4, 4, 1)
+    assert (Bottleneck.expansion, RegNetBottleneck.expansion) == (4, 1)
     net = ResNeXt(50, groups=4, base_width=4, base_channels=8)
     assert net.out_channels == (32, 64, 128, 256)
     assert [out.shape[1] for out in net(torch.randn(2, 3, 32, 32))] == [32, 64, 128, 256]

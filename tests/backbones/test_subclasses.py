@@ -299,7 +299,7 @@ class SqueezedBlock(Bottleneck):
         super().__init__(inplanes, planes, **kwargs)
         self.squeeze = nn.Conv2d(planes * self.expansion, planes * self.expansion // ratio, 1)
 
-    def forward(self, x):
+    def forward(self, x):  # type: ignore[override]
         identity = x
         out = self.relu(self.norm1(self.conv1(x)))
         if self.with_plugins:

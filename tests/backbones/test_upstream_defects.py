@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resbackbone import MODELS, ResNeSt, ResNet, ResNetV1d, ResNeXt, WideResNet, build_backbone
-from resbackbone.blocks import BasicBlock, Bottleneck, ResNeXtBottleneck
+from resbackbone.blocks import BasicBlock, Bottleneck
 from resbackbone.layers import DeformConv2d, build_conv_layer, build_norm_layer, build_plugin_layer
 
 TINY = {"base_channels": 8}
@@ -49,7 +49,7 @@ def blocks(net):
     return [block for name in net.res_layers for block in getattr(net, name)]
 
 
-@pytest.mark.parametrize("block_class", [BasicBlock, Bottleneck, ResNeXtBottleneck])
+@pytest.mark.parametrize("block_class", [BasicBlock, Bottleneck])
 def test_defect_01_chained_plugins_all_run(block_class):
     """In mmseg, resnet.py:249 runs only the last of several plugins at one position. Here, all run, in order."""
     block = block_class(

@@ -1,16 +1,17 @@
 """The residual blocks and the stage that puts them in a row."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from resbackbone.backbones import ResLayer
-from resbackbone.blocks import BasicBlock, Bottleneck, ResNeXtBottleneck
+from resbackbone.blocks import BasicBlock, Bottleneck
 from resbackbone.layers import DeformConv2d, ModulatedDeformConv2d
 
-BLOCKS = [BasicBlock, Bottleneck, ResNeXtBottleneck]
+BLOCKS = [BasicBlock, Bottleneck]
 DCN = {"type": "DCN", "deform_groups": 1}
 
 
@@ -73,16 +74,16 @@ def test_bottleneck_is_1x1_3x3_1x1(style):
 
 
 def test_resnext_bottleneck_is_grouped_at_its_own_width():
-    block = ResNeXtBottleneck(64, 64, groups=32, base_width=4)
+    block = Bottleneck(64, 64, groups=32, base_width=4)
     assert block.conv2.groups == 32
     assert [conv.out_channels for conv in (block.conv1, block.conv2, block.conv3)] == [128, 128, 256]
     assert block.conv2.weight.shape == (128, 4, 3, 3)
     assert block.bn2.num_features == 128
-    assert ResNeXtBottleneck(512, 256, groups=32, base_width=8).conv2.out_channels == 1024
+    assert Bottleneck(512, 256, groups=32, base_width=8).conv2.out_channels == 1024
 
 
 def test_one_group_is_a_plain_bottleneck_whatever_the_base_width():
-    assert ResNeXtBottleneck(64, 16, groups=1, base_width=64).conv2.out_channels == 16
+    assert Bottleneck(64, 16, groups=1, base_width=64).conv2.out_channels == 16
 
 
 def test_a_dilated_block_pads_as_far_as_it_looks():
@@ -158,7 +159,7 @@ def test_plugins_have_the_width_of_the_convolution_they_follow():
         plugin("after_conv3"),
     ]
     for block, width in ((Bottleneck(64, 16, plugins=plugins), 16), (
-        ResNeXtBottleneck(64, 16, groups=4, base_width=8, base_channels=16, plugins=plugins), 32
+        Bottleneck(64, 16, groups=4, base_width=8, base_channels=16, plugins=plugins), 32
     )):  # fmt: skip
         assert [block.scale_1.in_channels, block.scale_2.in_channels] == [width, width]
         assert [block.scale_3.in_channels, block.scale.in_channels] == [64, 64]
@@ -206,7 +207,7 @@ def test_a_plugin_may_not_take_the_name_of_a_layer(registry):
     ("block_class", "position", "allowed"),
     [
         (Bottleneck, "after_conv4", "'after_conv1', 'after_conv2', 'after_conv3'"),
-        (ResNeXtBottleneck, "before_conv1", "'after_conv1', 'after_conv2', 'after_conv3'"),
+        (Bottleneck, "before_conv1", "'after_conv1', 'after_conv2', 'after_conv3'"),
         (BasicBlock, "after_conv3", "'after_conv1', 'after_conv2'"),
     ],
 )
@@ -249,20 +250,21 @@ def test_only_the_second_convolution_is_deformable(block_class, type_, conv_clas
 
 
 def test_a_deformable_convolution_keeps_stride_dilation_and_groups():
-    block = ResNeXtBottleneck(64, 64, stride=2, dilation=2, groups=32, base_width=4, dcn=DCN)
+    block = Bottleneck(64, 64, stride=2, dilation=2, groups=32, base_width=4, dcn=DCN)
     assert (block.conv2.stride, block.conv2.dilation, block.conv2.padding) == ((2, 2), (2, 2), (2, 2))
     assert block.conv2.groups == 32
     assert block.conv2.weight.shape == (128, 4, 3, 3)
 
 
-@pytest.mark.parametrize("block_class", [Bottleneck, ResNeXtBottleneck])
+@pytest.mark.parametrize("groups", [1, 32])
 @pytest.mark.parametrize(
     ("stride", "style", "deformable"), [(1, "pytorch", True), (2, "pytorch", False), (2, "caffe", True)]
 )
-def test_fallback_on_stride_leaves_a_strided_3x3_plain(block_class, stride, style, deformable):
-    block = block_class(32, 16, stride=stride, style=style, dcn={**DCN, "fallback_on_stride": True})
+def test_fallback_on_stride_leaves_a_strided_3x3_plain(groups, stride, style, deformable):
+    make = partial(Bottleneck, 32, 16, stride=stride, style=style, groups=groups)
+    block = make(dcn={**DCN, "fallback_on_stride": True})
     assert isinstance(block.conv2, DeformConv2d) is deformable
-    always = block_class(32, 16, stride=stride, style=style, dcn={**DCN, "fallback_on_stride": False})
+    always = make(dcn={**DCN, "fallback_on_stride": False})
     assert isinstance(always.conv2, DeformConv2d)
 
 

@@ -11,7 +11,7 @@ from cases import CLASSES, every_class, small
 from torch import nn
 
 from resbackbone import ResNet, build_backbone
-from resbackbone.blocks import Bottle2neck, ResNeXtBottleneck, SplitAttentionBottleneck
+from resbackbone.blocks import Bottle2neck, Bottleneck, SplitAttentionBottleneck
 from resbackbone.checkpoints import load_checkpoint
 from resbackbone.layers import DropPath, ECALayer
 from resbackbone.layers.arguments import parameters_of
@@ -512,7 +512,7 @@ def test_u6_a_group_of_one_channel_is_not_rounded_away(case):
     assert all(out.isfinite().all() for out in net(torch.randn(1, 3, 64, 64)))
 
 
-@pytest.mark.parametrize("block", [ResNeXtBottleneck, Bottle2neck, SplitAttentionBottleneck])
+@pytest.mark.parametrize("block", [Bottleneck, Bottle2neck, SplitAttentionBottleneck])
 def test_u6_groups_without_channels_are_refused(refused, block):
     with refused(ValueError, "`base_width` (=4) leaves no channels per group where `planes` is 8"):
         block(32, 8, groups=2, base_width=4, base_channels=64)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from resbackbone import ResNetAA, ResNeXtAA, build_backbone
-from resbackbone.blocks import AntiAliasedBottleneck
+from resbackbone import ResNetAA, build_backbone
+from resbackbone.blocks import Bottleneck
 from resbackbone.layers import BlurPool2d, DeformConv2d
 
 
@@ -85,7 +85,7 @@ def test_an_unknown_filter_is_refused_before_anything_is_built(built_convs):
         (ResNetAA, {"depth": 18}),
         (ResNetAA, {"depth": 50, "style": "caffe"}),
         (ResNetAA, {"depth": 50, "deep_stem": True, "avg_down": True}),
-        (ResNeXtAA, {"depth": 50, "groups": 4, "base_width": 4}),
+        (ResNetAA, {"depth": 50, "groups": 4, "base_width": 4}),
     ],
     ids=["basic", "caffe", "deep", "grouped"],
 )
@@ -110,7 +110,7 @@ def test_nothing_strides_but_stem_filters_and_shortcuts(anti_aliasing, net_class
 
 
 def test_the_filter_runs_behind_the_relu_of_the_convolution_that_would_stride(shake):
-    block = AntiAliasedBottleneck(32, 8, stride=2, downsample=nn.AvgPool2d(2))
+    block = Bottleneck(32, 8, stride=2, anti_aliasing="blur", downsample=nn.AvgPool2d(2))
     block = shake(block).eval()
     x = torch.randn(2, 32, 8, 8)
     out = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu())).relu()

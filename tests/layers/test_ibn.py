@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from resbackbone import ResNetIBN, ResNeXtIBN, build_backbone
+from resbackbone import ResNetIBN, build_backbone
 from resbackbone.layers import IBN
 
 # What the blocks of each stage have, and the stem.
@@ -70,7 +70,7 @@ def reference(state, x, blocks, ibn, num_convs, groups):
         (ResNetIBN, {"depth": 18, "ibn": "b"}),
         (ResNetIBN, {"depth": 50}),
         (ResNetIBN, {"depth": 50, "ibn": "b"}),
-        (ResNeXtIBN, {"depth": 50, "groups": 4, "base_width": 4}),
+        (ResNetIBN, {"depth": 50, "groups": 4, "base_width": 4}),
     ],
     ids=["18-a", "18-b", "50-a", "50-b", "next"],
 )

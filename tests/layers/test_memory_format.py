@@ -11,7 +11,7 @@ from resbackbone import DetectoRS_ResNet, ResNet, ResNetV1d, SharedHead
 from resbackbone.inference import optimize, quantize
 from resbackbone.integrations._mmcv import _guarded
 from resbackbone.layers import ConvNormAct
-from resbackbone.layers.conv_norm import conv_norm, set_folding
+from resbackbone.layers.conv_norm import set_folding
 from resbackbone.layers.memory_format import is_channels_last, to_contiguous
 from resbackbone.necks import FPN
 from resbackbone.training import fold_frozen_norms
@@ -145,7 +145,7 @@ def test_the_second_look_of_detectors(images, format_):
 def test_a_subclass_with_its_own_forward(shake, images):
     class TwoStems(ResNet):
         def forward(self, x):
-            x = self.maxpool(self.relu(conv_norm(x, self.conv1, self.norm1)))
+            x = self.maxpool(self.relu(self.conv_norm(x, self.conv1, self.norm1)))
             return {"two": self.layer2(self.layer1(x)), "again": [self.layer1(x)]}
 
     net = fold_frozen_norms(shake(TwoStems(18, base_channels=8)).train())

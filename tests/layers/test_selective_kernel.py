@@ -6,7 +6,7 @@ from cases import blocks
 from torch import nn
 from torch.nn import functional as F
 
-from resbackbone import SKResNet, SKResNeXt, build_backbone
+from resbackbone import SKResNet, build_backbone
 from resbackbone.layers import DeformConv2d, SelectiveKernelConv2d
 
 BN = {"type": "BN"}
@@ -15,7 +15,7 @@ NETS = {
     "basic-split": (SKResNet, {"depth": 18, "split_input": True}),
     "bottleneck": (SKResNet, {"depth": 50, "split_input": True, "deep_stem": True, "avg_down": True}),
     "caffe": (SKResNet, {"depth": 50, "style": "caffe"}),
-    "grouped": (SKResNeXt, {"depth": 50, "groups": 4, "base_width": 4}),
+    "grouped": (SKResNet, {"depth": 50, "groups": 4, "base_width": 4}),
     "three": (SKResNet, {"depth": 18, "num_paths": 3}),
 }
 
@@ -75,7 +75,7 @@ def test_it_takes_the_place_of_the_convolution_that_may_stride(net):
 
 
 def test_groups_and_dilation_reach_every_path():
-    net = SKResNeXt(50, groups=32, dilations=(1, 1, 1, 2), strides=(1, 2, 2, 1))
+    net = SKResNet(50, groups=32, dilations=(1, 1, 1, 2), strides=(1, 2, 2, 1))
     convs = [path.conv for path in net.layer4[0].conv2.paths]
     assert [(conv.groups, conv.dilation, conv.padding) for conv in convs] == [
         (32, (2, 2), (2, 2)),

@@ -23,8 +23,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "ResNeXt": {"depth": 50, "base_channels": 8, "groups": 4, "base_width": 4},
     "RegNet": {"arch": "regnetx_200mf"},
     "ResNetT": {"depth": 10, "base_channels": 8, "stem_channels": 16},  # of 8 its first convolution would have 3
-    "ResNeXtT": {"depth": 26, "base_channels": 8, "groups": 4, "base_width": 4, "stem_channels": 16},
-    "ResNetV2T": {"depth": 18, "base_channels": 8, "stem_channels": 16},
 }
 # Beside each class with its defaults, options that change what the layers compute.
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,6 +53,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "ResNet",
         {"dcn": {"type": "DCNv2", "backend": "torch"}, "stage_with_dcn": (False, False, True, True)},
     ),
+    "ResNetT-groups": ("ResNetT", {"depth": 26, "groups": 4, "base_width": 4, "stem_channels": 16}),
+    "ResNetV2-tiered": ("ResNetV2", {"avg_down": True, "stem_channels": (6, 8, 16)}),
+    "ResNetAA-groups": ("ResNetAA", {"depth": 26, "groups": 4, "base_width": 4}),
+    "ResNetIBN-groups": ("ResNetIBN", {"depth": 26, "groups": 4, "base_width": 4}),
+    "SKResNet-groups": ("SKResNet", {"depth": 26, "groups": 4, "base_width": 4}),
     "SKResNet-split": ("SKResNet", {"split_input": True}),
     "ResNetIBN-b": ("ResNetIBN", {"ibn": "b"}),
     "ResNeSt-groups": ("ResNeSt", {"groups": 2, "base_width": 8, "radix": 4}),

@@ -62,8 +62,8 @@ KINDS = {
         ("ResNet", "ResNetV1b", "ResNetV1c", "ResNetV1d", "SEResNet", "ResNet_CIFAR", "SKResNet", "ResNetAA"),
         "BasicOrBottleneck",
     ),
-    **dict.fromkeys(("ResNetIBN", "ResNetV2", "ResNetV2T"), "BasicOrBottleneck"),
-    **dict.fromkeys(("ResNeXt", "SEResNeXt", "SKResNeXt", "ResNeXtAA", "ResNeXtIBN", "ResNeXtT"), "Bottleneck"),
+    **dict.fromkeys(("ResNetIBN", "ResNetV2"), "BasicOrBottleneck"),
+    **dict.fromkeys(("ResNeXt", "SEResNeXt"), "Bottleneck"),
     **dict.fromkeys(("WideResNet", "Res2Net", "DetectoRS_ResNet", "DetectoRS_ResNeXt", "TridentResNet"), "Deep"),
     "ResNeSt": "ResNeSt",
     "ResNetT": "ResNetT",
@@ -76,18 +76,14 @@ SELECTIVE = {"num_paths": (2, 3), "reduction": (1, 4, 16), "min_channels": (1, 8
 OWN: dict[str, dict[str, tuple[Any, ...]]] = {
     "ResNeXt": GROUPED,
     "SEResNeXt": {**GROUPED, "se_ratio": (1, 4, 16, 64)},
-    "SKResNeXt": {**GROUPED, **SELECTIVE},
-    "ResNeXtAA": {**GROUPED, "anti_aliasing": ("blur", "average")},
-    "ResNeXtIBN": {**GROUPED, "ibn": ("a", "b")},
-    "ResNeXtT": GROUPED,
+    "ResNetT": GROUPED,
     "WideResNet": {"widening_factor": (1, 2, 3)},
     "SEResNet": {"se_ratio": (1, 4, 16, 64)},
     "ResNetRS": {"se_ratio": (1, 4, 16)},
-    "SKResNet": SELECTIVE,
-    "ResNetAA": {"anti_aliasing": ("blur", "average")},
-    "ResNetIBN": {"ibn": ("a", "b")},
-    "ResNetV2": {"zero_padded_pool": FLAGS, "final_norm": FLAGS},
-    "ResNetV2T": {"zero_padded_pool": FLAGS, "final_norm": FLAGS},
+    "SKResNet": {**GROUPED, **SELECTIVE},
+    "ResNetAA": {**GROUPED, "anti_aliasing": ("blur", "average")},
+    "ResNetIBN": {**GROUPED, "ibn": ("a", "b")},
+    "ResNetV2": {**GROUPED, "zero_padded_pool": FLAGS, "final_norm": FLAGS},
     "Res2Net": {
         "scales": (2, 3, 4, 8),
         "base_width": (1, 4, 8, 14),
@@ -177,7 +173,7 @@ def _backbone(rng: random.Random) -> Config:
     _stages(rng, config, num_stages)
     _choose(rng, config, 0.5, OWN.get(name, {}))
     _choose(rng, config, 0.15, _common(rng, config, num_stages))
-    if name in ("ResNetT", "ResNeXtT", "ResNetV2T"):
+    if name == "ResNetT":
         config.setdefault("stem_channels", rng.choice((8, 16, 24)))
     _layers(rng, config, num_stages)
     return config

@@ -13,7 +13,7 @@ from resbackbone import MODELS, ResNet, SharedHead
 from resbackbone.backbones.res_layer import ResLayer
 from resbackbone.blocks import BasicBlock, Bottleneck
 from resbackbone.layers import Module
-from resbackbone.layers.conv_norm import Sequential
+from resbackbone.layers.sequential import Sequential
 from resbackbone.necks import FPN
 from resbackbone.training.classification import ImageClassifier
 

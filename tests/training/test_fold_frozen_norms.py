@@ -17,15 +17,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resbackbone import RegNet, ResNet, ResNetV1d, SharedHead, build_backbone
 from resbackbone.blocks import Bottleneck
 from resbackbone.inference import optimize
-from resbackbone.layers import ConvAWS2d, ConvNormAct, ConvWS2d, FrozenBatchNorm2d, StdConv2d
-from resbackbone.layers.conv_norm import Sequential, conv_norm, set_folding
+from resbackbone.layers import ConvAWS2d, ConvNormAct, ConvWS2d, FrozenBatchNorm2d, Sequential, StdConv2d
+from resbackbone.layers.conv_norm import set_folding
 from resbackbone.necks import FPN
 from resbackbone.training import fold_frozen_norms
 
 CL = torch.channels_last
 # Where norms are left: in front of convolutions (each block's first), behind halves of maps, behind convolutions that
 # are not one (deformable, switchable), and none of a batch. All others are gone.
-LEFT = {"ResNetV2": 8, "ResNetV2T": 8, "ResNetIBN": 6, "ResNeXtIBN": 6, "ResNet-DCNv2": 4, "DetectoRS-SAC": 13}
+LEFT = {
+    "ResNetV2": 8,
+    "ResNetIBN": 6,
+    "ResNetIBN-groups": 6,
+    "ResNetV2-tiered": 8,
+    "ResNet-DCNv2": 4,
+    "DetectoRS-SAC": 13,
+}
 NO_BATCH_NORM = ("ResNet-GN", "ResNetV2-BiT")
 
 
@@ -534,11 +541,14 @@ def test_necks_and_layers_of_their_own_fold_too(shake):
     assert batch_norms(layer, torch.randn(1, 4, 8, 8)) == 0
 
 
-def test_a_convolution_without_the_flag_is_called(monkeypatch):
+def test_without_folding_the_layers_are_called():
     conv, norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4).eval()
+    pair = Sequential(conv, norm)
     x = torch.randn(1, 3, 2, 2)
-    monkeypatch.setattr("resbackbone.layers.conv_norm.convolve_folded", None)
-    assert torch.equal(conv_norm(x, conv, norm), norm(conv(x)))
+    assert torch.equal(pair(x), norm(conv(x)))
+    assert batch_norms(pair, x) == 1
+    set_folding(pair, True)
+    assert batch_norms(pair, x) == 0
 
 
 @pytest.mark.parametrize(
