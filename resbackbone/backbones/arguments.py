@@ -1,4 +1,4 @@
-"""The checks of ResNet's arguments, all of them before anything is built."""
+"""Validation of ResNet's arguments, before anything is built."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _FLAGS = (
 
 
 def check_resnet_arguments(block: Any, default_blocks: Sequence[int], **given: Any) -> None:
-    """Raise unless the arguments of a ResNet fit each other.
+    """Raise unless the arguments of a ResNet are valid, each by itself and together.
 
     Args:
         block: The block class.
@@ -96,7 +96,7 @@ def check_depth(name: str, depth: object, arch_settings: Mapping[int, Any]) -> N
 
 
 def resolve_out_indices(out_indices: Sequence[OutIndex], num_stages: int) -> tuple[OutIndex, ...]:
-    """Return what is output: "stem", if it is named, and the stages, counted from 0, ascending.
+    """Return the outputs: "stem", if it is among them, and the stages, counted from 0, ascending.
 
     Raises:
         TypeError: If ``out_indices`` is no list or tuple of integers and "stem".
@@ -122,13 +122,13 @@ def resolve_out_indices(out_indices: Sequence[OutIndex], num_stages: int) -> tup
     return resolved
 
 
-def shorten(given: Mapping[str, Any], num_stages: int) -> dict[str, Any]:
-    """Return the arguments of a ResNet that must change for it to end after its first stages.
+def truncate_arguments(given: Mapping[str, Any], num_stages: int) -> dict[str, Any]:
+    """Return the arguments that must change for a ResNet to end after its first stages.
 
     Args:
         given: Its arguments by name, resolved or as they were given; beside them ``drop_path_rates``, for each stage
             its last block's, or None.
-        num_stages: How many stages to keep; all outputs must be theirs.
+        num_stages: Number of stages to keep; all outputs must be theirs.
 
     Returns:
         The arguments by name; always ``num_stages``, ``strides`` and ``dilations``.

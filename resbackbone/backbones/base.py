@@ -1,4 +1,4 @@
-"""The base class of all backbones: output description, freezing, norms in eval mode, checks of the images."""
+"""The base class of backbones: feature info, freezing, norms in eval mode, input validation."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from resbackbone.utils.validation import check_int
 
 @register_kind("backbone")
 class Backbone(NormEvalModule):
-    """The base of the backbones.
+    """The base class of backbones.
 
-    A subclass sets ``in_channels``, ``out_indices``, ``frozen_stages`` and ``norm_eval``, reports its stem with
-    :meth:`set_stem` and each stage with :meth:`add_stage` as it builds them, says in :meth:`frozen_modules` what
-    freezing means, and calls :meth:`check_input` where its ``forward`` hands images to its first layer.
+    A subclass sets ``in_channels``, ``out_indices``, ``frozen_stages`` and ``norm_eval``, registers its stem with
+    :meth:`set_stem` and each stage with :meth:`add_stage`, implements :meth:`frozen_modules`, and calls
+    :meth:`check_input` on the images in its ``forward``.
 
     Args:
         init_cfg: As for :class:`~resbackbone.backbones.pretrained.PretrainedModule`.
@@ -40,13 +40,13 @@ class Backbone(NormEvalModule):
         self.res_layers: list[str] = []
         self._stem_info: FeatureInfo | None = None
         self._stages: list[FeatureInfo] = []
-        self._frozen_parameters: set[str] = set()  # names of those that only `frozen_stages` keeps from training
-        self._idle: set[str] = set()  # and of those that only `out_indices` does
+        self._frozen_parameters: set[str] = set()  # names of those frozen by `frozen_stages` alone
+        self._idle: set[str] = set()  # and of those frozen because no output needs them
         log_pending()
 
     @property
     def in_channels(self) -> int:
-        """Channels of the images: those of the first convolution, also if it or its weight was replaced by hand."""
+        """Channels of the images: those of the first convolution, also after it or its weight was replaced."""
         conv = self._first_convolution()
         return self._in_channels if conv is None else input_channels(conv)
 
@@ -55,11 +55,11 @@ class Backbone(NormEvalModule):
         self._in_channels = channels
 
     def first_layer(self) -> nn.Module | None:
-        """Return the layer, or the sequence of layers, that ``forward`` runs first; None if that is unknown."""
+        """Return the first layer, or sequence of layers, of the forward pass; None if it is unknown."""
         return None
 
     def _first_convolution(self) -> nn.Conv2d | None:
-        """The layer that the images enter, if it is a convolution, of which is known what it takes."""
+        """The first layer of the forward pass, if it is a convolution."""
         layer = self.first_layer()
         while isinstance(layer, nn.Sequential) and len(layer):
             layer = layer[0]
@@ -67,19 +67,19 @@ class Backbone(NormEvalModule):
 
     @property
     def has_stock_forward(self) -> bool:
-        """Whether ``forward`` is this library's, and no subclass's own; a wrapper around it does not count."""
+        """Whether ``forward`` is this library's, and not that of a subclass elsewhere; a wrapper does not count."""
         return is_ours(type(self).forward)
 
     @property
     def required_channels(self) -> int | None:
-        """Channels that images must have; None if ``forward``, or the layer that they enter, takes what it likes."""
+        """Channels that images must have; None if ``forward`` or the first layer may accept any."""
         conv = self._first_convolution() if self.has_stock_forward else None
         return None if conv is None else input_channels(conv)
 
     def check_input(self, images: Any) -> None:
-        """Refuse in words what the first convolution would refuse in its own; take anything if it was replaced.
+        """Check that the first convolution accepts the images; pass if the first layer is another one.
 
-        A check in ``forward`` and no hook: a subclass with its own ``forward`` is not asked, and keywords are seen.
+        It is called in ``forward``, so that a subclass with its own ``forward`` decides for itself.
 
         Raises:
             TypeError, ValueError: As :func:`check_images`.
@@ -89,7 +89,7 @@ class Backbone(NormEvalModule):
             check_images(images, type(self).__name__, input_channels(conv))
 
     def set_stem(self, *, channels: int, stride: int) -> None:
-        """Set what the map of ``"stem"`` in ``out_indices`` is: the stem's, before its pooling.
+        """Register the stem's feature map, before its pooling, which is ``"stem"`` in ``out_indices``.
 
         Args:
             channels: Its number of channels.
@@ -113,12 +113,12 @@ class Backbone(NormEvalModule):
 
     @property
     def feature_info(self) -> tuple[FeatureInfo, ...]:
-        """What each output is, in output order."""
+        """The name, stage, channels and stride of each output, in output order."""
         levels = self._levels()
         return tuple(levels[index] for index in self.out_indices)
 
     def _levels(self) -> dict[OutIndex, FeatureInfo]:
-        """Describe every map that could be an output, by its entry in ``out_indices``."""
+        """Describe every possible output, by its entry in ``out_indices``."""
         levels: dict[OutIndex, FeatureInfo] = dict(enumerate(self._stages))
         return levels if self._stem_info is None else {**levels, "stem": self._stem_info}
 
@@ -134,14 +134,14 @@ class Backbone(NormEvalModule):
 
     def frozen_modules(self) -> Iterable[nn.Module]:
         """Yield the modules that ``frozen_stages`` freezes."""
-        raise NotImplementedError(f"{type(self).__name__} must say what it freezes in `frozen_modules`")
+        raise NotImplementedError(f"{type(self).__name__} must implement `frozen_modules`")
 
     def idle_modules(self) -> list[nn.Module]:
         """Return the modules that ``forward`` does not run, because no output needs them."""
         return []
 
     def complete(self) -> None:
-        """End construction: keep norms in eval, and exempt from training what no output needs."""
+        """Finish construction: put norms into eval mode, and freeze what no output needs."""
         super().complete()
         if self._rest_idle_modules():
             log_info(
@@ -161,7 +161,7 @@ class Backbone(NormEvalModule):
         return {}
 
     def _how_to_leave_out(self) -> str:
-        """Return the tail of a sentence about stages that no output needs: the arguments without them, if there are."""
+        """Return the end of a log line about stages that no output needs: the arguments that leave them out, if any."""
         num_stages = max((index for index in self.out_indices if index != "stem"), default=0) + 1
         arguments = self.first_stages(num_stages) if num_stages < len(self.res_layers) else {}
         own_class: Any = type(self)
@@ -173,12 +173,12 @@ class Backbone(NormEvalModule):
         return f"; `{written}` leaves it out{but}"
 
     def _idle_parameters(self) -> set[int]:
-        """The parameters of modules that no output needs; none where a subclass's ``forward`` may use them."""
+        """The ids of parameters that no output needs; none if a subclass's ``forward`` may use them."""
         modules = self.idle_modules() if self.has_stock_forward else []
         return {id(parameter) for module in modules for parameter in module.parameters()}
 
     def _rest_idle_modules(self) -> bool:
-        """Exempt idle modules from training, as ``DistributedDataParallel`` would wait for their gradients for ever.
+        """Freeze modules that no output needs; ``DistributedDataParallel`` would wait for their gradients for ever.
 
         Returns:
             Whether there are any.
@@ -191,7 +191,7 @@ class Backbone(NormEvalModule):
         return bool(idle)
 
     def _wake_modules(self) -> None:
-        """Let train again what was idle and is needed now, by other ``out_indices``."""
+        """Unfreeze modules that changed ``out_indices`` need now."""
         idle = self._idle_parameters()
         for name, parameter in self.named_parameters():
             if name in self._idle and id(parameter) not in idle:
@@ -199,9 +199,9 @@ class Backbone(NormEvalModule):
                 self._idle.discard(name)
 
     def freeze(self, frozen_stages: int) -> None:
-        """Change ``frozen_stages``; what that unfreezes trains again, as it would without the option.
+        """Change ``frozen_stages``, and unfreeze what is no longer among them.
 
-        An optimizer must have the parameters that begin to train, and ``DistributedDataParallel`` be made anew.
+        The optimizer must have the parameters that are unfrozen; wrap the model in ``DistributedDataParallel`` again.
 
         Args:
             frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
@@ -229,7 +229,7 @@ class Backbone(NormEvalModule):
                 self._frozen_parameters.add(name)
 
     def train(self, mode: bool = True) -> Any:
-        """Switch to training (or eval) mode; what is frozen stays in eval, and every batch norm under ``norm_eval``.
+        """Switch to training (or eval) mode; frozen modules, and with ``norm_eval`` all batch norms, stay in eval mode.
 
         Returns:
             The backbone itself.
@@ -242,7 +242,7 @@ class Backbone(NormEvalModule):
 
 
 def input_channels(conv: nn.Conv2d) -> int:
-    """Return how many channels a convolution accepts: as its weight says, which may have been replaced."""
+    """Return the input channels of a convolution, by its weight, which may have been replaced."""
     # Not `conv.weight`, which a parametrization would compute, with a spectral norm even another one each time.
     weight = conv._parameters.get("weight")
     if weight is not None and weight.dim() == 4:  # no shard of it
@@ -262,12 +262,12 @@ def total_stride(modules: Iterable[nn.Module]) -> int:
 
 
 def check_images(images: Any, name: str, in_channels: int) -> None:
-    """Refuse what is no batch of images of the right channels, in words; the layers would do so in theirs.
+    """Raise unless the images are a batch of floating-point numbers with the right channels.
 
     Args:
-        images: What should be ``(N, in_channels, H, W)``.
-        name: Who takes them.
-        in_channels: How many channels they must have.
+        images: They should be ``(N, in_channels, H, W)``.
+        name: The class of the backbone, for the errors.
+        in_channels: The channels that they must have.
 
     Raises:
         TypeError: If it is no tensor, or not of floating-point numbers.

@@ -1,4 +1,4 @@
-"""DetectoRS: ResNet and ResNeXt with switchable atrous convolutions and features fed back from the pyramid."""
+"""DetectoRS: ResNet with switchable atrous convolutions and an input for the features of a recursive pyramid."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from resbackbone.utils.validation import check_count, check_flag, check_int, che
 
 @MODELS.register_module()
 class DetectoRS_ResNet(ResNet):
-    """ResNet with switchable atrous convolution (SAC) and an entrance for a recursive feature pyramid (RFP).
+    """ResNet with switchable atrous convolution (SAC) and an input for a recursive feature pyramid (RFP).
 
     Args:
         depth: 50, 101 or 152.
@@ -35,7 +35,7 @@ class DetectoRS_ResNet(ResNet):
             but the first; None for a backbone without :meth:`rfp_forward`.
         output_img: Return the images themselves before the feature maps, for mmdet's ``RFP`` neck. Then
             ``feature_info`` begins with ``FeatureInfo(name="image", stage=-1, channels=in_channels, stride=1)``, and
-            a neck that takes the feature maps alone wants ``out_channels[1:]``.
+            a neck for the feature maps alone has ``in_channels=out_channels[1:]``.
         options: As for :class:`~resbackbone.ResNet`; DetectoRS has ``conv_cfg=dict(type="ConvAWS")``. ``avg_down``
             pools in the shortcuts of strided stages only, as mmdet's DetectoRS does.
 
@@ -93,7 +93,7 @@ class DetectoRS_ResNet(ResNet):
         return images + super().feature_info
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
-        """Make one stage, with ``sac`` in all of its blocks and the RFP's entrance in the first."""
+        """Make one stage, with ``sac`` in all of its blocks and the input of the RFP in the first."""
         stage = len(self.res_layers)
         if self.sac is not None and self.stage_with_sac[stage]:
             kwargs["sac"] = self.sac
@@ -108,7 +108,7 @@ class DetectoRS_ResNet(ResNet):
         return (x, *outs) if self.output_img else outs
 
     def rfp_forward(self, x: Tensor, rfp_feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Compute the feature maps with features fed back, the second look of a recursive feature pyramid.
+        """Compute the feature maps with features fed back, the second pass of a recursive feature pyramid.
 
         Args:
             x: Images ``(N, in_channels, H, W)``.

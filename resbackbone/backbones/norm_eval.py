@@ -1,4 +1,4 @@
-"""Batch norms that stay in eval mode, from construction on."""
+"""The base class of modules that keep batch norms in eval mode, from construction on."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from resbackbone.backbones.pretrained import PretrainedModule
 class NormEvalModule(PretrainedModule):
     """A module that keeps every batch norm, synchronized ones too, in eval mode under ``norm_eval``.
 
-    They are in eval mode when the outermost constructor ends, whoever calls ``train()`` or not: those that a subclass
-    adds after our constructor, too, and without a line of code there.
+    They are in eval mode when the outermost constructor ends, also those that a subclass adds in its constructor.
 
     Args:
         init_cfg: As for :class:`~resbackbone.backbones.pretrained.PretrainedModule`.
@@ -30,7 +29,7 @@ class NormEvalModule(PretrainedModule):
             cls.__init__ = _completed(cls.__init__)  # type: ignore[method-assign]
 
     def complete(self) -> None:
-        """Do what is left when the outermost constructor is through."""
+        """Finish construction, when the outermost constructor ends."""
         if self.norm_eval:
             eval_batch_norms(self)
 
@@ -54,7 +53,7 @@ def eval_batch_norms(net: nn.Module) -> None:
 
 
 def _completed(constructor: Callable[..., None]) -> Callable[..., None]:
-    """Have a constructor call :meth:`NormEvalModule.complete` at its end, unless it runs inside of another such."""
+    """Wrap a constructor to call :meth:`NormEvalModule.complete` at the end of the outermost one."""
 
     @wraps(constructor)
     def construct(self: NormEvalModule, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""How weights start: ``init_cfg``, its old spelling ``pretrained``, and what holds where neither is given."""
+"""Weight initialization: ``init_cfg``, its old spelling ``pretrained``, and the default."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from resbackbone.utils.validation import warn_user
 
 
 class PretrainedModule(FeatureModule):
-    """A part of a ResNet that loads third-party checkpoints, by ``init_cfg`` or whenever somebody asks for it.
+    """A module that loads third-party checkpoints, by ``init_cfg`` or :func:`resbackbone.checkpoints.load_checkpoint`.
 
     ``dict(type="Pretrained", checkpoint=...)`` goes through :func:`resbackbone.checkpoints.load_checkpoint`.
 
@@ -19,11 +19,11 @@ class PretrainedModule(FeatureModule):
         init_cfg: As for :class:`~resbackbone.layers.Module`.
     """
 
-    preprocessing: Preprocessing | None = None  # what the loaded weights expect of an image
+    preprocessing: Preprocessing | None = None  # what the loaded weights were trained with
 
 
 def check_initialization(pretrained: Any, init_cfg: Any) -> None:
-    """Raise unless at most one of the two is given, and is what it should be.
+    """Raise unless at most one of the two is given, and it is valid.
 
     Raises:
         KeyError: If an initializer has no ``type``.
@@ -42,7 +42,7 @@ def check_initialization(pretrained: Any, init_cfg: Any) -> None:
 
 
 def resolve_init_cfg(pretrained: str | None, init_cfg: InitConfig | None) -> InitConfig:
-    """Return the initializers that were asked for; else He's normal for convolutions and ones for norms."""
+    """Return the given initializers; by default He's normal for convolutions and ones for norms."""
     if pretrained is not None:
         warn_user(
             "`pretrained` is the old spelling; use init_cfg=dict(type='Pretrained', checkpoint=...)",

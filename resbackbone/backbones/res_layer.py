@@ -19,19 +19,19 @@ class ResLayer(Sequential):
     """``num_blocks`` blocks; the first (or the last, for Hourglass) strides and changes the channels.
 
     Args:
-        block: The block class; it says its ``expansion`` and takes ``inplanes``, ``planes``, ``stride``, ``dilation``,
-            ``downsample``, ``conv_cfg``, ``norm_cfg`` and whatever ``kwargs`` holds.
-        inplanes: Channels that come in.
-        planes: The blocks' width before expansion; ``planes * block.expansion`` channels go out.
-        num_blocks: How many blocks.
-        stride: Step of the stage in pixels.
+        block: The block class; it has ``expansion`` and accepts ``inplanes``, ``planes``, ``stride``, ``dilation``,
+            ``downsample``, ``conv_cfg``, ``norm_cfg`` and those of ``kwargs``.
+        inplanes: Input channels.
+        planes: The blocks' width before expansion; the stage has ``planes * block.expansion`` output channels.
+        num_blocks: Number of blocks.
+        stride: Stride of the stage.
         dilation: Dilation of every block, in pixels.
         avg_down: Pool the shortcut before its 1x1 convolution instead of striding there.
         conv_cfg: Config of every convolution.
         norm_cfg: Config of every norm.
         downsample_first: Change resolution and channels in the first block (ResNet) or the last (Hourglass).
         multi_grid: One dilation per block, in place of ``dilation``.
-        contract_dilation: Halve the first block's dilation, so that it looks as far as the stage before it.
+        contract_dilation: Halve the dilation of the first block.
         dilation_style: As for :class:`~resbackbone.ResNet`.
         drop_path_rate: One probability for all blocks or one each.
         first_block: Further arguments for the first block alone.
@@ -117,7 +117,7 @@ def make_shortcut(
     norm_cfg: Config | None,
     window: int | None = None,
 ) -> nn.Sequential:
-    """Make the projection beside a block.
+    """Make the projection shortcut of a block.
 
     Returns:
         ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H/stride), ceil(W/stride))``. With ``avg_down`` there is
@@ -131,7 +131,7 @@ def make_shortcut(
             pooling = [nn.Sequential(nn.ZeroPad2d((0, window - 1, 0, window - 1)), nn.AvgPool2d(window, 1))]
     conv = build_conv_layer(conv_cfg, in_channels, out_channels, 1, stride=1 if avg_down else stride, bias=False)
     norm = [] if norm_cfg is None else [build_norm_layer(norm_cfg, out_channels)[1]]
-    return Sequential(*pooling, conv, *norm)  # ours hands `init_weights()` on to its layers, torch's does not
+    return Sequential(*pooling, conv, *norm)  # ours calls the `init_weights()` of its layers, torch's does not
 
 
 def _dilations(num_blocks: int, dilation: int, multi_grid: Sequence[int] | None, contract: bool) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from resbackbone.utils.validation import check_count, check_flag, check_int, con
 
 @MODELS.register_module()
 class ResNeSt(ResNetV1d):
-    """ResNet-D whose 3x3s are split-attention convolutions, in ``groups`` groups if you like.
+    """ResNet-D whose 3x3s are split-attention convolutions, which may have ``groups``.
 
     The published nets of depth 50 have ``stem_channels=64``, the deeper ones 128.
 

@@ -1,4 +1,4 @@
-"""ResNet, the backbone that every variant is derived from."""
+"""ResNet, the base class of all variants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from resbackbone.backbones.arguments import check_depth, check_resnet_arguments, resolve_out_indices, shorten
+from resbackbone.backbones.arguments import check_depth, check_resnet_arguments, resolve_out_indices, truncate_arguments
 from resbackbone.backbones.base import Backbone, total_stride
 from resbackbone.backbones.feature_info import FeatureInfo, OutIndex
 from resbackbone.backbones.pretrained import resolve_init_cfg
@@ -46,10 +46,9 @@ class ResNet(Backbone):
         num_stages: Number of stages, 1 to 4.
         strides: Step of each stage's first block, in pixels.
         dilations: Dilation of each stage, in pixels.
-        out_indices: Stages whose feature maps are returned, counted from 0, negative ones from the end; and "stem" for
-            the stem's map after its last activation, before the pooling. The outputs come in ascending order, the
-            stem's first, whatever the order here. Stages after the last are in the state dict, and neither run nor
-            trained.
+        out_indices: The outputs: stages, counted from 0, negative ones from the end; and "stem" for the stem's feature
+            map after its last activation, before the pooling. Outputs are in ascending order, the stem's first. Stages
+            after the last output are in the state dict, but neither run nor trained.
         style: Where a bottleneck strides: "pytorch" in the 3x3, "caffe" in the first 1x1.
         deep_stem: Three 3x3 convolutions in place of the stem's 7x7.
         avg_down: Average pooling in the shortcuts in place of a strided convolution.
@@ -73,8 +72,8 @@ class ResNet(Backbone):
             anti-aliased block filters where the dilation grows.
         drop_path_rate: Probability, 0 to 1, of leaving out the last block's branch while training; earlier blocks
             have less, in proportion to their place.
-        stage_blocks: Number of blocks of each stage, in place of those of ``depth``, which then says no more than which
-            kind they are.
+        stage_blocks: Number of blocks of each stage, in place of those of ``depth``, which then selects only the block
+            class.
         project_first_block: Give the first block of every stage a projection, a 1x1 convolution and a norm, in its
             shortcut, also where the shapes agree: in the first stage of depth 18 and 34. RT-DETR's and
             PaddleDetection's nets have it.
@@ -97,9 +96,9 @@ class ResNet(Backbone):
     [(2, 64, 16, 16), (2, 512, 2, 2)]
     """
 
-    # Attributes that make layers wide or many; a variant names those that it has beside its bases'.
+    # Attributes that determine the number of weights, for the error about memory; a variant adds its own.
     _sizes: ClassVar[tuple[str, ...]] = ("in_channels", "stem_channels", "base_channels", "stage_blocks")
-    with_cp: WithCp = False  # for constructors of subclasses that do not call this one
+    with_cp: WithCp = False  # for subclasses with a constructor that does not call this one
     _given: Config | None = None  # of `stage_blocks` and `out_indices`, which are resolved; likewise
     _stem_names: Sequence[str] = ("conv1", "bn1", "relu", "stem", "maxpool")  # likewise
     _built: str | None = None
@@ -201,7 +200,7 @@ class ResNet(Backbone):
         self._built = fingerprint(self._measured_parts())
 
     def _check_layers(self) -> None:
-        """Raise unless every layer can be built; the hooks of a subclass in another package are left to run once."""
+        """Raise unless every layer can be built, by a dry run; hooks of a subclass in another package run only once."""
         hooks = (self._make_stem_layer, self._make_stages, self.make_res_layer, self.stage_planes, self.block)
         if not all(map(is_ours, hooks)):
             return
@@ -219,13 +218,13 @@ class ResNet(Backbone):
             check_memory(run.num_weights, {name: getattr(self, name) for name in names})
 
     def first_stages(self, num_stages: int) -> dict[str, Any]:
-        """Return the arguments that build the first stages alone; none if a subclass built its stages by hand."""
+        """Return the arguments that build only the first stages; none if a subclass built its stages itself."""
         if self._given is None:
             return {}
         names = ("strides", "dilations", "dcn", "stage_with_dcn", "plugins", "multi_grid", "frozen_stages")
         rates = [stage[-1] for stage in self._drop_path_rates()] if self.drop_path_rate else None
         own = {name: getattr(self, name) for name in names}
-        return shorten({**own, "drop_path_rates": rates, **self._given}, num_stages)
+        return truncate_arguments({**own, "drop_path_rates": rates, **self._given}, num_stages)
 
     def block_and_stages(self, depth: int) -> tuple[Any, tuple[int, ...]]:
         """Return the block class and the number of blocks per stage of a depth.
@@ -273,11 +272,13 @@ class ResNet(Backbone):
         return [layer for layer in self._stem() if layer is not getattr(self, "maxpool", None)]
 
     def _make_stages(self, stride: int) -> None:
-        """Add ``layer1``, ... behind a stem that takes ``stride`` input pixels to one."""
+        """Add ``layer1``, ... behind a stem of this total stride."""
         rates = self._drop_path_rates()
         for index, num_blocks in enumerate(self.stage_blocks):
             planes = self.stage_planes(index)
-            optional: dict[str, Any] = {}  # only what is asked for, so that a ResLayer written for mmdet fits
+            optional: dict[
+                str, Any
+            ] = {}  # only what differs from the default, so that a ResLayer written for mmdet accepts it
             if self.multi_grid is not None and index == self.num_stages - 1:
                 optional["multi_grid"] = self.multi_grid
             if self.contract_dilation:
@@ -321,7 +322,7 @@ class ResNet(Backbone):
         return [[next(rates) for _ in range(num_blocks)] for num_blocks in self.stage_blocks]
 
     def _block_init_cfg(self) -> Config | None:
-        """How each block ends its initialization: with its last norm at zero, unless that norm could never leave it."""
+        """Return the ``init_cfg`` of a block: its last norm starts at zero, unless it cannot be trained."""
         if not self.zero_init_residual or resolve_type(self.norm_cfg["type"], "norm") is FrozenBatchNorm2d:
             return None
         for last_norm in ("norm3", "norm2"):
@@ -330,12 +331,12 @@ class ResNet(Backbone):
         return None
 
     def _levels(self) -> dict[OutIndex, FeatureInfo]:
-        """Describe every map as the layers are now: what was replaced by hand may have other channels and strides."""
+        """Describe every possible output; if layers were replaced, by their channels and strides now."""
         now = fingerprint(self._measured_parts())
         if self._built in (None, now) or not self.has_stock_forward:
-            return self._levels_as_told()
+            return self._levels_as_built()
         if self._measured is None or self._measured[0] != now:
-            self._measured = now, self._measure_levels() or self._levels_as_told()
+            self._measured = now, self._measure_levels() or self._levels_as_built()
         return dict(self._measured[1])
 
     def _measured_parts(self) -> Iterable[tuple[str, nn.Module]]:
@@ -344,10 +345,10 @@ class ResNet(Backbone):
         yield from ((name, getattr(self, name)) for name in self.res_layers)
 
     def _measure_levels(self) -> dict[OutIndex, FeatureInfo] | None:
-        """Describe every map by running a copy without memory; None where layers of somebody's do not run so."""
+        """Describe every possible output by a run on the meta device; None if that fails."""
         try:
             shapes = shapes_only(self)
-        except Exception:  # whatever the copy of a layer of somebody's raises
+        except Exception:  # of any kind, from copying a third-party layer
             return None
         pool = getattr(shapes, "maxpool", nn.Identity())
         stages = [getattr(shapes, name) for name in shapes.res_layers]
@@ -359,8 +360,8 @@ class ResNet(Backbone):
         levels: dict[OutIndex, FeatureInfo] = {"stem": FeatureInfo("stem", -1, *stem)}
         return levels | {index: FeatureInfo(name, index, *shape) for index, (name, shape) in named}
 
-    def _levels_as_told(self) -> dict[OutIndex, FeatureInfo]:
-        """Describe every map by what stages say of themselves, or by what was built."""
+    def _levels_as_built(self) -> dict[OutIndex, FeatureInfo]:
+        """Describe every possible output by the stages' attributes ``out_channels`` and ``stride``, or as built."""
         built = super()._levels()
         channels = built["stem"].channels if "stem" in built else getattr(self, "stem_channels", self.inplanes)
         stride = total_stride(self._stem())
@@ -376,10 +377,10 @@ class ResNet(Backbone):
         return levels
 
     def make_stage_plugins(self, plugins: Sequence[Config], stage_idx: int) -> list[Config]:
-        """Pick the plugins of one stage.
+        """Select the plugins of one stage.
 
         Args:
-            plugins: Dicts of ``cfg``, ``position`` and optionally ``stages``; without ``stages`` in every stage.
+            plugins: Dicts of ``cfg``, ``position`` and optionally ``stages``; without ``stages``, for every stage.
             stage_idx: The stage, counted from 0.
 
         Returns:
@@ -394,7 +395,7 @@ class ResNet(Backbone):
         return picked
 
     def make_res_layer(self, **kwargs: Any) -> nn.Module:
-        """Make one stage; the place for a variant to add arguments of its own for its blocks.
+        """Make one stage; a variant overrides this to pass arguments of its own to its blocks.
 
         Args:
             kwargs: As for :class:`~resbackbone.backbones.ResLayer`.
@@ -458,7 +459,7 @@ class ResNet(Backbone):
         return self.maxpool(x) if pool else x
 
     def _needed_stages(self) -> list[str]:
-        """The names of the stages up to the last output; what comes after it need not run."""
+        """The names of the stages up to the last output; later ones are not run."""
         num_stages = 0
         for index in self.out_indices:
             if index != "stem":
@@ -466,7 +467,7 @@ class ResNet(Backbone):
         return self.res_layers[:num_stages]
 
     def idle_modules(self) -> list[nn.Module]:
-        """Return the stages after the last output; after the stem's map alone its pooling, too."""
+        """Return the stages after the last output, and the pooling if only the stem's feature map is returned."""
         needed = self._needed_stages()
         names = self.res_layers[len(needed) :] if needed else ["maxpool", *self.res_layers]
         return [getattr(self, name) for name in names if hasattr(self, name)]

@@ -41,7 +41,7 @@ class ResNetIBN(ResNet):
     def __init__(self, depth: int, *, ibn: Literal["a", "b"] = "a", **options: Unpack[GroupedResNetOptions]) -> None:
         check_choice("ibn", ibn, ("a", "b"))
         if ibn == "b" and options.get("deep_stem") is True:
-            raise ValueError("`ibn`='b' normalises behind the stem's one convolution; leave `deep_stem` out")
+            raise ValueError("`ibn`='b' normalizes behind the stem's one convolution; leave `deep_stem` out")
         self.ibn = ibn
         super().__init__(depth, **options)
 

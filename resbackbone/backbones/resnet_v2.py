@@ -1,4 +1,4 @@
-"""ResNet v2, with pre-activation, and BiT, which is made of it."""
+"""ResNet v2, with pre-activation; BiT is a ResNet v2 with other norms and convolutions."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ResNetV2(ResNet):
         conv_class = None if self.conv_cfg is None else resolve_type(self.conv_cfg["type"], "convolution")
         if self.zero_init_residual and isinstance(conv_class, type) and issubclass(conv_class, ConvWS2d):
             raise ValueError(
-                "`zero_init_residual` must be False where `conv_cfg` standardises weights, "
+                "`zero_init_residual` must be False where `conv_cfg` standardizes weights, "
                 f"got {self.conv_cfg!r}: zero cannot be divided by its deviation"
             )
 

@@ -1,4 +1,4 @@
-"""The shapes of a backbone's maps as its layers are now, once some have been replaced or changed by hand."""
+"""The channels and strides of feature maps, measured on the meta device after layers were replaced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 class MapShape(NamedTuple):
-    """What is known of a map of any image.
+    """The channels and stride of a feature map, which are the same for every image.
 
     Attributes:
         channels: Its number of channels.
@@ -29,9 +29,9 @@ class MapShape(NamedTuple):
 
 
 def fingerprint(named_parts: Iterable[tuple[str, nn.Module]]) -> str:
-    """Return a text that changes with whatever of some layers decides about shapes: classes, strides, weights' shapes.
+    """Return a hash of what determines the shapes of feature maps: classes, strides, shapes of weights.
 
-    It is the same for a copy, and for what was pickled and loaded.
+    Copies and unpickled modules have the same hash.
     """
     digest = hashlib.sha256()
     for part_name, part in named_parts:
@@ -51,31 +51,31 @@ def shapes_only(net: Net) -> Net:
     memo: dict[int, Any] = {id(tensor): tensor.detach().to("meta") for tensor in tensors}
     memo |= {id(parameter): nn.Parameter(parameter.detach().to("meta"), False) for parameter in net.parameters()}
     shapes = copy.deepcopy(net, memo)
-    shapes.eval()  # whose value is None in a subclass with mmdet's `train`
+    shapes.eval()  # not chained: mmdet's `train`, in a subclass, returns None
     modules: Iterable[Any] = shapes.modules()
     for module in modules:
         if hasattr(module, "backend"):
-            module.backend = "torch"  # compiled operators of deformable convolution want memory
+            module.backend = "torch"  # compiled deformable convolution does not run on the meta device
     return shapes
 
 
 def measure_maps(
     steps: Sequence[Callable[[Tensor], Tensor]], layers: nn.Module, in_channels: int
 ) -> tuple[MapShape, ...] | None:
-    """Run layers one after the other on an image without memory.
+    """Run layers one after the other on an image on the meta device.
 
     Args:
-        steps: What is run: layers or functions.
-        layers: Everything that they run, on the meta device; what is hooked to it is removed.
+        steps: The layers or functions.
+        layers: A module with all of their layers, on the meta device; its hooks are removed.
         in_channels: Channels of the image.
 
     Returns:
-        The shape of the map after each step; None where a step does not run without memory, or returns no map, or one
-        of a few pixels, as global pooling does, which has no stride.
+        The shape of the feature map after each step; None if a step does not run on the meta device, or returns no
+        feature map, or one of a few pixels, as global pooling does, which has no stride.
     """
     for module in layers.modules():
         for hooks in _HOOKS:
-            getattr(module, hooks).clear()  # they are somebody's, and would see this run
+            getattr(module, hooks).clear()  # the user's, which must not see this run
     shapes = []
     x = torch.empty(1, in_channels, _SIDE, _SIDE, device="meta", dtype=_dtype(layers))
     try:
@@ -86,7 +86,7 @@ def measure_maps(
                 if height < 16:
                     return None
                 shapes.append(MapShape(channels, max(1, round(_SIDE / height))))
-    except Exception:  # whatever a layer of somebody's raises
+    except Exception:  # of any kind, from a third-party layer
         return None
     return tuple(shapes)
 

@@ -1,4 +1,4 @@
-"""The last stage of a ResNet as the shared head of a C4 detector, which runs it on each region."""
+"""The last stage of a ResNet as the shared head of a C4 detector, run on the features of each region."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from resbackbone.registry import MODELS, register_kind
 from resbackbone.utils.validation import check_choice, check_count, check_flag, check_int, convert_arguments
 
 
-# The name is mmdet's, in whose configs it stands as `shared_head=dict(type="ResLayer", ...)`.
+# The registered name is that in mmdet's configs: `shared_head=dict(type="ResLayer", ...)`.
 @register_kind("shared head")
 @MODELS.register_module("ResLayer")
 class SharedHead(NormEvalModule):
@@ -35,7 +35,7 @@ class SharedHead(NormEvalModule):
     Args:
         depth: A depth of :class:`~resbackbone.ResNet`.
         stage: The stage, counted from 0, at least 1: its input is the output of the stage before it.
-        stride: Step of the stage in pixels.
+        stride: Stride of the stage.
         dilation: Dilation of the stage, in pixels.
         style: Where a bottleneck strides: "pytorch" in the 3x3, "caffe" in the first 1x1.
         norm_cfg: Config of the norms.

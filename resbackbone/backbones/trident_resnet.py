@@ -1,4 +1,4 @@
-"""TridentNet: a ResNet whose last stage runs at several dilations side by side."""
+"""TridentNet: a ResNet with a last stage that runs at several dilations in parallel."""
 
 from __future__ import annotations
 
@@ -131,13 +131,13 @@ class TridentResNet(ResNet):
 
 
 def _check_last_stage(others: Mapping[str, Any]) -> None:
-    """Raise if an argument of ResNet asks of the last stage what branches cannot do."""
+    """Raise if an argument of ResNet is not possible in the last stage, which has branches."""
     _check_frozen_stages(others.get("frozen_stages"))
     flags = others.get("stage_with_dcn", ())
     if others.get("dcn") is not None and isinstance(flags, (list, tuple)) and len(flags) == 3 and flags[2] is True:
         raise ValueError(
-            f"`stage_with_dcn` of TridentResNet must end with False, got {tuple(flags)}: the last stage has trident "
-            "convolutions, whose place deformable ones would take"
+            f"`stage_with_dcn` of TridentResNet must end with False, got {tuple(flags)}: the 3x3s of the last stage "
+            "are trident convolutions"
         )
     if others.get("multi_grid") is not None:
         raise ValueError(

@@ -20,7 +20,7 @@ class WideResNet(ResNet):
 
     Args:
         depth: 50, 101 or 152.
-        widening_factor: The paper's k.
+        widening_factor: Channels of the 3x3 per ``planes``; the paper's k.
         options: As for :class:`~resbackbone.ResNet`.
 
     Source: Zagoruyko and Komodakis, Wide Residual Networks, arXiv:1605.07146, table 8 (WRN-50-2-bottleneck);

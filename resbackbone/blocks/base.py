@@ -138,7 +138,7 @@ class ResidualBlock(Module):
         check_dcn(dcn, conv_cfg)
         check_plugins(plugins, type(self))
         check_plugin_names(plugins)
-        if width is None:  # with one group a plain bottleneck, as upstream, whatever `base_width` is
+        if width is None:  # with one group, `base_width` has no effect, as upstream
             width = planes if groups == 1 else grouped_width(planes, base_width, base_channels) * groups
         self.inplanes = inplanes
         self.planes = planes
@@ -220,7 +220,7 @@ class ResidualBlock(Module):
             padding: Zeros added on each side, in pixels.
             dilation: Distance of the kernel's elements, in pixels.
             groups: Groups of channels.
-            deformable: Whether it is the spatial convolution, in whose place ``dcn`` comes.
+            deformable: Whether it is the spatial convolution, which ``dcn`` replaces.
         """
         filtered = self.anti_aliasing is not None
         conv_stride = 1 if filtered else stride
@@ -275,7 +275,7 @@ class ResidualBlock(Module):
 
         Args:
             in_channels: Channels of the feature map that they work on.
-            plugins: Their configs; an entry ``postfix`` goes into the attribute name.
+            plugins: Their configs; an entry ``postfix`` is appended to the attribute name.
 
         Returns:
             Their attribute names, in order.
@@ -329,8 +329,8 @@ def grouped_width(planes: int, base_width: int, base_channels: int) -> int:
     Raises:
         ValueError: If there would be none.
     """
-    width = math.floor(planes * (base_width / base_channels))  # as upstream, whose rounding may lose a channel
-    width = width or planes * base_width // base_channels  # but never the only one
+    width = math.floor(planes * (base_width / base_channels))  # rounds down, as upstream
+    width = width or planes * base_width // base_channels  # but not to zero
     if width < 1:
         raise ValueError(
             f"`base_width` (={base_width}) leaves no channels per group where `planes` is {planes}: it is for "

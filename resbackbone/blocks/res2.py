@@ -16,7 +16,7 @@ from resbackbone.utils.validation import check_choice, check_count, check_flag
 
 
 class Bottle2neck(Bottleneck):
-    """A bottleneck whose middle is ``scales`` splits: a 3x3 for each but the last, which is passed on.
+    """A bottleneck whose middle is ``scales`` splits: a 3x3 for each but the last.
 
     Each 3x3 sees its split and the output of the one before. In the first block of a stage (``stage_type="stage"``) and
     wherever the block strides, each sees its split alone. Where it strides, the last split is average-pooled over 3x3
@@ -61,7 +61,7 @@ class Bottle2neck(Bottleneck):
         self.split_width = grouped_width(planes, base_width, base_channels) * groups
         super().__init__(inplanes, planes, width=self.split_width * scales, groups=groups, **options)
         for name in ("convs", "bns"):
-            # To the end, where mmdet has them: an optimizer's state, which goes by the order of parameters, then fits.
+            # At the end, as in mmdet: the state of an optimizer is in the order of the parameters.
             self._modules[name] = self._modules.pop(name)
 
     def add_spatial_conv(self, channels: int, stride: int, dilation: int) -> None:

@@ -24,7 +24,7 @@ class SelectiveKernelOptions(TypedDict, total=False):
 class SelectiveKernelBlock(ResidualBlock):
     """The base class of blocks with a selective-kernel convolution, which has norms and activations of its own.
 
-    Where it is the convolution in whose place ``dcn`` comes, all of its paths are deformable.
+    If it is the convolution that ``dcn`` replaces, all of its paths are deformable.
 
     Args:
         inplanes: Input channels.

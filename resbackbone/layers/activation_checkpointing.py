@@ -20,14 +20,14 @@ from resbackbone.utils.validation import check_type
 
 WithCp = bool | Literal["norms"]
 
-# Convolutions, and the pooling of the stem, which takes as long as several norms and outputs a quarter.
+# Operators with kept outputs: convolutions, and the stem's pooling, which is as slow as several norms.
 _KEPT = {
     "aten::convolution",
     "aten::max_pool2d_with_indices",
     "mkldnn::_convolution_pointwise",
     "torchvision::deform_conv2d",
 }
-_Kept = list[list[tuple[Tensor, int]]]  # with the number of changes in place that each tensor has seen
+_Kept = list[list[tuple[Tensor, int]]]  # each tensor with its version, the number of in-place changes
 
 
 def check_with_cp(with_cp: object) -> None:
@@ -37,7 +37,7 @@ def check_with_cp(with_cp: object) -> None:
 
 
 def needs_backward(x: Any, modules: Sequence[nn.Module]) -> bool:
-    """Return whether a backward pass may reach ``modules``, run on a tensor or several; not on a tracer's proxy."""
+    """Return whether a backward pass may follow a run of ``modules`` on one or several tensors."""
     tensors = x if isinstance(x, (list, tuple)) else [x]
     if not torch.is_grad_enabled() or not all(isinstance(tensor, Tensor) for tensor in tensors):
         return False
@@ -48,20 +48,19 @@ def needs_backward(x: Any, modules: Sequence[nn.Module]) -> bool:
 def recompute_norms(function: Callable[[Tensor], Tensor], x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
     """Run ``function(x)``, and of its activations keep only ``x`` and the outputs of convolutions and max pooling.
 
-    The backward pass computes the others, those of norms, ReLUs and sums, once more, to the same bits.
-    A compiler decides for itself what it keeps; under it, and where nothing is kept or there is no norm but such as are
-    folded into convolutions, this is ``function(x)``.
+    The backward pass recomputes the activations of norms, ReLUs and sums, to the same bits. ``torch.compile`` chooses
+    itself what it keeps: under it, without a backward pass, or if all norms are folded, this is ``function(x)``.
 
     Args:
-        function: What to run.
+        function: The function.
         x: Its input.
-        modules: The layers in it.
+        modules: The layers that it runs.
     """
     idle = torch.compiler.is_compiling() or is_tracing() or not needs_backward(x, modules)
     if idle or not _has_norms(modules):
         return function(x)
     kept: _Kept = []
-    out: Tensor = _checkpoint(function, x, _Record(kept), _Again(modules, kept))
+    out: Tensor = _checkpoint(function, x, _RecordOutputs(kept), _Recomputation(modules, kept))
     return out
 
 
@@ -74,18 +73,18 @@ def _has_norms(modules: Sequence[nn.Module]) -> bool:
 def recompute_in_backward(function: Callable[[Any], Any], x: Any, modules: Sequence[nn.Module]) -> Any:
     """Run ``function(x)`` without keeping its activations; the backward pass runs it again, to the same bits.
 
-    Running statistics move in the first run only. (With ``torch.utils.checkpoint`` alone they move twice.)
+    Running statistics are updated in the first run only. (With ``torch.utils.checkpoint`` alone, they are twice.)
 
     Args:
-        function: What to run.
+        function: The function.
         x: Its input.
-        modules: The layers in it.
+        modules: The layers that it runs.
     """
-    return _checkpoint(function, x, nullcontext(), _Again(modules))
+    return _checkpoint(function, x, nullcontext(), _Recomputation(modules))
 
 
 def _checkpoint(function: Any, x: Any, first: AbstractContextManager[Any], again: AbstractContextManager[Any]) -> Any:
-    # The compiler moves statistics once by itself, and takes no contexts.
+    # The compiler updates statistics once by itself, and accepts no contexts.
     options: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": lambda: (first, again)}
     return checkpoint(function, x, use_reentrant=False, **options)
 
@@ -95,8 +94,8 @@ def _is_kept(operator: torch._ops.OpOverload[..., Any]) -> bool:
     return operator._schema.name in _KEPT
 
 
-class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the outputs of such operators."""
+class _RecordOutputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the outputs of the operators in ``_KEPT``."""
 
     def __init__(self, kept: _Kept) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -113,8 +112,8 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-class _Reuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Returns the recorded outputs again, unless they were overwritten since."""
+class _ReuseOutputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Returns the recorded outputs in place of computing them, unless they were overwritten since."""
 
     def __init__(self, kept: _Kept) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -133,8 +132,8 @@ def _each(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (out,) if isinstance(out, Tensor) else out
 
 
-class _Again(AbstractContextManager[None]):
-    """The second run, which may come more than once where a graph is retained."""
+class _Recomputation(AbstractContextManager[None]):
+    """The context of the second run, which may happen more than once if the graph is retained."""
 
     def __init__(self, modules: Sequence[nn.Module], kept: _Kept | None = None) -> None:
         self.modules = modules
@@ -142,17 +141,17 @@ class _Again(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         self.stack = ExitStack()
-        self.stack.enter_context(_statistics_at_rest(self.modules))
+        self.stack.enter_context(_discard_statistics(self.modules))
         if self.kept is not None:
-            self.stack.enter_context(_Reuse(self.kept))
+            self.stack.enter_context(_ReuseOutputs(self.kept))
 
     def __exit__(self, *error: Any) -> None:
         self.stack.__exit__(*error)
 
 
 @contextmanager
-def _statistics_at_rest(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let training norms move copies of their running statistics, which are then thrown away."""
+def _discard_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let norms in training mode update copies of their running statistics, which are then discarded."""
     norms = [m for module in modules for m in module.modules() if isinstance(m, _NormBase) and m.training]
     originals = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
     for norm, name, buffer in originals:

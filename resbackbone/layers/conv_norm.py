@@ -230,7 +230,7 @@ class FoldedConvNorm(torch.autograd.Function):
         folded = (weight * scale.view(-1, 1, 1, 1)).to(x.dtype)
         if x.device.type == "cpu":
             folded = folded.contiguous(memory_format=torch.channels_last)
-        # Whoever goes backward under autocast means the forward pass, which is over.
+        # Autocast is for the forward pass only.
         with torch.autocast(x.device.type, enabled=False):
             grad_x, grad_folded = _differentiate(
                 grad, x, folded, ctx.geometry, of_x=of_x, of_weight=of_weight or of_gamma

@@ -1,4 +1,4 @@
-"""The memory format of feature maps: what is computed in channels_last inside is returned as it was asked for."""
+"""The memory format of feature maps: folding computes in channels_last, and outputs keep their format."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class _Transposed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad.contiguous(memory_format=torch.channels_last)  # what follows computes in
+        return grad.contiguous(memory_format=torch.channels_last)  # the format of the layers before
 
 
 def to_output_format(x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def to_output_format(x: Tensor) -> Tensor:
 
 
 def restore_format(net: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call what computes in channels_last, and return its feature maps as plain layers would.
+    """Call a function that computes in channels_last, and return its feature maps in the format of plain layers.
 
     Many compiled operators, such as mmcv's RoIAlign, read every tensor as if it were contiguous.
 

@@ -62,7 +62,7 @@ class Module(ConvNormModule):
 
 
 class FeatureModule(Module):
-    """A module whose outputs are feature maps that others compute on: a backbone, a neck, a shared head.
+    """A module with feature maps as outputs: a backbone, a neck, a shared head.
 
     When folding, its outputs have the memory format that they have without.
     """
