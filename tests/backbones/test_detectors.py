@@ -23,7 +23,7 @@ BOTH = pytest.mark.parametrize(
 
 
 def build(net_class=DetectoRS_ResNet, **options):
-    """Build with initialised weights."""
+    """Build with initialized weights."""
     return build_backbone({"type": net_class, **TINY, **options})
 
 
@@ -250,7 +250,7 @@ def test_feedback_needs_one_entry_per_stage(images):
         DetectoRS_ResNet(**TINY, **RFP).rfp_forward(images, [None] * 3)
 
 
-# Initialisation: defect 8
+# Initialization: defect 8
 
 
 @BOTH

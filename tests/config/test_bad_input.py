@@ -181,7 +181,7 @@ CONFIGS = [
     ("plugin_stages", {"plugins": plugin(stages=(True,))}, ValueError, "`plugins[0]['stages']` must have 4 entries"),
     ("plugin_stages_type", {"plugins": plugin(stages=2)}, TypeError, "`plugins[0]['stages']` must be a list or tuple"),
     ("plugin_twice", {"plugins": plugin() * 2}, ValueError, "duplicate plugin 'stub'"),
-    # Initialisation
+    # Initialization
     ("pretrained_0", {"pretrained": 0}, TypeError, "`pretrained` must be a path, a URL or None, got 0 of type int"),
     (
         "pretrained_both",
@@ -298,7 +298,7 @@ IMAGES = [
     ("no_batch", torch.zeros(3, 32, 32), ValueError, "got (3, 32, 32); add the batch dimension"),
     ("video", torch.zeros(1, 1, 3, 32, 32), ValueError, "got (1, 1, 3, 32, 32)"),
     ("uint8", torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "takes floating-point images, got torch.uint8"),
-    ("int64", torch.zeros(2, 3, 32, 32, dtype=torch.int64), TypeError, "convert and normalise them first"),
+    ("int64", torch.zeros(2, 3, 32, 32, dtype=torch.int64), TypeError, "convert and normalize them first"),
     ("no_rows", torch.zeros(2, 3, 0, 32), ValueError, "takes images of at least 1x1 pixels, got 0x32"),
     ("no_columns", torch.zeros(2, 3, 32, 0), ValueError, "takes images of at least 1x1 pixels, got 32x0"),
     ("list", [torch.zeros(3, 32, 32)], TypeError, "takes a tensor of images (N, 3, H, W), got list"),
