@@ -98,19 +98,20 @@ def export(
     check_choice("to", to, tuple(EXPORT_FORMATS))
     export_format = EXPORT_FORMATS[to]
     check_choice("dtype", dtype, export_format.dtypes)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
     path = Path(path)
     _check_path(path, export_format)
     _check_packages(export_format)
-    if to == "aoti" and not processor.computes_natively(getattr(torch, dtype)):
+    if to == "aoti" and not processor.computes_natively(torch_dtype):
         warn_user(
-            f"{processor.reason(getattr(torch, dtype))}: the compiled file, which is for processors like it, will be "
+            f"{processor.reason(torch_dtype)}: the compiled file, which is for processors like it, will be "
             "several times slower than in float32; pass dtype='float32'"
         )
     backbone = first_backbone(net)
     if levels is not None:
         levels = _check_levels(levels)
     file_metadata = _file_metadata(backbone, dtype, metadata or {})
-    _check_weight_bytes(net, getattr(torch, dtype), export_format)
+    _check_weight_bytes(net, torch_dtype, export_format)
     headless = HeadlessModel(net)
     inferred = infer_levels(net, headless)
     levels = _match_levels(inferred, levels)
@@ -119,7 +120,7 @@ def export(
     ]
 
     exact = copy_for_inference(net if isinstance(net, Backbone) else headless).cpu().float()
-    model = copy.deepcopy(exact).to(getattr(torch, dtype))
+    model = copy.deepcopy(exact).to(torch_dtype)
     traced_shape, *checked_shapes = _shapes(backbone.in_channels, size, max(level.stride for level in inferred))
     axes = AXIS_NAMES if size is None else {0: AXIS_NAMES[0]}
     with torch.no_grad(), atomic_write(path) as temporary:

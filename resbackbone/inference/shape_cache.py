@@ -7,11 +7,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
-Key = TypeVar("Key", bound=Hashable)
-Entry = TypeVar("Entry")
+KeyT = TypeVar("KeyT", bound=Hashable)
+EntryT = TypeVar("EntryT")
 
 
-class ShapeCache(Generic[Key, Entry]):
+class ShapeCache(Generic[KeyT, EntryT]):
     """A cache whose entries are created the second time that their shape is seen, while there is room.
 
     Creating an entry takes longer than one pass saves, so the first pass of a shape creates none. A repeated shape
@@ -24,10 +24,10 @@ class ShapeCache(Generic[Key, Entry]):
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._seen: OrderedDict[Key, Entry | None] = OrderedDict()  # from the least to the most recently used
+        self._seen: OrderedDict[KeyT, EntryT | None] = OrderedDict()  # from the least to the most recently used
         self._lock = threading.Lock()
 
-    def get(self, shape: Key, create: Callable[[], Entry]) -> Entry | None:
+    def get(self, shape: KeyT, create: Callable[[], EntryT]) -> EntryT | None:
         """Return the entry of a shape, created if the shape is repeated and there is room; None if it has none.
 
         Args:
@@ -46,15 +46,15 @@ class ShapeCache(Generic[Key, Entry]):
                 self._seen.popitem(last=False)
         return entry
 
-    def __iter__(self) -> Iterator[Key]:
+    def __iter__(self) -> Iterator[KeyT]:
         """Iterate over the shapes with an entry, from the least to the most recently used."""
         with self._lock:
             return iter(self._cached())
 
-    def _cached(self) -> list[Key]:
+    def _cached(self) -> list[KeyT]:
         return [shape for shape, entry in self._seen.items() if entry is not None]
 
-    def _make_room(self, shape: Key) -> bool:
+    def _make_room(self, shape: KeyT) -> bool:
         """Return whether there is room for a shape's entry, if need be after evicting the least recently used one."""
         cached = self._cached()
         if len(cached) < self._capacity:
@@ -64,5 +64,5 @@ class ShapeCache(Generic[Key, Entry]):
         self._seen[cached[0]] = None
         return True
 
-    def __reduce__(self) -> tuple[type[ShapeCache[Key, Entry]], tuple[int]]:
+    def __reduce__(self) -> tuple[type[ShapeCache[KeyT, EntryT]], tuple[int]]:
         return ShapeCache, (self._capacity,)  # entries belong to the process
