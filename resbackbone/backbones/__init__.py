@@ -1,4 +1,4 @@
-"""The backbones, each family in a file of its own."""
+"""Backbones, one file per family."""
 
 from resbackbone.backbones.base import Backbone
 from resbackbone.backbones.detectors_resnet import DetectoRS_ResNet, DetectoRS_ResNeXt

@@ -137,7 +137,7 @@ class Backbone(NormEvalModule):
         raise NotImplementedError(f"{type(self).__name__} must implement `frozen_modules`")
 
     def idle_modules(self) -> list[nn.Module]:
-        """Return the modules that ``forward`` does not run, because no output needs them."""
+        """Return the modules that ``forward`` does not run, since no output needs them."""
         return []
 
     def complete(self) -> None:
@@ -150,13 +150,13 @@ class Backbone(NormEvalModule):
             )
 
     def first_stages(self, num_stages: int) -> dict[str, Any]:
-        """Return the arguments that build the first stages alone, where the others stay as they were given.
+        """Return the arguments to change to build only the first stages.
 
         Args:
-            num_stages: How many, at least 1.
+            num_stages: Number of stages, at least 1.
 
         Returns:
-            The arguments by name; none where the class has no fewer stages.
+            The arguments by name; empty if the class has a fixed number of stages.
         """
         return {}
 
@@ -207,7 +207,7 @@ class Backbone(NormEvalModule):
             frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
 
         Raises:
-            TypeError, ValueError: If it is no integer from -1 to the number of stages.
+            TypeError, ValueError: If it is not an integer from -1 to the number of stages.
         """
         check_int("frozen_stages", frozen_stages, low=-1, high=len(self.res_layers))
         for name, parameter in self.named_parameters():
@@ -243,11 +243,11 @@ class Backbone(NormEvalModule):
 
 def input_channels(conv: nn.Conv2d) -> int:
     """Return the input channels of a convolution, by its weight, which may have been replaced."""
-    # Not `conv.weight`, which a parametrization would compute, with a spectral norm even another one each time.
+    # Not `conv.weight`: a parametrization would compute it, and a spectral norm would change with each access.
     weight = conv._parameters.get("weight")
-    if weight is not None and weight.dim() == 4:  # no shard of it
+    if weight is not None and weight.dim() == 4:  # not sharded
         return weight.shape[1] * conv.groups
-    stored = [conv._parameters.get("weight_orig")]  # of a pruned one
+    stored = [conv._parameters.get("weight_orig")]  # of pruned convolutions
     if is_parametrized(conv, "weight"):
         stored = list(conv.parametrizations["weight"]._parameters.values())  # type: ignore[index,union-attr]
     whole = [tensor for tensor in stored if tensor is not None and tuple(tensor.shape[2:]) == conv.kernel_size]
@@ -255,7 +255,7 @@ def input_channels(conv: nn.Conv2d) -> int:
 
 
 def total_stride(modules: Iterable[nn.Module]) -> int:
-    """Multiply the strides of the layers in ``modules``, which run one after the other."""
+    """Return the product of the strides of all layers in ``modules``, which run sequentially."""
     leaves = (leaf for module in modules for leaf in module.modules() if not any(leaf.children()))
     strides = (getattr(leaf, "stride", 1) for leaf in leaves)
     return math.prod(stride[0] if isinstance(stride, tuple) else stride for stride in strides)

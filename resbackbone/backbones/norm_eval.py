@@ -34,7 +34,7 @@ class NormEvalModule(PretrainedModule):
             eval_batch_norms(self)
 
     def train(self, mode: bool = True) -> Any:
-        """Switch to training (or eval) mode; every batch norm stays in eval under ``norm_eval``.
+        """Set training (or eval) mode; batch norms stay in eval mode under ``norm_eval``.
 
         Returns:
             The module itself.
@@ -46,7 +46,7 @@ class NormEvalModule(PretrainedModule):
 
 
 def eval_batch_norms(net: nn.Module) -> None:
-    """Switch every batch norm of a net, synchronized ones too, to eval mode."""
+    """Set all batch norms of a model, including synchronized ones, to eval mode."""
     for module in net.modules():
         if isinstance(module, _BatchNorm):
             module.eval()

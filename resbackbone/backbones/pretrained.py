@@ -27,7 +27,7 @@ def check_initialization(pretrained: Any, init_cfg: Any) -> None:
 
     Raises:
         KeyError: If an initializer has no ``type``.
-        TypeError: If ``pretrained`` is no string, or ``init_cfg`` no dict or list of dicts.
+        TypeError: If ``pretrained`` is not a string, or ``init_cfg`` not a dict or list of dicts.
         ValueError: If both are given.
     """
     if isinstance(pretrained, str) and not pretrained:

@@ -29,7 +29,7 @@ class Res2Net(ResNetV1d):
         groups: Groups of the 3x3s; more than 1 is Res2NeXt.
         pool_at_stride_1: Whether a stage whose first block does not stride (``layer1``, and dilated stages) pools the
             last split there over 3x3 pixels, stride 1. The authors' code, timm and mmpretrain do, so their weights
-            want True; mmdet and mmseg pass the split on, so theirs want False.
+            need True; those of mmdet and mmseg need False, since they pass the split on.
         options: As for :class:`ResNetV1d`.
 
     Raises:

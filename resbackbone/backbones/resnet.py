@@ -35,36 +35,36 @@ BATCH_NORM: Config = {"type": "BN", "requires_grad": True}  # read, never writte
 
 @MODELS.register_module()
 class ResNet(Backbone):
-    """ResNet with the arguments, attributes, keys and numbers of mmdet's and mmseg's.
+    """ResNet with the arguments, attributes, state-dict keys and outputs of mmdet's and mmseg's.
 
     Args:
-        depth: A key of ``arch_settings``: 18 or 34, of basic blocks; 26, 50, 101, 152, 200 or 269, of bottlenecks.
+        depth: A key of ``arch_settings``: 18 or 34 with basic blocks; 26, 50, 101, 152, 200 or 269 with bottlenecks.
         in_channels: Channels of the images.
         stem_channels: Channels after the stem; None for ``base_channels``. Three numbers are the channels after each
             convolution of a deep stem; with one, the first two have half of it.
         base_channels: ``planes`` of the first stage; each further stage doubles them.
         num_stages: Number of stages, 1 to 4.
-        strides: Step of each stage's first block, in pixels.
-        dilations: Dilation of each stage, in pixels.
+        strides: Stride of each stage's first block.
+        dilations: Dilation of each stage.
         out_indices: The outputs: stages, counted from 0, negative ones from the end; and "stem" for the stem's feature
             map after its last activation, before the pooling. Outputs are in ascending order, the stem's first. Stages
             after the last output are in the state dict, but neither run nor trained.
-        style: Where a bottleneck strides: "pytorch" in the 3x3, "caffe" in the first 1x1.
-        deep_stem: Three 3x3 convolutions in place of the stem's 7x7.
-        avg_down: Average pooling in the shortcuts in place of a strided convolution.
+        style: Which convolution of a bottleneck has the stride: "pytorch", the 3x3; "caffe", the first 1x1.
+        deep_stem: Use three 3x3 convolutions instead of the stem's 7x7.
+        avg_down: Use average pooling in the shortcuts instead of a strided convolution.
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages: no gradients, eval mode.
         conv_cfg: Config of the convolutions.
         norm_cfg: Config of the norms: "BN", "SyncBN", "GN", "IN", "FrozenBN" or any registered norm.
-        norm_eval: Keep every batch norm in eval mode, from construction on (its affine parameters train all the same).
+        norm_eval: Keep all batch norms in eval mode from construction on (their affine parameters still train).
         dcn: Config of the deformable convolutions, such as ``dict(type="DCNv2", deform_groups=1)``.
         stage_with_dcn: Which stages have them.
         plugins: Dicts of ``cfg``, ``position`` ("after_conv1", ...) and optionally ``stages``, one bool per stage.
-        with_cp: What the backward pass recomputes, instead of it being kept: True, every block; "norms", all but the
-            convolutions, which is most of the memory and little of the time.
-        zero_init_residual: Start with the last norm of each block at zero, so that the block is the identity.
+        with_cp: Activation checkpointing: True recomputes every block in the backward pass; "norms" everything except
+            convolutions, which saves most of the memory at little cost.
+        zero_init_residual: Initialize the last norm of each block with zero, so that the block is the identity.
         pretrained: Old spelling of ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
-        init_cfg: How ``init_weights()`` initializes; None for He's normal and norms at one.
-        multi_grid: Dilation of each block of the last stage, in place of that stage's dilation.
+        init_cfg: Initializers of ``init_weights()``; None for Kaiming normal convolutions and norms of one.
+        multi_grid: Dilation of each block of the last stage, instead of that stage's dilation.
         contract_dilation: Halve the dilation of each stage's first block.
         dilation_style: What a dilated stage does beside dilating the convolution that would stride: "openmmlab",
             nothing; "timm", as timm with ``output_stride`` (docs/differences.md has the mapping), the second 3x3 of a
@@ -77,14 +77,14 @@ class ResNet(Backbone):
         project_first_block: Give the first block of every stage a projection, a 1x1 convolution and a norm, in its
             shortcut, also where the shapes agree: in the first stage of depth 18 and 34. RT-DETR's and
             PaddleDetection's nets have it.
-        fold_frozen_norms: Fold frozen norms into the convolutions before them while training, too, as
+        fold_frozen_norms: Fold frozen norms into the preceding convolutions also in training, as
             :func:`~resbackbone.training.fold_frozen_norms` does.
         groups: Groups of the 3x3 of bottlenecks: ResNeXt's cardinality. 1 is a plain ResNet.
         base_width: With groups, channels per group in the first stage.
 
     Raises:
-        KeyError: If ``depth`` is none of ``arch_settings``, or a type is not registered.
-        TypeError, ValueError: If an argument does not fit; nothing is built then.
+        KeyError: If ``depth`` is not in ``arch_settings``, or a type is not registered.
+        TypeError, ValueError: If an argument is invalid; nothing is built.
 
     Source: He et al., Deep Residual Learning for Image Recognition, arXiv:1512.03385; depth 200 as in arXiv:1603.05027,
     26 and 269 as in timm. Arguments as in mmdet 3.3.0 ``models/backbones/resnet.py``, ``multi_grid`` and
@@ -316,8 +316,8 @@ class ResNet(Backbone):
                     last_block.is_output = index in self.out_indices
 
     def _drop_path_rates(self) -> list[list[float]]:
-        """One rate per block, from 0 at the first to ``drop_path_rate`` at the last."""
-        # In single precision, as OpenMMLab and timm have them: other roundings would show in the outputs.
+        """Return one rate per block, from 0 for the first to ``drop_path_rate`` for the last."""
+        # In single precision, as in OpenMMLab and timm, since rounding affects the outputs.
         rates = iter(torch.linspace(0, self.drop_path_rate, sum(self.stage_blocks), device="cpu").tolist())
         return [[next(rates) for _ in range(num_blocks)] for num_blocks in self.stage_blocks]
 
@@ -340,7 +340,7 @@ class ResNet(Backbone):
         return dict(self._measured[1])
 
     def _measured_parts(self) -> Iterable[tuple[str, nn.Module]]:
-        """What :meth:`_measure_levels` runs, by name."""
+        """Return what :meth:`_measure_levels` runs, by name."""
         yield from ((f"stem{index}", layer) for index, layer in enumerate(self._stem()))
         yield from ((name, getattr(self, name)) for name in self.res_layers)
 

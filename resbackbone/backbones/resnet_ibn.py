@@ -1,4 +1,4 @@
-"""IBN-Net: ResNets whose early stages normalize each image by itself, so that they see less of its style."""
+"""IBN-Net: ResNets whose early stages normalize each image by itself, which removes style."""
 
 from __future__ import annotations
 

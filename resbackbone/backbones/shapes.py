@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-_SIDE = 4096  # pixels, so many that convolutions without padding hardly change the ratio of two sides
+_SIDE = 4096  # pixels; so large that convolutions without padding hardly change the ratio of the sides
 _GEOMETRY = ("stride", "kernel_size", "padding", "dilation", "ceil_mode", "out_channels", "scale_factor", "output_size")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Net = TypeVar("Net", bound=nn.Module)
@@ -44,7 +44,7 @@ def fingerprint(named_parts: Iterable[tuple[str, nn.Module]]) -> str:
 
 
 def shapes_only(net: Net) -> Net:
-    """Copy a net onto the meta device, in eval mode, without copying its weights."""
+    """Copy a model to the meta device, in eval mode, without copying its weights."""
     tensors: list[Tensor] = [*net.parameters(), *net.buffers()]
     for module in net.modules():
         tensors.extend(value for value in vars(module).values() if isinstance(value, Tensor))

@@ -299,7 +299,7 @@ class ResidualBlock(Module):
         return x
 
     def join(self, out: Tensor, shortcut: Tensor, plugin_names: Sequence[str]) -> Tensor:
-        """Run what comes between the last norm and the last ReLU: plugins, drop path and the sum.
+        """Run the steps between the last norm and the last ReLU: plugins, drop path and the sum.
 
         Args:
             out: The branch's output, ``(N, planes * expansion, H', W')``.
