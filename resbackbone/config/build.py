@@ -271,8 +271,8 @@ def _load_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UnknownKeyError(f"{str(path)!r} has no backbone; it needs `type` at the top level, got {content!r}")
     if "custom_imports" in content:
         raise ValueError(
-            f"{str(path)!r} has `custom_imports`, but a YAML file is data and imports nothing; whoever runs it names "
-            "the modules: --import my_variant, or build_backbone(..., imports=['my_variant'])"
+            f"{str(path)!r} has `custom_imports`, but a YAML file is data and imports nothing; name the modules "
+            "when you run it: --import my_variant, or build_backbone(..., imports=['my_variant'])"
         )
     bases = content.pop("_base_", [])
     merged: dict[str, Any] = {}

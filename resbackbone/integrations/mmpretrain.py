@@ -58,7 +58,7 @@ class DepthDefaults(MmpretrainDefaults):
 
     Args:
         depth: As for the backbone.
-        stem_channels: 64 here, whatever ``base_channels`` is.
+        stem_channels: 64 here, independent of ``base_channels``.
         expansion: How many times ``planes`` go out of a bottleneck; None for 4, or 1 of a basic block. A net that was
             built with one cannot be pickled whole, only its state dict.
         kwargs: As for :class:`MmpretrainDefaults`.

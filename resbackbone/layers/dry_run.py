@@ -30,7 +30,7 @@ class DryRun:
 
     Attributes:
         num_weights: Number of weights of all convolutions and plugins so far.
-        placeholder: Layer that stands for every convolution.
+        placeholder: Layer in place of every convolution.
     """
 
     def __init__(self) -> None:

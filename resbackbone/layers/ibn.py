@@ -20,7 +20,7 @@ BATCH_NORM: Config = {"type": "BN"}  # read, never written to
 class IBN(nn.Module):
     """Instance norm for the first half of the channels, another norm for the rest.
 
-    The keys are those of XingangPan/IBN-Net: ``IN`` and ``BN``, whatever norm the latter is.
+    The keys are those of XingangPan/IBN-Net: ``IN`` and ``BN``, for any other norm.
 
     Args:
         num_features: Number of channels.

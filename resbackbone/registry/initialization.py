@@ -67,7 +67,7 @@ def initialize(module: nn.Module, init_weights: Callable[[], None]) -> None:
 
 
 def make_initialization_safe(built: object) -> None:
-    """Make ``init_weights()`` of third-party modules run :func:`initialize`, whoever calls it.
+    """Make ``init_weights()`` of third-party modules run :func:`initialize` for every caller.
 
     Args:
         built: An object built from a config; without modules that have an ``init_cfg`` it is left unchanged.

@@ -130,7 +130,7 @@ def test_configs_say_where_the_architecture_comes_from():
 # Dicts and overrides
 
 
-def test_a_dict_builds_an_initialised_net_in_training_mode():
+def test_a_dict_builds_an_initialized_net_in_training_mode():
     net = build_backbone(TINY)
     assert type(net) is ResNet
     assert net.training

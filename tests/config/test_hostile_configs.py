@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command_line import fails, make_picture, run, written
-from hostile_configs import DOORS, EVIL, SPELLINGS, TINY, evil_module
+from hostile_configs import ENTRY_POINTS, EVIL, SPELLINGS, TINY, evil_module
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import DefaultScope
@@ -24,26 +24,26 @@ def mark(tmp_path):
         assert EVIL not in sys.modules
 
 
-every_door = pytest.mark.parametrize("door", DOORS)
+every_entry_point = pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 
 
-@every_door
+@every_entry_point
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_s1_a_name_that_is_not_registered_is_neither_imported_nor_called(mark, door, spelling):
+def test_s1_a_name_that_is_not_registered_is_neither_imported_nor_called(mark, entry_point, spelling):
     with pytest.raises((KeyError, TypeError)) as caught:
-        DOORS[door](spelling)
+        ENTRY_POINTS[entry_point](spelling)
     assert "Failed to get" not in str(caught.value)
 
 
-@pytest.mark.parametrize("door", [door for door in DOORS if "padding" not in door])  # which is no `type`
+@pytest.mark.parametrize("entry_point", [name for name in ENTRY_POINTS if "padding" not in name])  # not a `type`
 @pytest.mark.parametrize("wrong", [Path, len, dict, Path.touch, ConfigDict, 5, b"ReLU", ["ReLU"]])
-def test_s1_what_python_passes_must_be_a_class_of_layers(door, wrong):
+def test_s1_what_python_passes_must_be_a_class_of_layers(entry_point, wrong):
     with pytest.raises((KeyError, TypeError)):
-        DOORS[door](wrong)
+        ENTRY_POINTS[entry_point](wrong)
 
 
 @pytest.mark.parametrize(
-    ("door", "wrong"),
+    ("entry_point", "wrong"),
     [
         ("backbone", "BN"),
         ("backbone", "FPN"),
@@ -71,9 +71,9 @@ def test_s1_what_python_passes_must_be_a_class_of_layers(door, wrong):
         ("classifier's loss", "ResNet"),
     ],
 )
-def test_s1_a_registered_class_of_another_kind_is_refused(door, wrong):
+def test_s1_a_registered_class_of_another_kind_is_refused(entry_point, wrong):
     with pytest.raises(TypeError, match=r"`type` of an? .* must name an? "):
-        DOORS[door](wrong)
+        ENTRY_POINTS[entry_point](wrong)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_s1_dotted_paths_of_layers_and_classes_build(argument, path):
         assert isinstance(build(config), ResNet)
 
 
-def test_s1_the_path_of_a_registered_class_builds_and_that_of_its_neighbour_does_not(registry):
+def test_s1_the_path_of_a_registered_class_builds_and_that_of_its_neighbor_does_not(registry):
     class Mine(nn.BatchNorm2d):
         pass
 
@@ -109,7 +109,7 @@ def test_s1_the_path_of_a_registered_class_builds_and_that_of_its_neighbour_does
         cls.__qualname__ = cls.__name__
         setattr(sys.modules[__name__], cls.__name__, cls)
     registry.register_module(module=Mine)
-    build = DOORS["norm_cfg"]
+    build = ENTRY_POINTS["norm_cfg"]
     assert type(build(f"{__name__}.Mine").bn1) is Mine
     with pytest.raises(KeyError, match=r"unknown norm type '.*Other'"):
         build(f"{__name__}.Other")
@@ -117,11 +117,11 @@ def test_s1_the_path_of_a_registered_class_builds_and_that_of_its_neighbour_does
 
 def test_s1_a_default_scope_is_looked_in_and_never_imported(mark):
     with DefaultScope.overwrite_default_scope(EVIL), pytest.raises(KeyError, match="unknown norm type 'Nowhere'"):
-        DOORS["norm_cfg"]("Nowhere")
+        ENTRY_POINTS["norm_cfg"]("Nowhere")
 
 
 def test_s1_mmengines_own_lookups_are_what_they_were_outside(tmp_path):
-    DOORS["norm in mmcv's plugin"]("BN")
+    ENTRY_POINTS["norm in mmcv's plugin"]("BN")
     with evil_module(tmp_path) as mark:
         assert isinstance(ROOT_MODELS.build({"type": f"{EVIL}.Layer"}), nn.Module)  # the host's own business
         assert mark.exists()
@@ -160,7 +160,7 @@ def test_s1_imports_are_modules_that_are_there(imports, error, words):
         build_backbone(TINY, imports=imports)
 
 
-YAML_DOORS = {
+YAML_ENTRY_POINTS = {
     "type": lambda type_: {"type": type_},
     "backbone": lambda type_: {"backbone": {**TINY, "type": type_}},
     "model": lambda type_: {"model": {"backbone": {**TINY, "type": type_}}},
@@ -191,11 +191,11 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize("door", YAML_DOORS)
+@pytest.mark.parametrize("entry_point", YAML_ENTRY_POINTS)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_s1_no_command_runs_what_a_yaml_names(mark, door, command):
+def test_s1_no_command_runs_what_a_yaml_names(mark, entry_point, command):
     for spelling in ("os.system", f"{EVIL}.Layer", EVIL):
-        Path("net.yaml").write_text(yaml.safe_dump(YAML_DOORS[door](spelling)))
+        Path("net.yaml").write_text(yaml.safe_dump(YAML_ENTRY_POINTS[entry_point](spelling)))
         Path("over.yaml").write_text("_base_: net.yaml\n")
         for config in ("net.yaml", "over.yaml"):
             arguments = [config if argument == "net.yaml" else argument for argument in COMMANDS[command]]

@@ -105,7 +105,7 @@ def test_init_cfg_in_a_detector_takes_anybodys_weights(tmp_path, faster_rcnn):
         build_detector(config).init_weights()
 
 
-def test_a_plugin_keeps_its_initialisation(tmp_path, faster_rcnn):
+def test_a_plugin_keeps_its_initialization(tmp_path, faster_rcnn):
     """GCNet's configs put attention into a backbone whose checkpoint has none."""
     source = build_backbone("resnet50")
     torch.save(source.state_dict(), tmp_path / "m.pth")

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 import pytest
-from hostile_configs import DOORS, EVIL, SPELLINGS, evil_module
+from hostile_configs import ENTRY_POINTS, EVIL, SPELLINGS, evil_module
 from mmengine.registry import DefaultScope
 
 from resbackbone import build_backbone
@@ -12,13 +12,13 @@ HOSTS = [host for host in ("mmdet", "mmseg", "mmpretrain") if find_spec(host)]
 
 
 @pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("door", DOORS)
-def test_s1_a_name_that_is_not_registered_is_neither_imported_nor_called(tmp_path, host, door):
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_s1_a_name_that_is_not_registered_is_neither_imported_nor_called(tmp_path, host, entry_point):
     spellings = (*SPELLINGS, f"{host}.{EVIL}.Layer", f"{host}.registry.os.system", f"{host}.registry.MODELS.build")
     with evil_module(tmp_path) as mark, DefaultScope.overwrite_default_scope(host):
         for spelling in spellings:
             with pytest.raises((KeyError, TypeError)):
-                DOORS[door](spelling)
+                ENTRY_POINTS[entry_point](spelling)
             assert not mark.exists(), spelling
 
 

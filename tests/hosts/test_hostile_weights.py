@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from hostile_configs import EVIL, evil_module
-from init_cfg_modules import MODULES, SAYINGS, Payload
+from init_cfg_modules import MODULES, PRETRAINED_CONFIGS, Payload
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from sweep_hosts import config_tree
@@ -26,36 +26,36 @@ def payload(tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("saying", SAYINGS)
+@pytest.mark.parametrize("spelling", PRETRAINED_CONFIGS)
 @pytest.mark.parametrize("module", MODULES)
-def test_s2_our_modules_run_nothing_whatever_the_loader_of_the_stack_does(payload, module, saying):
+def test_s2_our_modules_run_nothing_whatever_the_loader_of_the_stack_does(payload, module, spelling):
     with pytest.raises(ValueError):  # noqa: PT011  # in various words
-        MODULES[module](SAYINGS[saying](payload)).init_weights()
+        MODULES[module](PRETRAINED_CONFIGS[spelling](payload)).init_weights()
 
 
-@pytest.mark.parametrize("saying", SAYINGS)
+@pytest.mark.parametrize("spelling", PRETRAINED_CONFIGS)
 @pytest.mark.parametrize("host", HOSTS)
-def test_s2_in_the_registry_of_a_host(payload, host, saying):
+def test_s2_in_the_registry_of_a_host(payload, host, spelling):
     __import__(f"resbackbone.integrations.{host}")
     registry = __import__(f"{host}.registry", fromlist=["MODELS"]).MODELS
     fpn = {"in_channels": [4, 8], "out_channels": 4, "num_outs": 2}
     with DefaultScope.overwrite_default_scope(host):
         for config in ({"type": "ResNet", **BACKBONE}, {"type": "resbackbone.FPN", **fpn}):
-            module = registry.build({**config, "init_cfg": SAYINGS[saying](payload)})
+            module = registry.build({**config, "init_cfg": PRETRAINED_CONFIGS[spelling](payload)})
             assert type(module).__module__.startswith("resbackbone.")
             with pytest.raises(ValueError):  # noqa: PT011
                 module.init_weights()
 
 
 @pytest.mark.skipif("mmdet" not in HOSTS, reason="mmdet is not installed")
-@pytest.mark.parametrize("saying", ["mmengine.Pretrained", "class", "list"])
-def test_s2_in_a_whole_detector(payload, saying):
+@pytest.mark.parametrize("spelling", ["mmengine.Pretrained", "class", "list"])
+def test_s2_in_a_whole_detector(payload, spelling):
     from mmdet.registry import MODELS
 
     import resbackbone.integrations.mmdet  # noqa: F401
 
     model = Config.fromfile(config_tree("mmdet") / "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py").model
-    model.backbone.init_cfg = SAYINGS[saying](payload)
+    model.backbone.init_cfg = PRETRAINED_CONFIGS[spelling](payload)
     with DefaultScope.overwrite_default_scope("mmdet"):
         detector = MODELS.build(model)
         with pytest.raises(ValueError):  # noqa: PT011
@@ -73,40 +73,40 @@ def test_s1_initializers_in_the_registry_of_a_host(tmp_path, host):
         assert not mark.exists()
 
 
-FOREIGN = {  # each reads files in a way of its own
+THIRD_PARTY = {  # each reads files in a way of its own
     "mmdet": ["CSPDarknet", "DetectoRS_ResNet", "PyramidVisionTransformer"],
     "mmseg": ["MixVisionTransformer"],
     "mmpretrain": ["ResNet"],
 }
-CLASSES = [(host, name) for host, names in FOREIGN.items() if find_spec(host) for name in names]
+CLASSES = [(host, name) for host, names in THIRD_PARTY.items() if find_spec(host) for name in names]
 
 
 @pytest.fixture
-def foreign(host, name):
+def third_party(host, name):
     """The config of a host's own backbone."""
     extra = {"depth": 50} if name.endswith("ResNet") else {}
     return {"type": f"{host}.{name}", **extra}
 
 
 @pytest.mark.parametrize(("host", "name"), CLASSES)
-def test_s1_an_initializer_of_a_hosts_backbone_is_refused_before_it_is_built(tmp_path, foreign):
+def test_s1_an_initializer_of_a_hosts_backbone_is_refused_before_it_is_built(tmp_path, third_party):
     with evil_module(tmp_path) as mark:
         for spelling in (f"{EVIL}.Layer", "os.system", "torch.load"):
             for init_cfg in ({"type": spelling}, [{"type": "Constant", "val": 0}, {"type": spelling}]):
                 for build in (build_backbone, MODELS.build):
                     with pytest.raises((KeyError, TypeError), match="init_cfg"):
-                        build({**foreign, "init_cfg": init_cfg})
+                        build({**third_party, "init_cfg": init_cfg})
         assert not mark.exists()
 
 
 @pytest.mark.parametrize("build", [build_backbone, MODELS.build])
 @pytest.mark.parametrize(("host", "name"), CLASSES)
-def test_s2_a_hosts_backbone_runs_nothing_of_a_file(payload, foreign, build):
+def test_s2_a_hosts_backbone_runs_nothing_of_a_file(payload, third_party, build):
     for given in ({"init_cfg": {"type": "Pretrained", "checkpoint": payload}}, {"pretrained": payload}):
         # Some pass over what does not fit, and warn of the old spelling.
         with contextlib.suppress(ValueError, TypeError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            build({**foreign, **given}).init_weights()
+            build({**third_party, **given}).init_weights()
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -11,7 +11,7 @@ import mmengine.model
 import pytest
 import torch
 from hostile_configs import EVIL, SPELLINGS, TINY, evil_module
-from init_cfg_modules import MODULES, SAYINGS, ForeignHolder, ForeignPlugin, Payload, fpn
+from init_cfg_modules import MODULES, PRETRAINED_CONFIGS, Payload, ThirdPartyHolder, ThirdPartyPlugin, fpn
 from mmengine.logging import MMLogger
 from mmengine.model import BaseInit, BaseModule, PretrainedInit
 from mmengine.registry import WEIGHT_INITIALIZERS
@@ -24,7 +24,7 @@ from resbackbone.training.classification import ImageClassifier
 from resbackbone.utils import logs
 
 every_module = pytest.mark.parametrize("module", MODULES)
-every_saying = pytest.mark.parametrize("saying", SAYINGS)
+every_pretrained_config = pytest.mark.parametrize("spelling", PRETRAINED_CONFIGS)
 
 
 @pytest.fixture(params=["pickle", "torch", "old torch"])
@@ -41,21 +41,21 @@ def payload(request, tmp_path):
 
 
 @every_module
-@every_saying
-def test_s2_no_spelling_of_pretrained_runs_what_a_file_holds(payload, module, saying):
-    net = MODULES[module](SAYINGS[saying](payload))
+@every_pretrained_config
+def test_s2_no_spelling_of_pretrained_runs_what_a_file_holds(payload, module, spelling):
+    net = MODULES[module](PRETRAINED_CONFIGS[spelling](payload))
     with pytest.raises(ValueError):  # noqa: PT011  # in various words
         net.init_weights()
 
 
 def test_s2_pretrained_in_an_override_and_by_its_old_spelling(payload):
     override = {"type": "Constant", "val": 1, "layer": "Conv2d", "override": {"name": "conv1"}}
-    doors = [
+    entry_points = [
         {**override, "override": {"name": "layer1", "type": "Pretrained", "checkpoint": payload}},
         {**override, "override": [{"name": "conv1", "type": PretrainedInit, "checkpoint": payload}]},
         {"type": "mmengine.model.weight_init.PretrainedInit", "checkpoint": payload, "override": {"name": "layer1"}},
     ]
-    for init_cfg in doors:
+    for init_cfg in entry_points:
         with pytest.raises(ValueError):  # noqa: PT011  # in various words
             ResNet(18, base_channels=4, init_cfg=init_cfg).init_weights()
     for old in (ResNet, SharedHead):
@@ -66,10 +66,10 @@ def test_s2_pretrained_in_an_override_and_by_its_old_spelling(payload):
 
 
 @every_module
-@every_saying
-def test_s2_an_empty_file_is_an_error(tmp_path, module, saying):
+@every_pretrained_config
+def test_s2_an_empty_file_is_an_error(tmp_path, module, spelling):
     torch.save({}, tmp_path / "empty.pth")
-    net = MODULES[module](SAYINGS[saying](str(tmp_path / "empty.pth")))
+    net = MODULES[module](PRETRAINED_CONFIGS[spelling](str(tmp_path / "empty.pth")))
     before = {key: value.clone() for key, value in net.state_dict().items()}
     with pytest.raises(ValueError):  # noqa: PT011  # in various words
         net.init_weights()
@@ -78,8 +78,8 @@ def test_s2_an_empty_file_is_an_error(tmp_path, module, saying):
 
 @pytest.mark.parametrize("prefix", ["", "neck.", "state_dict.", "state_dict.neck."])
 @pytest.mark.parametrize("named", [False, True])
-@every_saying
-def test_s2_a_neck_loads_its_own_weights(tmp_path, prefix, named, saying):
+@every_pretrained_config
+def test_s2_a_neck_loads_its_own_weights(tmp_path, prefix, named, spelling):
     torch.manual_seed(1)
     weights = {key: torch.randn_like(value) for key, value in fpn(None).state_dict().items()}
     inner = prefix.removeprefix("state_dict.")
@@ -87,7 +87,7 @@ def test_s2_a_neck_loads_its_own_weights(tmp_path, prefix, named, saying):
     if inner:
         content["head.weight"] = torch.ones(1)
     torch.save({"state_dict": content} if prefix.startswith("state") else content, tmp_path / "neck.pth")
-    init_cfg = SAYINGS[saying](str(tmp_path / "neck.pth"))
+    init_cfg = PRETRAINED_CONFIGS[spelling](str(tmp_path / "neck.pth"))
     last = init_cfg[-1] if isinstance(init_cfg, (list, tuple)) else init_cfg
     last.pop("prefix", None)
     if named and inner:
@@ -124,12 +124,12 @@ def test_s2_a_plugin_of_mmengines_kind_loads_its_own_weights(tmp_path):
     weights = {"conv.weight": torch.full((4, 4, 1, 1), 2.0), "conv.bias": torch.full((4,), 3.0)}
     torch.save(weights, tmp_path / "plugin.pth")
     init_cfg = {"type": "mmengine.Pretrained", "checkpoint": str(tmp_path / "plugin.pth")}
-    cfg = {"type": ForeignPlugin, "init_cfg": init_cfg}
+    cfg = {"type": ThirdPartyPlugin, "init_cfg": init_cfg}
     plugin = {"cfg": cfg, "position": "after_conv2", "stages": (True, False, False, False)}
     net = build_backbone({**TINY, "plugins": [plugin]})
     for block in net.layer1:
-        assert (block.foreign_plugin.conv.weight == 2).all()
-        assert block.foreign_plugin.init_cfg == init_cfg
+        assert (block.third_party_plugin.conv.weight == 2).all()
+        assert block.third_party_plugin.init_cfg == init_cfg
 
 
 @pytest.fixture
@@ -323,8 +323,8 @@ def test_u8_no_line_from_other_processes(tmp_path, caplog, monkeypatch):
     assert not caplog.records
 
 
-# Foreign modules, built by our registry from a config with an `init_cfg` in it.
-FOREIGN = {
+# Third-party modules, built by our registry from a config with an `init_cfg` in it.
+THIRD_PARTY = {
     "module": lambda init_cfg: {"type": "mmengine.model.Sequential", "init_cfg": init_cfg},
     "module list": lambda init_cfg: {"type": "mmengine.model.ModuleList", "init_cfg": init_cfg},
     "layer of mmcv": lambda init_cfg: {
@@ -332,21 +332,21 @@ FOREIGN = {
         **{"in_channels": 4, "out_channels": 4, "kernel_size": 1},
         "norm_cfg": {"type": "mmengine.model.Sequential", "init_cfg": init_cfg},
     },
-    "class of a user": lambda init_cfg: {"type": ForeignPlugin, "in_channels": 4, "init_cfg": init_cfg},
+    "class of a user": lambda init_cfg: {"type": ThirdPartyPlugin, "in_channels": 4, "init_cfg": init_cfg},
     "what is in such a class": lambda init_cfg: {
-        "type": ForeignHolder,
+        "type": ThirdPartyHolder,
         "inner": {"type": "mmengine.model.Sequential", "init_cfg": init_cfg},
     },
     "plugin": lambda init_cfg: {
         **TINY,
-        "plugins": [{"cfg": {"type": ForeignPlugin, "init_cfg": init_cfg}, "position": "after_conv2"}],
+        "plugins": [{"cfg": {"type": ThirdPartyPlugin, "init_cfg": init_cfg}, "position": "after_conv2"}],
     },
 }
 
 
 @pytest.mark.parametrize("place", ["type", "list", "override", "scope"])
-@pytest.mark.parametrize("module", FOREIGN)
-def test_s1_an_initializer_of_a_foreign_module_is_refused_before_it_is_built(mark, module, place):
+@pytest.mark.parametrize("module", THIRD_PARTY)
+def test_s1_an_initializer_of_a_third_party_module_is_refused_before_it_is_built(mark, module, place):
     for spelling in NO_INITIALIZERS:
         init_cfg = {
             "type": {"type": spelling, "layer": "Conv2d"},
@@ -355,11 +355,11 @@ def test_s1_an_initializer_of_a_foreign_module_is_refused_before_it_is_built(mar
             "scope": {"type": "Constant", "val": 0, "_scope_": spelling or EVIL},
         }[place]
         with pytest.raises((KeyError, TypeError), match=r"init_cfg|scope"):
-            MODELS.build(FOREIGN[module](init_cfg))
+            MODELS.build(THIRD_PARTY[module](init_cfg))
         assert not mark.exists()
 
 
-def test_s1_an_initializer_that_a_foreign_class_chooses_is_looked_up_when_it_is_built(mark):
+def test_s1_an_initializer_that_a_third_party_class_chooses_is_looked_up_when_it_is_built(mark):
     class Chosen(BaseModule):
         def __init__(self):
             super().__init__({"type": f"{EVIL}.Layer"})
@@ -368,23 +368,23 @@ def test_s1_an_initializer_that_a_foreign_class_chooses_is_looked_up_when_it_is_
         MODELS.build({"type": Chosen})
 
 
-@every_saying
+@every_pretrained_config
 @pytest.mark.parametrize("module", ["module", "module list", "class of a user", "what is in such a class"])
-def test_s2_a_foreign_module_that_we_build_runs_nothing_of_a_file(payload, module, saying):
-    net = MODELS.build(FOREIGN[module](SAYINGS[saying](payload)))
+def test_s2_a_third_party_module_that_we_build_runs_nothing_of_a_file(payload, module, spelling):
+    net = MODELS.build(THIRD_PARTY[module](PRETRAINED_CONFIGS[spelling](payload)))
     for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), net):
         with pytest.raises(ValueError):  # noqa: PT011  # in various words
             copied.init_weights()
 
 
-def test_s2_a_foreign_module_within_another_ones_runs_nothing_of_a_file(payload):
+def test_s2_a_third_party_module_within_another_ones_runs_nothing_of_a_file(payload):
     for outer in (mmengine.model.Sequential(), mmengine.model.ModuleList()):
-        outer.append(MODELS.build(FOREIGN["module"]({"type": "Pretrained", "checkpoint": payload})))
+        outer.append(MODELS.build(THIRD_PARTY["module"]({"type": "Pretrained", "checkpoint": payload})))
         with pytest.raises(ValueError):  # noqa: PT011
             outer.init_weights()
 
 
-def test_s2_a_foreign_class_that_reads_a_file_itself_reads_it_as_we_do(payload):
+def test_s2_a_third_party_class_that_reads_a_file_itself_reads_it_as_we_do(payload):
     class Reading(BaseModule):
         def init_weights(self):
             for read in (CheckpointLoader.load_checkpoint, partial(load_checkpoint, self)):
@@ -398,8 +398,8 @@ def test_s2_a_foreign_class_that_reads_a_file_itself_reads_it_as_we_do(payload):
     MODELS.build({"type": Reading, "init_cfg": {"type": "Constant", "val": 0}}).init_weights()
 
 
-def test_s2_weights_of_a_foreign_module_load(tmp_path):
-    config = {"type": ForeignPlugin, "in_channels": 4}
+def test_s2_weights_of_a_third_party_module_load(tmp_path):
+    config = {"type": ThirdPartyPlugin, "in_channels": 4}
     given = MODELS.build(config)
     torch.save(given.state_dict(), tmp_path / "plugin.pth")
     init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "plugin.pth")}
@@ -409,12 +409,12 @@ def test_s2_weights_of_a_foreign_module_load(tmp_path):
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in given.state_dict().items())
 
 
-def test_s2_initializers_of_a_foreign_module_give_mmengines_numbers():
+def test_s2_initializers_of_a_third_party_module_give_mmengines_numbers():
     init_cfg = [{"type": "Normal", "layer": "Conv2d", "std": 3}, {"type": "Constant", "layer": "ReLU", "val": 2}]
     states = []
     for net in (
-        MODELS.build({"type": ForeignPlugin, "in_channels": 4, "init_cfg": init_cfg}),
-        ForeignPlugin(4, init_cfg),
+        MODELS.build({"type": ThirdPartyPlugin, "in_channels": 4, "init_cfg": init_cfg}),
+        ThirdPartyPlugin(4, init_cfg),
     ):
         torch.manual_seed(0)
         net.init_weights()

@@ -1,7 +1,7 @@
-"""Configs that name what they must not: the places where a type may stand, and types that are none.
+"""Malicious configs: every place where a config may have a type, and names that must not be accepted there.
 
-Each of :data:`DOORS` builds something with one type in one place. Each of :data:`SPELLINGS` is a name that must neither
-be imported nor called there; ``evil_variant`` is the module of :func:`evil_module`, and leaves a mark.
+Each of :data:`ENTRY_POINTS` builds something with one type in one place. Each of :data:`SPELLINGS` is a name that must
+neither be imported nor called there; ``evil_variant`` is the module of :func:`evil_module`, and creates a file.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _fpn(**cfgs: Any) -> Any:
 
 
 # What builds the config, by where in it the type stands.
-DOORS: dict[str, Callable[[Any], Any]] = {
+ENTRY_POINTS: dict[str, Callable[[Any], Any]] = {
     "backbone": lambda type_: build_backbone({"type": type_}),
     "backbone with arguments": lambda type_: build_backbone({**TINY, "type": type_}),
     "override": lambda type_: build_backbone("resnet18", type=type_),

@@ -18,9 +18,9 @@ from resbackbone.necks import FPN
 from resbackbone.training.classification import ImageClassifier
 
 
-@MODELS.register_module(name="tests.ForeignPlugin")
-class ForeignPlugin(BaseModule):  # type: ignore[misc]  # mmengine ships no types
-    """A plugin of somebody who has mmengine's base class; so mmengine itself would load what it is told to."""
+@MODELS.register_module(name="tests.ThirdPartyPlugin")
+class ThirdPartyPlugin(BaseModule):  # type: ignore[misc]  # mmengine ships no types
+    """A plugin derived from mmengine's BaseModule, which would load any checkpoint that it names."""
 
     def __init__(self, in_channels: int, init_cfg: Any = None) -> None:
         super().__init__(init_cfg)
@@ -32,7 +32,7 @@ class ForeignPlugin(BaseModule):  # type: ignore[misc]  # mmengine ships no type
         return out
 
 
-class ForeignHolder(BaseModule):  # type: ignore[misc]
+class ThirdPartyHolder(BaseModule):  # type: ignore[misc]
     """A module that has mmengine build another one."""
 
     def __init__(self, inner: Any) -> None:
@@ -41,7 +41,7 @@ class ForeignHolder(BaseModule):  # type: ignore[misc]
 
 
 def plugged(init_cfg: Any) -> ResNet:
-    cfg = {"type": ForeignPlugin, "init_cfg": init_cfg}
+    cfg = {"type": ThirdPartyPlugin, "init_cfg": init_cfg}
     return ResNet(50, base_channels=4, plugins=[{"cfg": cfg, "position": "after_conv2"}])
 
 
@@ -68,7 +68,7 @@ MODULES: dict[str, Callable[[Any], nn.Module]] = {
     "Module": Module,
 }
 PATH = "mmengine.model.weight_init.PretrainedInit"
-SAYINGS: dict[str, Callable[[Any], Any]] = {
+PRETRAINED_CONFIGS: dict[str, Callable[[Any], Any]] = {
     "Pretrained": lambda file: {"type": "Pretrained", "checkpoint": file},
     "PretrainedInit": lambda file: {"type": "PretrainedInit", "checkpoint": file},
     "mmengine.Pretrained": lambda file: {"type": "mmengine.Pretrained", "checkpoint": file},
