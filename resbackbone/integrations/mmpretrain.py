@@ -22,12 +22,12 @@ from resbackbone.utils.validation import check_int
 
 
 class MmpretrainDefaults(backbones.ResNet):
-    """What every backbone of mmpretrain has in common; it goes before ours in the list of base classes.
+    """Mixin with the defaults of all mmpretrain backbones; it precedes the backbone in the base classes.
 
     Args:
         args: As for the backbone.
-        out_indices: The last of four stages alone here, as a classifier wants it.
-        norm_eval: False here: batch norms follow the batch.
+        out_indices: Only the last of four stages by default, for classifiers.
+        norm_eval: False by default: batch norms use batch statistics.
         kwargs: As for the backbone.
     """
 
@@ -38,33 +38,32 @@ class MmpretrainDefaults(backbones.ResNet):
         self.register_load_state_dict_pre_hook(rename_keys)  # type: ignore[no-untyped-call]
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
-        """Say how deep a parameter lies, for mmpretrain's layer-wise learning rates.
+        """Return the depth of a parameter, for mmpretrain's layer-wise learning rates.
 
         Args:
             param_name: The parameter's name in the model.
-            prefix: What stands before the backbone's own names there, such as "backbone."; a parameter without it
-                belongs to the head.
+            prefix: Prefix of the backbone's parameters in the model, such as "backbone."; other parameters belong to
+                the head.
 
         Returns:
-            The parameter's depth, as :func:`~resbackbone.backbones.layer_depth.layer_depth` has it, and the number of
-            depths.
+            The depth as in :func:`~resbackbone.backbones.layer_depth.layer_depth`, and the number of depths.
         """
         depth, head = layer_depth(self, param_name[len(prefix) :])
         return (depth if param_name.startswith(prefix) else head), head + 1
 
 
 class DepthDefaults(MmpretrainDefaults):
-    """What those of mmpretrain's backbones have in common that are built by their depth.
+    """Mixin with the defaults of mmpretrain backbones with a ``depth``.
 
     Args:
         depth: As for the backbone.
         stem_channels: 64 here, independent of ``base_channels``.
-        expansion: How many times ``planes`` go out of a bottleneck; None for 4, or 1 of a basic block. A net that was
-            built with one cannot be pickled whole, only its state dict.
+        expansion: Ratio of a block's output channels to ``planes``; None for 4 with bottlenecks and 1 with basic
+            blocks. A model with another value cannot be pickled, only its state dict.
         kwargs: As for :class:`MmpretrainDefaults`.
 
     Raises:
-        TypeError, ValueError: If ``expansion`` is no integer from 1, or not 1 in a net of basic blocks; and as for the
+        TypeError, ValueError: If ``expansion`` is not a positive integer, or not 1 with basic blocks; and as for the
             backbone.
     """
 
@@ -79,13 +78,13 @@ class DepthDefaults(MmpretrainDefaults):
         self.expansion = self.block.expansion
 
     def block_and_stages(self, depth: int) -> tuple[Any, tuple[int, ...]]:
-        """Return the block class, with the ``expansion`` that was asked for, and the number of blocks per stage."""
+        """Return the block class with the given ``expansion``, and the number of blocks per stage."""
         block, stage_blocks = super().block_and_stages(depth)
         return block if self.expansion is None else _expanded(block, self.expansion), stage_blocks
 
 
 class GroupDefaults(DepthDefaults):
-    """What those of mmpretrain's backbones have in common whose bottlenecks are grouped.
+    """Mixin with the defaults of mmpretrain backbones with grouped bottlenecks.
 
     Args:
         depth: As for the backbone.
@@ -134,7 +133,7 @@ class ResNeSt(GroupDefaults, backbones.ResNeSt):
 
 
 class Res2Net(DepthDefaults, backbones.Res2Net):
-    """:class:`resbackbone.Res2Net` with mmpretrain's arguments; ``layer1`` pools too, as its weights want."""
+    """:class:`resbackbone.Res2Net` with mmpretrain's arguments; ``layer1`` pools, too, as in its weights."""
 
     def __init__(self, depth: int, *, pool_at_stride_1: bool = True, **kwargs: Any) -> None:
         super().__init__(depth, pool_at_stride_1=pool_at_stride_1, **kwargs)
@@ -145,27 +144,27 @@ class RegNet(MmpretrainDefaults, backbones.RegNet):
 
 
 def rename_keys(backbone: nn.Module, state_dict: dict[str, Any], prefix: str = "", *unused: Any) -> None:
-    """Rename mmpretrain's keys of a deep stem and of pooling shortcuts to ours, in place; ours stay as they are.
+    """Rename mmpretrain's keys of deep stems and pooling shortcuts to native keys, in place; others are kept.
 
-    Its stem is made of ``ConvModule``, and its shortcuts pool only where they stride, so that ``layer1.0.downsample``
-    counts from another number. Made for ``backbone.register_load_state_dict_pre_hook``.
+    Its stem consists of ``ConvModule``, and its shortcuts pool only with a stride, which shifts the indices in
+    ``layer1.0.downsample``. For ``backbone.register_load_state_dict_pre_hook``.
 
     Args:
-        backbone: The one that is to load the checkpoint.
+        backbone: The backbone that loads the checkpoint.
         state_dict: The checkpoint's tensors by key.
-        prefix: What stands before the backbone's own names in the keys.
-        unused: What torch gives a hook besides.
+        prefix: Prefix of the backbone's keys.
+        unused: Further arguments of torch's hook.
     """
     inside = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     names = dict(zip(inside, MMPRETRAIN.to_native(inside), strict=True))
     items = list(state_dict.items())
-    state_dict.clear()  # and filled again, so that the order stays
+    state_dict.clear()  # refilled below in the same order
     for key, value in items:
         state_dict[prefix + names[key.removeprefix(prefix)] if key.startswith(prefix) else key] = value
 
 
 def _expanded(block: Any, expansion: int) -> Any:
-    """Derive a block class that differs in its ``expansion``."""
+    """Return a subclass of a block with another ``expansion``."""
     if block.expansion == 1 != expansion:
         raise ValueError(f"`expansion` of a {block.__name__} must be 1, got {expansion}; a deeper net has bottlenecks")
     return type(block.__name__, (block,), {"expansion": expansion, "__doc__": block.__doc__})
