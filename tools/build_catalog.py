@@ -1,11 +1,11 @@
-"""Write resbackbone/checkpoints/catalog.yaml from the metadata of the installed packages.
+"""Write resbackbone/checkpoints/hub/catalog.yaml from the metadata of the installed packages.
 
-Entries whose origin's packages are not installed stay as they are: run it in an environment with torchvision and timm,
-and in one with mmdet, mmseg and mmpretrain. Every backbone is compared with the origin's own model, whose tensors must
-have the names of the layout and our shapes. Where an origin states other figures than that, this is reported.
+Entries of origins that are not installed are kept: run it in an environment with torchvision and timm, and in one with
+mmdet, mmseg and mmpretrain. Every backbone is compared with the model of its origin, which must have the keys of the
+layout and our shapes. Published figures that differ from those of the model are reported.
 
-    python tools/build_catalog.py            # what the installed packages say
-    python tools/build_catalog.py --check    # write nothing; fail where the catalog says otherwise
+    python tools/build_catalog.py            # update the catalog from the installed packages
+    python tools/build_catalog.py --check    # write nothing; fail if the catalog differs
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from resbackbone.config import load_config, recorded_costs
 
 CATALOG = Path(__file__).parent.parent / "resbackbone" / "checkpoints" / "hub" / "catalog.yaml"
 HEADER = "# Written by tools/build_catalog.py from the metadata of these packages, never by hand.\n"
-# In the order in which they are written; values that are None, False or empty are left out.
+# In the order of the file; values that are None, False or empty are left out.
 KEYS = (
     *("url", "sha256", "layout", "config", "overrides", "params", "macs", "acc1", "acc5", "classes", "license"),
-    *("preprocessing", "crop_pct", "mebibytes", "default", "aliases"),
+    *("preprocessing", "crop_pct", "size_mib", "default", "aliases"),
 )
 _HEAD = re.compile(r"(fc|bn|gn)\.")  # the classifier, and the norm in front of it that ResNetV2 may have
 
@@ -46,12 +46,12 @@ def main(
     *,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 where the file differs.")] = False,
 ) -> None:
-    """Describe the published weights of the ResNet family."""
+    """Write the catalog of published weights."""
     text = CATALOG.read_text(encoding="utf-8") if CATALOG.exists() else "{packages: {}, weights: {}}"
     old = yaml.safe_load(text)
     versions = {name: installed(origin.packages) for name, origin in ORIGINS.items()}
     fresh = {name for name, found in versions.items() if found is not None}
-    if check:  # another release may well say something else
+    if check:  # other releases may have other metadata
         fresh = {name for name in fresh if versions[name] == old["packages"].get(name)}
     weights = {name: entry for name, entry in old["weights"].items() if name.partition("/")[0] not in fresh}
     for name in [name for name in ORIGINS if name in fresh]:
@@ -70,7 +70,7 @@ def main(
 
 
 def installed(packages: tuple[str, ...]) -> dict[str, str] | None:
-    """The releases of distributions; None unless all are installed."""
+    """Return the releases of distributions; None unless all are installed."""
     try:
         return {name: metadata.version(name).partition("+")[0] for name in packages}
     except metadata.PackageNotFoundError:
@@ -78,7 +78,7 @@ def installed(packages: tuple[str, ...]) -> dict[str, str] | None:
 
 
 def entry(published: Published) -> Values:
-    """What the catalog says of published weights."""
+    """Return the catalog entry of published weights."""
     config, overrides = published.config, published.values.get("overrides")
     if overrides:
         complexity = measure(our_model(config, json.dumps(overrides)))
@@ -87,12 +87,12 @@ def entry(published: Published) -> Values:
         costs = recorded_costs()[config]
     values = {**published.values, "config": config, **costs, "default": published.preferred}
     assert set(values) <= set(KEYS), values
-    said = {key for key, value in values.items() if value or (value == 0 and value is not False)}
-    return {key: values[key] for key in KEYS if key in said}
+    known = {key for key, value in values.items() if value or (value == 0 and value is not False)}
+    return {key: values[key] for key in KEYS if key in known}
 
 
 def with_one_default(weights: dict[str, Values]) -> dict[str, Values]:
-    """Leave the preference of one origin per config, the first in the order of ``ORIGINS``."""
+    """Keep one default per config, that of the first origin in the order of ``ORIGINS``."""
     order = list(ORIGINS)
     taken: set[str] = set()
     for name in sorted(weights, key=lambda name: order.index(name.partition("/")[0])):
@@ -104,7 +104,7 @@ def with_one_default(weights: dict[str, Values]) -> dict[str, Values]:
 
 
 def dump(packages: Values, weights: dict[str, Values]) -> str:
-    """The text of the catalog: one line per value."""
+    """Return the text of the catalog, one line per value."""
     lines = ["packages:", *(f"  {origin}: {_flow(found)}" for origin, found in packages.items()), "weights:"]
     for name, values in sorted(weights.items()):
         lines += [f"  {_flow(name)}:", *(f"    {key}: {_flow(value)}" for key, value in values.items())]
@@ -117,10 +117,10 @@ def _flow(value: Any) -> str:
 
 
 def differences(published: Published) -> Iterator[str]:
-    """Say where our backbone is another one than the origin's, or than the origin says.
+    """Yield the figures that the origin publishes and that differ from those of our backbone.
 
     Raises:
-        ValueError: If names or shapes of the tensors differ, so that they could not be loaded.
+        ValueError: If keys or shapes of the tensors differ, so that they could not be loaded.
     """
     net = our_model(published.config, json.dumps(published.values.get("overrides") or {}))
     if published.build is not None:
@@ -132,7 +132,7 @@ def differences(published: Published) -> Iterator[str]:
     if published.params:
         classes = published.values["classes"]
         params = complexity.params + (complexity.parts[-1].channels + 1) * classes
-        step = 10**4 if published.params % 10**4 == 0 else 1  # to which the origin rounds
+        step = 10**4 if published.params % 10**4 == 0 else 1  # rounding of the origin
         if abs(params - published.params) > step / 2:
             yield f"states {published.params:,} parameters; its backbone and {classes} classes have {params:,}"
     if published.gmacs and published.gmacs != round(complexity.macs_with_classifier / 1e9, 3):
@@ -141,13 +141,13 @@ def differences(published: Published) -> Iterator[str]:
 
 @cache
 def our_model(config: str, overrides: str) -> Backbone:
-    """Build one of our backbones, of shapes only; ``overrides`` is JSON."""
+    """Build one of our backbones on the meta device; ``overrides`` is JSON."""
     return build_on_meta({**load_config(config).backbone, **json.loads(overrides)})
 
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Within the block, models are built without memory or numbers, also those that compute while they are built."""
+    """Build models on the meta device within the block, also those that compute while they are built."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
@@ -158,7 +158,7 @@ def shapes_only() -> Iterator[None]:
 
 
 def compare(theirs: nn.Module, layout: str, ours: Backbone) -> list[str]:
-    """List the tensors of a model that ours lacks or has in another shape, and the reverse; classifiers apart."""
+    """List the tensors that only one of two models has, or that differ in shape; classifiers excluded."""
     native = convert_state_dict(theirs.state_dict(), source=layout, target="native")
     shapes = {name: value.shape for name, value in native.items() if not _HEAD.match(name)}
     own = {name: value.shape for name, value in ours.state_dict().items() if not _HEAD.match(name)}

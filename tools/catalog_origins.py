@@ -1,4 +1,4 @@
-"""What each origin publishes of the ResNet family, read from the metadata of its installed packages.
+"""Published weights of the ResNet family by origin, read from the metadata of the installed packages.
 
 To add an origin: a function that yields ``Published``, and its row in ``ORIGINS``.
 """
@@ -25,22 +25,22 @@ from resbackbone.config import config_files, recorded_costs
 
 Values = dict[str, Any]
 
-ONEDL = "https://mmassets.onedl.ai/"  # where the maintained forks keep OpenMMLab's files
+ONEDL = "https://mmassets.onedl.ai/"  # OpenMMLab's files in the maintained forks
 OPENMMLAB = "https://download.openmmlab.com/"
 
 
 @dataclass(frozen=True)
 class Published:
-    """Weights as their origin describes them.
+    """Weights as described by their origin.
 
     Attributes:
         name: ``origin/name``.
-        config: Our config that fits.
-        values: The other entries of the catalog, costs apart.
-        preferred: Whether the origin itself takes them for that architecture before all others it has.
-        params: How many parameters the origin says that its model has.
-        gmacs: How many thousand million multiply-accumulates for an image of 224x224, to three decimals.
-        build: Builds the origin's own model.
+        config: Our config of the architecture.
+        values: The other values of the catalog entry, except costs.
+        preferred: Whether they are the origin's default for the architecture.
+        params: Published number of parameters.
+        gmacs: Published multiply-accumulates for an image of 224x224, in 10**9, to three decimals.
+        build: Builds the origin's model.
     """
 
     name: str
@@ -53,14 +53,14 @@ class Published:
 
 
 class Origin(NamedTuple):
-    """Who publishes weights: the distributions that are read, and how."""
+    """Publisher of weights: the distributions to read, and the function that reads them."""
 
     packages: tuple[str, ...]
     read: Callable[[], Iterable[Published]]
 
 
 def hash_in(url: str) -> Values:
-    """The ``sha256`` of an entry, which these origins all write at the end of the file's name."""
+    """Return the ``sha256`` of an entry, which these origins write at the end of the file name."""
     found = re.search(r"-([0-9a-f]{8,})\.pth$", url)
     return {"sha256": found[1]} if found else {}
 
@@ -68,7 +68,7 @@ def hash_in(url: str) -> Values:
 def preprocessing(
     mean: Iterable[float], std: Iterable[float], *, unit: float = 1, order: str = "RGB", size: int | None = None
 ) -> Values:
-    """The ``preprocessing`` of an entry, for pixels of 0-255; ``unit`` is 255 where the given numbers are for 0-1."""
+    """Return the ``preprocessing`` of an entry, for pixels of 0-255; ``unit`` is 255 for numbers that are for 0-1."""
     numbers = {
         "mean": [round(float(unit * value), 4) for value in mean],
         "std": [round(float(unit * value), 4) for value in std],
@@ -77,7 +77,7 @@ def preprocessing(
 
 
 def known(config: str) -> bool:
-    """Whether the library has an architecture."""
+    """Whether the library has a config of this name."""
     return config in config_files()
 
 
@@ -85,7 +85,7 @@ def known(config: str) -> bool:
 
 
 def read_torchvision() -> Iterator[Published]:
-    """Classification weights of torchvision; short names are mmengine's, licenses and further names timm's."""
+    """Read torchvision's classification weights, with short names from mmengine, licenses and more names from timm."""
     import_torchvision()
     from torchvision import models
 
@@ -128,12 +128,12 @@ def _torchvision_values(weights: Any) -> Values:
         "classes": len(weights.meta["categories"]),
         **preprocessing(transforms.mean, transforms.std, unit=255, size=size),
         "crop_pct": round(size / resized, 4),
-        "mebibytes": weights.meta["_file_size"],
+        "size_mib": weights.meta["_file_size"],
     }
 
 
 def _torchvision_config(model: str, params: int) -> str | None:
-    """Our name of torchvision's model; where timm calls another model so, torchvision's has ``_tv`` at the end."""
+    """Return our name of a torchvision model, with ``_tv`` at the end if timm has another model of that name."""
     if match := re.fullmatch(r"regnet_([xy])_(\w+)", model):
         flops = re.sub(r"^(\d)gf", r"\1.0gf", match[2].replace("_", "."))
         model = f"regnet{match[1]}_{flops}"
@@ -145,7 +145,7 @@ def _torchvision_config(model: str, params: int) -> str | None:
 
 
 def timm_cfgs() -> Iterator[Any]:
-    """The description of all weights of timm's ResNets."""
+    """Yield timm's configurations of all weights of its ResNets."""
     import_torchvision()
     import timm
 
@@ -154,7 +154,7 @@ def timm_cfgs() -> Iterator[Any]:
 
 
 def read_timm() -> Iterator[Published]:
-    """Read timm's weights, with the address where the file's name has a hash, else that on the Hugging Face Hub."""
+    """Read timm's weights, with an address that has a hash in the file name, or else the Hugging Face Hub."""
     import timm
 
     torchvisions = {published.values["url"] for published in read_torchvision()}
@@ -183,7 +183,7 @@ def read_timm() -> Iterator[Published]:
 
 
 def _timm_config(name: str) -> str:
-    """Our name of timm's model."""
+    """Return our name of a timm model."""
     name = re.sub(r"^(resnet\d+)([cd])$", r"\1_v1\2", name)
     name = re.sub(r"^(res2net\d+)d$", r"\1_v1b_26w_4s", name)
     name = re.sub(r"^(resnest\d+)[de]", r"\1", name)
@@ -192,7 +192,7 @@ def _timm_config(name: str) -> str:
 
 
 def _flops(hundred_millions: int) -> str:
-    """Write a RegNet's cost as its authors do: 200mf, 1.6gf, 12gf."""
+    """Format the FLOPs of a RegNet as in its paper: 200mf, 1.6gf, 12gf."""
     if hundred_millions < 10:
         return f"{100 * hundred_millions}mf"
     return f"{hundred_millions / 10:.1f}gf" if hundred_millions < 100 else f"{hundred_millions // 10}gf"
@@ -207,7 +207,7 @@ def _timm_layout(name: str) -> str:
 
 
 def package_folder(package: str) -> Path:
-    """Where a package is installed, without importing it."""
+    """Return the folder of an installed package without importing it."""
     spec = find_spec(package)
     assert spec is not None
     assert spec.origin is not None
@@ -215,13 +215,13 @@ def package_folder(package: str) -> Path:
 
 
 def mmengine_names(file: str) -> dict[str, str]:
-    """One of mmengine's tables of names, with OpenMMLab's own addresses whichever mmengine is installed."""
+    """Return one of mmengine's tables of names, with OpenMMLab's addresses in every distribution of mmengine."""
     table = json.loads((package_folder("mmengine") / "hub" / file).read_text(encoding="utf-8"))
     return {name: value.replace(ONEDL, OPENMMLAB) for name, value in table.items() if value}
 
 
 def read_mmpretrain() -> Iterator[Published]:
-    """Every file of weights that mmpretrain's metafiles and mmengine's ``mmcls://`` names lead to."""
+    """Read the weights in mmpretrain's metafiles and mmengine's ``mmcls://`` names."""
     root = package_folder("mmpretrain") / ".mim"
     aliases = {url: f"mmcls://{name}" for name, url in mmengine_names("mmcls.json").items()}
     described = [
@@ -239,7 +239,7 @@ def read_mmpretrain() -> Iterator[Published]:
     for model in described:
         published = _mmpretrain_model(model, root, aliases.get(model["Weights"]))
         if published is not None:
-            # Of the ordinary kind, with a classifier, the first that is described.
+            # The first with a classifier.
             ordinary = published.params is not None and published.config not in preferred
             preferred |= {published.config} if ordinary else set()
             yield Published(**vars(published) | {"preferred": ordinary})
@@ -248,7 +248,7 @@ def read_mmpretrain() -> Iterator[Published]:
 def _mmpretrain_model(model: Values, root: Path, alias: str | None) -> Published | None:
     file = root / model["Config"]
     if not re.search(r"res2?ne[xs]?t|regnet", file.read_text(encoding="utf-8").lower()):
-        return None  # not loaded, as some need what is not installed
+        return None  # not imported, as some need packages that are not installed
     cfg = Config.fromfile(file)
     backbone = cfg.model.get("backbone") or cfg.model.get("image_encoder")
     backbone = backbone[0] if isinstance(backbone, list) else backbone
@@ -281,14 +281,14 @@ def _mmpretrain_preprocessing(cfg: Config) -> Values:
     steps = {step["type"]: step for step in cfg.get("test_pipeline", ())}
     size = steps.get("CenterCrop", {}).get("crop_size")
     resized = steps.get("ResizeEdge", {}).get("scale")
-    # CIFAR's pictures come as RGB; everything else is decoded as BGR.
+    # CIFAR's pictures are RGB; all others are decoded as BGR.
     order = "RGB" if data["to_rgb"] or "cifar" in cfg.get("dataset_type", "").lower() else "BGR"
     crop = {"crop_pct": round(size / resized, 4)} if size and resized else {}
     return preprocessing(data["mean"], data["std"], order=order, size=size) | crop
 
 
 def openmmlab_config(backbone: Mapping[str, Any]) -> tuple[str, Values]:
-    """Our name of a backbone of mmdet's, mmseg's or mmpretrain's, whether we have it or not, and further arguments."""
+    """Return our name of a backbone of mmdet, mmseg or mmpretrain, whether we have it or not, and more arguments."""
     get = backbone.get
     groups, width = get("groups", 32), get("base_width", get("width_per_group", 4))
     names = {
@@ -299,7 +299,7 @@ def openmmlab_config(backbone: Mapping[str, Any]) -> tuple[str, Values]:
         "ResNeXt": f"resnext{{depth}}_{groups}x{width}d",
         "SEResNet": "seresnet{depth}",
         "ResNeSt": "resnest{depth}",
-        # mmpretrain's names a plain stem and pools in layer1, mmdet's does neither.
+        # mmpretrain's config sets a plain stem, and it pools in layer1; neither holds in mmdet.
         "Res2Net": f"res2net{{depth}}_{'v1d_' if get('deep_stem', True) else ''}{width}w_{get('scales', 4)}s",
         "RegNet": str(get("arch")),
     }
@@ -324,7 +324,7 @@ def _openmmlab_model(host: str, backbone: Mapping[str, Any]) -> nn.Module:
 
 
 class Use(NamedTuple):
-    """How a config of mmdet or mmseg uses a file of weights."""
+    """Backbone and preprocessing with which a config of mmdet or mmseg uses a file of weights."""
 
     host: str
     backbone: Values
@@ -332,9 +332,9 @@ class Use(NamedTuple):
 
 
 def read_open_mmlab() -> Iterator[Published]:
-    """The files behind ``open-mmlab://``, described as most of mmdet's and mmseg's configs use them."""
+    """Read the files of ``open-mmlab://``, described as most configs of mmdet and mmseg use them."""
     table, old = mmengine_names("openmmlab.json"), mmengine_names("deprecated.json")
-    # mmengine sends two old names to new ones with `_bgr`, which it has not; the files are those without.
+    # mmengine maps two old names to new ones with `_bgr`, which it does not have; the files are those without.
     targets = {name: new if new in table else new.removesuffix("_bgr") for name, new in old.items()}
     aliases: defaultdict[str, list[str]] = defaultdict(list)
     for name, target in targets.items():
@@ -365,8 +365,8 @@ def read_open_mmlab() -> Iterator[Published]:
 
 
 def _described(name: str, uses: list[Use]) -> tuple[str, Values, Use | None]:
-    """Our config of an ``open-mmlab://`` name, the arguments beside, and its most common use."""
-    if not uses:  # the name must tell
+    """Return our config of an ``open-mmlab://`` name, more arguments, and its most common use."""
+    if not uses:  # only the name is known
         config, gn = re.subn(r"_gn$", "", name.rpartition("/")[2])
         return config, {"norm_cfg": {"type": "GN", "num_groups": 32}} if gn else {}, None
     ((commonest, _),) = Counter(json.dumps(use) for use in uses).most_common(1)
@@ -375,7 +375,7 @@ def _described(name: str, uses: list[Use]) -> tuple[str, Values, Use | None]:
 
 
 def _uses() -> defaultdict[str, list[Use]]:
-    """How mmdet's and mmseg's configs use each ``open-mmlab://`` name."""
+    """Return the uses of each ``open-mmlab://`` name in the configs of mmdet and mmseg."""
     uses: defaultdict[str, list[Use]] = defaultdict(list)
     for host in ("mmdet", "mmseg"):
         for file in sorted((package_folder(host) / ".mim" / "configs").rglob("*.py")):
@@ -392,7 +392,7 @@ def _uses() -> defaultdict[str, list[Use]]:
 
 
 def _architecture(backbone: Mapping[str, Any]) -> Values:
-    """The arguments of a backbone that its weights depend on."""
+    """Return the arguments of a backbone that determine its weights."""
     keys = ("type", "depth", "arch", "style", "stem_channels", "groups", "base_width", "scales", "conv_cfg")
     values = {key: backbone[key] for key in keys if key in backbone}
     norm = backbone.get("norm_cfg") or {}
@@ -415,7 +415,7 @@ _TORCHVISION = preprocessing((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
 
 def read_detectron2() -> Iterator[Published]:
-    """The backbones of detectron2's MODEL_ZOO.md, which is no package's metadata; it states the license for all."""
+    """Yield the backbones of detectron2's MODEL_ZOO.md, which has no package; it states the license of all."""
     for file, config, expected in (
         ("MSRA/R-50.pkl", "resnet50_caffe", _MSRA),
         ("MSRA/R-101.pkl", "resnet101_caffe", _MSRA),
@@ -436,7 +436,7 @@ def read_detectron2() -> Iterator[Published]:
         )
 
 
-# In the order in which their preferences count.
+# In the order of precedence of their defaults.
 ORIGINS = {
     "torchvision": Origin(("torchvision", "timm"), read_torchvision),
     "mmpretrain": Origin(("mmpretrain", "mmengine"), read_mmpretrain),

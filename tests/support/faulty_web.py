@@ -1,4 +1,4 @@
-"""A web server on this machine that does to downloads whatever a network can do."""
+"""Local web server with faults for tests of downloads."""
 
 import contextlib
 import hashlib
@@ -16,12 +16,12 @@ HALF = len(CONTENT) // 2
 
 
 def named(content: bytes, stem: str = "weights") -> str:
-    """A file name with the hash of its content, as publishers give it."""
+    """Return a file name with the hash of its content, as publishers write it."""
     return f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}.pth"
 
 
 def drip(head: bytes, seconds: float) -> Iterator[bytes]:
-    """An answer that goes on a byte at a time, for ever."""
+    """Yield an endless response, one byte at a time."""
     yield head
     for _ in itertools.count():
         time.sleep(seconds)
@@ -29,13 +29,13 @@ def drip(head: bytes, seconds: float) -> Iterator[bytes]:
 
 
 def pour(head: bytes, piece: bytes) -> Iterator[bytes]:
-    """An answer that goes on for ever, as fast as it can."""
+    """Yield an endless response as fast as possible."""
     yield head
     yield from itertools.repeat(piece)
 
 
 class Web(ThreadingHTTPServer):
-    """Serves one file, whatever the path; each of ``faults`` spoils one request, in order."""
+    """Server of one file under every path; each of ``faults`` is applied to one request, in order."""
 
     daemon_threads = True
 
@@ -47,16 +47,16 @@ class Web(ThreadingHTTPServer):
         self.if_range = True
         self.faults: list[dict[str, Any]] = []
         self.requests: list[tuple[str, dict[str, str]]] = []
-        self.waited = False  # whether such a request waited in vain
+        self.waited = False  # whether such a request timed out
         self.release = threading.Event()  # what a request with "wait" waits for
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, *_: object) -> None:
-        """A client that hangs up is no news."""
+        """Ignore clients that disconnect."""
 
     @property
     def starts(self) -> list[int]:
-        """From which byte each request asked."""
+        """The first byte that each request asked for."""
         return [int(h["Range"].removeprefix("bytes=").rstrip("-")) if "Range" in h else 0 for _, h in self.requests]
 
 
@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Web
 
     def log_message(self, *_: object) -> None:
-        """The tests look at ``requests``."""
+        """Log nothing; tests read ``requests``."""
 
     def do_GET(self) -> None:
         web = self.server
@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = web.faults.pop(0) if web.faults else {}
         if "answer" in fault:
             self.close_connection = True
-            with contextlib.suppress(OSError):  # the client has enough
+            with contextlib.suppress(OSError):  # the client disconnects
                 for piece in fault["answer"]:
                     if web.release.is_set():
                         break
@@ -120,12 +120,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if fault.get("wait"):
             web.waited = not web.release.wait(600)
-        self.close_connection = True  # what is missing never comes
+        self.close_connection = True  # cut bytes are never sent
 
 
 @contextmanager
 def serve() -> Iterator[Web]:
-    """Run a server that behaves until told otherwise."""
+    """Run a server, without faults until a test adds some."""
     server = Web()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:

@@ -1,4 +1,4 @@
-"""Small files of weights, of every kind that people publish; for the tests of reading them."""
+"""Small checkpoint files in every published format, for tests of the readers."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def as_numpy(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes as Python 2 did: text and bytes are one kind of string, and numpy has its old name."""
+    """Pickler of Python 2, with one kind of string for text and bytes."""
 
     write: Any  # of the base class, which the stubs leave out
     memoize: Any
@@ -65,7 +65,7 @@ def write_sharded(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_npz(save: Callable[..., None], path: Path, tensors: Mapping[str, Tensor]) -> None:
-    with path.open("wb") as file:  # by its path, numpy would give it its suffix
+    with path.open("wb") as file:  # given a path, numpy would append its suffix
         save(file, **as_numpy(tensors))
 
 
