@@ -35,7 +35,7 @@ class DetectorsBottleneck(Bottleneck):
     Source: Qiao et al., DetectoRS, arXiv:2006.02334, sections 3.2 and 4.
     """
 
-    optional_keys: ClassVar[tuple[str, ...]] = ("rfp_conv",)  # what a checkpoint need not have: it starts at zero
+    optional_keys: ClassVar[tuple[str, ...]] = ("rfp_conv",)  # keys that a checkpoint may lack: initialized to zero
 
     def __init__(
         self,

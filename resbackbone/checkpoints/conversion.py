@@ -7,41 +7,40 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from resbackbone.checkpoints.layouts import ALIASES, LAYOUTS, Layout, Tensors
-from resbackbone.checkpoints.readers.placeholders import excerpt
+from resbackbone.checkpoints.layouts import LAYOUTS, Layout, Tensors, get_layout
 from resbackbone.checkpoints.selection import (
     Candidate,
-    below,
-    choose,
     copies_of,
     differ,
     find_candidates,
-    is_swapped,
+    is_mmengine,
     is_training_state,
+    rank,
     unwrap,
     warn_of_copies,
+    with_prefix,
 )
-from resbackbone.utils.validation import UnknownKeyError, check_type, nearest
+from resbackbone.utils.validation import check_type, excerpt
 
 
 @dataclass(frozen=True)
 class FoundBackbone:
-    """A backbone that was found among tensors.
+    """The backbone that was selected from the tensors of a checkpoint.
 
     Attributes:
-        layout: How it is named.
-        prefix: What stands before its names, such as "backbone.".
-        native: Its tensors, and its classifier's, by their native names.
-        others: The names of all other tensors, which are those of heads, necks and the like.
-        prefixes: Where further backbones were found, of other values.
-        copies: Which of these have another role, so that one of them may be meant.
+        layout: Its key layout.
+        prefix: The prefix of its keys, such as "backbone.".
+        native: The tensors of the backbone and its classifier, by native key.
+        others: All other keys: those of heads, necks, other backbones.
+        other_prefixes: Prefixes of other backbones with other values.
+        copies: Those of them in another role (averaged weights, teacher, ...), of which one may be meant.
     """
 
     layout: Layout
     prefix: str
     native: Tensors
     others: tuple[str, ...]
-    prefixes: tuple[str, ...]
+    other_prefixes: tuple[str, ...]
     copies: tuple[str, ...]
 
 
@@ -49,7 +48,7 @@ def detect_layout(state_dict: Mapping[str, Tensor]) -> str:
     """Detect the key layout of a state dict, from the keys alone.
 
     Args:
-        state_dict: Tensors by key, whatever stands before the backbone's own keys (``module.``, ``backbone.``, ...).
+        state_dict: Tensors by key, with whatever prefix (``module.``, ``backbone.``, ...).
 
     Returns:
         A key of ``LAYOUTS``: "native" (also torchvision's ResNets, mmdet's and mmseg's), "timm" (where it differs from
@@ -68,21 +67,20 @@ def convert_state_dict(
     """Convert a backbone's state dict to the key layout of another library.
 
     Args:
-        state_dict: Tensors by key, with whatever prefix; what is neither the backbone's nor its classifier's is left
-            out. It is not changed.
+        state_dict: Tensors by key, with whatever prefix; not changed. Keys of neither the backbone nor its classifier
+            are left out.
         source: Their key layout, as :func:`detect_layout` names it; None to detect it. "torchvision", "mmdet", "mmseg"
             and "mmcls" are known, too.
         target: The key layout to convert to.
-        prefix: What stands before the backbone's keys, where there are several backbones; None for the one that
-            docs/weights.md says, with a warning that names the others.
+        prefix: The prefix of the backbone's keys, for a state dict of several backbones; None selects the one that
+            docs/weights.md describes, with a warning that names the others.
 
     Returns:
-        The tensors by their keys there, without a prefix. They share memory with the given ones where only the name
-        changes.
+        The tensors by their new keys, without a prefix. They share memory with the given ones if only the key changes.
 
     Raises:
         KeyError: If ``source`` or ``target`` is unknown.
-        ValueError: If ``state_dict`` has no backbone of that layout or below that prefix.
+        ValueError: If ``state_dict`` has no backbone of that layout or prefix.
 
     >>> import torch
     >>> list(convert_state_dict({"res2.0.conv1.weight": torch.zeros(1)}, target="native"))
@@ -94,60 +92,49 @@ def convert_state_dict(
     return layout.to_foreign(found.native)
 
 
-def get_layout(name: str) -> Layout:
-    """Return a layout by its name or one of its libraries' names.
-
-    Raises:
-        KeyError: If there is none; the nearest is named.
-    """
-    name = ALIASES.get(name, name)
-    if name not in LAYOUTS:
-        raise UnknownKeyError(f"unknown layout {name!r}{nearest(name, [*LAYOUTS, *ALIASES])}")
-    return LAYOUTS[name]
-
-
 def find_backbone(
-    tensors: Mapping[str, Tensor], layout: str | None = None, prefix: str | None = None, *, swapped: bool = False
+    tensors: Mapping[str, Tensor], layout: str | None = None, prefix: str | None = None, *, from_mmengine: bool = False
 ) -> FoundBackbone:
-    """Find the backbone among tensors, and give it its native names.
+    """Find the backbone among the tensors of a checkpoint, and convert it to native keys.
 
-    Of several the one is taken that :func:`resbackbone.checkpoints.selection.choose` puts first.
+    Of several the one is selected that :func:`resbackbone.checkpoints.selection.rank` puts first.
 
     Args:
-        tensors: By whatever key.
+        tensors: By key, with whatever prefix.
         layout: Their key layout; None to detect it.
-        prefix: What stands before the backbone's names, or some parts of that; None to find out.
-        swapped: Whether they come from a file of mmengine's, whose ``ema_state_dict`` holds the raw weights.
+        prefix: The prefix of the backbone's keys, or some parts of it; None to detect it.
+        from_mmengine: Whether mmengine saved the checkpoint, so that ``ema_state_dict`` holds the raw weights.
 
     Raises:
         KeyError: If ``layout`` is unknown.
-        TypeError: If ``prefix`` is no text.
-        ValueError: If there is none.
+        TypeError: If ``prefix`` is not a string.
+        ValueError: If there is no backbone.
     """
     if prefix is not None:
-        check_type("prefix", prefix, str, "what stands before the backbone's keys, such as 'backbone.'")
+        check_type("prefix", prefix, str, "the prefix of the backbone's keys, such as 'backbone.'")
     candidates = find_candidates(tensors, list(LAYOUTS.values()) if layout is None else [get_layout(layout)])
     if prefix is None:
-        asked = [one for one in candidates if not is_training_state(one.prefix)]
+        eligible = [one for one in candidates if not is_training_state(one.prefix)]
     else:
-        asked = below(prefix, candidates)
-    if not asked:
-        raise ValueError(_none_found(tensors, layout, prefix))
-    swapped = swapped or is_swapped(tensors)
-    best, *rest = choose(asked, swapped=swapped)
+        eligible = with_prefix(prefix, candidates)
+    if not eligible:
+        raise ValueError(_not_found(tensors, layout, prefix))
+    from_mmengine = from_mmengine or is_mmengine(tensors)
+    best, *rest = rank(eligible, from_mmengine=from_mmengine)
     native = best.layout.to_native({bare: tensors[name] for bare, name in best.names.items()})
-    outside = _beside(best, candidates, tensors)
+    siblings = _siblings(best, candidates, tensors)
     if not any(name.startswith("fc.") for name in native):
-        native |= {ours: tensors[name] for name, ours in outside.items() if ours.startswith("fc.")}
+        native |= {ours: tensors[name] for name, ours in siblings.items() if ours.startswith("fc.")}
     mine = set(best.names.values())
-    others = tuple(name for name in tensors if name not in mine and not outside.get(name, "").startswith("fc."))
+    others = tuple(name for name in tensors if name not in mine and not siblings.get(name, "").startswith("fc."))
     rivals = [one for one in rest if differ(best, one, tensors)]
-    prefixes = tuple(sorted(one.prefix for one in rivals))
-    return FoundBackbone(best.layout, best.prefix, native, others, prefixes, copies_of(best, rivals, swapped=swapped))
+    other_prefixes = tuple(sorted(one.prefix for one in rivals))
+    copies = copies_of(best, rivals, from_mmengine=from_mmengine)
+    return FoundBackbone(best.layout, best.prefix, native, others, other_prefixes, copies)
 
 
-def _beside(best: Candidate, candidates: Iterable[Candidate], names: Iterable[str]) -> dict[str, str]:
-    """Give native names to what stands beside a backbone that has a prefix, in the same wrappings: its classifier."""
+def _siblings(best: Candidate, candidates: Iterable[Candidate], names: Iterable[str]) -> dict[str, str]:
+    """Return the native names of the tensors beside a backbone that has a prefix, among them its classifier."""
     if not best.prefix:
         return {}
     parent = "".join(best.prefix.removesuffix(".").rpartition(".")[:2])
@@ -158,23 +145,22 @@ def _beside(best: Candidate, candidates: Iterable[Candidate], names: Iterable[st
     return {beside[name]: ours for name, ours in best.layout.native_names(beside).items()}
 
 
-def _none_found(names: Iterable[str], layout: str | None, prefix: str | None) -> str:
-    """Say what was looked for in vain, and what is there."""
+def _not_found(names: Iterable[str], layout: str | None, prefix: str | None) -> str:
+    """Return the error text for a checkpoint without the backbone: what was looked for, and what there is."""
     found = sorted(find_candidates(names, list(LAYOUTS.values())), key=lambda one: one.prefix)
     there = ", ".join(
-        f"below {excerpt(one.prefix, 100)!r} ({one.layout.name} keys)"
+        f"with prefix {excerpt(one.prefix, 100)!r} ({one.layout.name} keys)"
         if one.prefix
         else f"without a prefix ({one.layout.name} keys)"
         for one in found[:10]
     )
     what = "known" if layout is None else layout
-    where = "" if prefix is None else f" below prefix {prefix!r}"
+    where = "" if prefix is None else f" with prefix {prefix!r}"
     if there:
-        state = any(is_training_state(one.prefix) for one in found)
-        advice = (
-            "; the states of optimizers and gradients are no weights: give their `prefix` if these are" if state else ""
-        )
-        return f"no {what} backbone is{where} among the keys; there is one {there}{advice}"
+        advice = ""
+        if any(is_training_state(one.prefix) for one in found):
+            advice = "; optimizer states and gradients are not taken for weights: give their `prefix` if they are"
+        return f"no {what} backbone is among the keys{where}; there is one {there}{advice}"
     some = ", ".join(excerpt(name, 100) for name in list(names)[:5]) or "none"
     tops = list(dict.fromkeys(name.partition(".")[0] + "." for name in names if "." in name))
     start = (
@@ -183,4 +169,4 @@ def _none_found(names: Iterable[str], layout: str | None, prefix: str | None) ->
         else ""
     )
     known = ", ".join(LAYOUTS)
-    return f"no {what} backbone is{where} among the keys, the first of which are: {some}{start}; known layouts: {known}"
+    return f"no {what} backbone is among the keys{where}; the first keys are: {some}{start}; known layouts: {known}"

@@ -1,4 +1,4 @@
-"""Writing weights into the kinds of files that libraries read."""
+"""Write weights to files in the formats of the libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from resbackbone.utils.atomic_write import atomic_write
 from resbackbone.utils.validation import nearest
 
-_PICKLE_PROTOCOL = 2  # which every reader of Detectron's, detectron2's and PaddlePaddle's files knows
+_PICKLE_PROTOCOL = 2  # Detectron, detectron2 and PaddlePaddle read it
 
 
 def save_weights(tensors: Mapping[str, Tensor], path: str | Path) -> None:
@@ -24,11 +24,11 @@ def save_weights(tensors: Mapping[str, Tensor], path: str | Path) -> None:
 
     Args:
         tensors: By name.
-        path: Its suffix says how: ``.pth`` or ``.pt`` as PyTorch does, ``.safetensors``, ``.npz``, or a pickle of numpy
-            arrays as ``.pkl`` (below "model", as detectron2 reads it) or ``.pdparams`` (PaddlePaddle).
+        path: The suffix selects the format: ``.pth`` or ``.pt`` (PyTorch), ``.safetensors``, ``.npz``, or a pickle of
+            numpy arrays as ``.pkl`` (under the key "model", as detectron2 reads it) or ``.pdparams`` (PaddlePaddle).
 
     Raises:
-        ValueError: If the suffix is another.
+        ValueError: If the suffix is unknown.
         OSError: If the file cannot be written, say because the disk is full; what was there before is unchanged then.
             FileNotFoundError if its folder does not exist.
     """
@@ -47,13 +47,13 @@ def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _save_torch(tensors: dict[str, Tensor], path: Path) -> None:
-    archive = io.BytesIO()  # written to a full disk, PyTorch's own writer may abort the process
+    archive = io.BytesIO()  # on a full disk, PyTorch's own writer may abort the process
     torch.save(tensors, archive)
     path.write_bytes(archive.getbuffer())
 
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
-    path.write_bytes(to_safetensors(tensors))  # save_file() writes to a file of its own, which it cannot lock
+    path.write_bytes(to_safetensors(tensors))  # save_file() writes to a temporary file of its own, without a lock
 
 
 def _save_npz(tensors: dict[str, Tensor], path: Path) -> None:
@@ -61,7 +61,7 @@ def _save_npz(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _save_detectron(tensors: dict[str, Tensor], path: Path) -> None:
-    # What makes detectron2 take the names as its own backbone's, whatever stands before them in the model.
+    # `matching_heuristics` makes detectron2 match the keys with any prefix that its model has.
     content = {"model": _arrays(tensors), "__author__": "resbackbone", "matching_heuristics": True}
     path.write_bytes(pickle.dumps(content, _PICKLE_PROTOCOL))
 

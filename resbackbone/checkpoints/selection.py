@@ -1,4 +1,4 @@
-"""Choose one backbone of a checkpoint that has several: raw and averaged weights, student and teacher, ..."""
+"""Select one backbone of a checkpoint that has several: raw and averaged weights, student and teacher, ..."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from resbackbone.checkpoints.layouts import Layout, is_native
-from resbackbone.checkpoints.readers.placeholders import excerpt
-from resbackbone.utils.validation import warn_user
+from resbackbone.utils.validation import excerpt, warn_user
 
-# Tensors that nearly every net of the family has: where one of them is found, a backbone begins.
+# Native keys of which nearly every net of the family has one: what stands before it is the prefix of a backbone.
 _ANCHORS = (
     "layer1.0.conv1.weight",
     "layer1.0.conv2.weight",
@@ -22,7 +21,7 @@ _ANCHORS = (
     "layer1.0.conv1.paths.0.conv.weight",
     "layer1.0.conv2.paths.0.conv.weight",
 )
-# The names under which torch.compile, activation checkpointing, FSDP, DataParallel and DeepSpeed hold what they wrap.
+# Attributes of torch.compile, activation checkpointing, FSDP, DataParallel and DeepSpeed for the wrapped module.
 _WRAPPERS = (
     "_orig_mod",
     "_checkpoint_wrapped_module",
@@ -32,15 +31,15 @@ _WRAPPERS = (
     "module",
 )
 _WRAPPED = re.compile(rf"(?<![^.])({'|'.join(_WRAPPERS)})\.")
-# Words in the names of modules that say which of two copies of a backbone is the one that its project evaluates.
+# Words in module names by which to tell the copy of a backbone that its project evaluates.
 _EVALUATED = {"ema", "shadow", "swa", "averaged", "average", "avg", "polyak", "teacher"}
 _TRAINED = {"student"}
 _MOMENTUM = {"momentum", "target", "key"}
 _MOMENTUM_LETTERS = {"k", "m"}  # MoCo's `encoder_k`, ALBEF's `visual_encoder_m`
-_LIGHTNING_RAW = "current_model_state"  # beside `state_dict`, where its callback puts the averaged weights
-_MMENGINE_RAW = "ema_state_dict"  # mmengine's hook swaps when it saves, so this holds the raw weights
-_MMENGINE_MARK = "ema_state_dict.steps"  # a counter of its averaged models; others' averages have a `module.`, too
-# Words in the names of what optimizers hold, which has the names and shapes of weights; and of gradients.
+_LIGHTNING_RAW = "current_model_state"  # beside `state_dict`, into which its callback writes the averaged weights
+_MMENGINE_RAW = "ema_state_dict"  # mmengine's EMAHook swaps on saving, so this holds the raw weights
+_MMENGINE_STEPS = "ema_state_dict.steps"  # a counter that only mmengine's averaged models have at this place
+# Names of optimizer states and gradients, whose tensors have the names and shapes of weights.
 _OPTIMIZERS = {"optim", "optims", "optimizer", "optimizers"}
 _OPTIMIZER_STATE = re.compile(r"opts?(_(state|states|dict|state_dict))?")
 _TRAINING_STATE = re.compile(
@@ -56,10 +55,10 @@ class Candidate:
     """A backbone among the tensors of a checkpoint.
 
     Attributes:
-        layout: The layout that explains most of its names.
-        prefix: What stands before its names.
-        names: The names as they stand in the checkpoint, by what they are behind the prefix and without wrappers.
-        native: Its native names, without counters and the classifier.
+        layout: The layout that has most of its keys.
+        prefix: The prefix of its keys.
+        names: The full keys, by the keys without prefix and wrappers.
+        native: Its native keys, without counters and the classifier.
     """
 
     layout: Layout
@@ -69,7 +68,7 @@ class Candidate:
 
 
 def unwrap(name: str) -> str:
-    """Leave out of a name the parts that wrappers add.
+    """Remove the parts of a key that wrappers add.
 
     >>> unwrap("layer1._orig_mod.0._checkpoint_wrapped_module.conv1.weight")
     'layer1.0.conv1.weight'
@@ -82,10 +81,10 @@ def _is_no_wrapper(part: str) -> bool:
 
 
 def find_candidates(names: Iterable[str], layouts: Sequence[Layout]) -> list[Candidate]:
-    """Find every backbone, each with the layout that fits it best, of equals the first.
+    """Find every backbone, each with the layout that fits best, of equals the first.
 
     Raises:
-        ValueError: If there are more than any checkpoint has.
+        ValueError: If there are more than 100.
     """
     bare = {name: unwrap(name) for name in names}
     prefixes: dict[str, list[Layout]] = defaultdict(list)
@@ -95,8 +94,8 @@ def find_candidates(names: Iterable[str], layouts: Sequence[Layout]) -> list[Can
     if len(prefixes) > _MAX_CANDIDATES:
         some = ", ".join(repr(excerpt(prefix, 50)) for prefix in list(prefixes)[:3])
         raise ValueError(
-            f"{len(prefixes):,} backbones are among the keys, below {some}, ...; at most {_MAX_CANDIDATES} are read: "
-            "save the weights of one alone"
+            f"{len(prefixes):,} backbones are among the keys, with prefixes {some}, ...; at most {_MAX_CANDIDATES} are "
+            "read: save the weights of one"
         )
     inside = _group(bare, prefixes)
     found = []
@@ -108,17 +107,17 @@ def find_candidates(names: Iterable[str], layouts: Sequence[Layout]) -> list[Can
 
 
 def _best_fit(bare: Mapping[str, str], layouts: Sequence[Layout]) -> tuple[frozenset[str], Layout]:
-    """Return the native names by the layout that explains most names, of equals the first, and that layout."""
-    explained = []
+    """Return the native keys by the layout that converts most keys, of equals the first, and that layout."""
+    fits = []
     for layout in layouts:
-        explained.append((_native_names(bare, layout), layout))
-        if len(explained[-1][0]) == len(bare):  # all of them, which takes most files no further than the native layout
+        fits.append((_native_names(bare, layout), layout))
+        if len(fits[-1][0]) == len(bare):  # all of them: for most files the search ends at the native layout
             break
-    return max(explained, key=lambda item: len(item[0]))
+    return max(fits, key=lambda fit: len(fit[0]))
 
 
 def _group(names: Iterable[str], prefixes: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Give each name to the longest prefix that it has, by what it is behind that and without wrappers."""
+    """Group keys by the longest prefix of each; the keys of a group are without prefix and wrappers."""
     inside: dict[str, dict[str, str]] = {prefix: {} for prefix in prefixes}
     longest_first = sorted(inside, key=len, reverse=True)
     wrapped = []
@@ -131,13 +130,13 @@ def _group(names: Iterable[str], prefixes: Iterable[str]) -> dict[str, dict[str,
                 wrapped.append((prefix, behind))
     for prefix, behind in wrapped:
         bare = unwrap(behind)
-        if bare not in inside[prefix]:  # else both are there, and the report will show this one as unexpected
+        if bare not in inside[prefix]:  # else both are there, and the report lists this one as unexpected
             inside[prefix][bare] = inside[prefix].pop(behind)
     return inside
 
 
 def _prefixes(names: Mapping[str, str], layout: Layout) -> dict[str, None]:
-    """Return what stands before each of the anchors, in the order in which they come, of names and bare names."""
+    """Return the prefixes of the anchors among ``names``, which maps keys to unwrapped keys, in order."""
     tables = (*layout.tables, *layout.old)
     anchors = {table.to_foreign([anchor]).get(anchor, anchor) for table in tables for anchor in _ANCHORS}
     endings = tuple(anchors or _ANCHORS)
@@ -151,7 +150,7 @@ def _prefixes(names: Mapping[str, str], layout: Layout) -> dict[str, None]:
 
 
 def _cut(name: str, parts: int) -> str:
-    """Cut off so many of the last parts of a name, not counting wrappers."""
+    """Remove the last parts of a key; wrappers are removed, too, and not counted."""
     kept = name.split(".")
     while parts:
         parts -= kept.pop() not in _WRAPPERS
@@ -159,39 +158,38 @@ def _cut(name: str, parts: int) -> str:
 
 
 def _native_names(bare: Iterable[str], layout: Layout) -> frozenset[str]:
-    tidied = layout.tidy(dict.fromkeys(bare))  # type: ignore[arg-type]  # names alone matter here
-    return frozenset(filter(is_native, layout.native_names(tidied).values()))
+    cleaned = layout.clean(dict.fromkeys(bare))  # type: ignore[arg-type]  # only names matter here
+    return frozenset(filter(is_native, layout.native_names(cleaned).values()))
 
 
-def choose(candidates: Sequence[Candidate], *, swapped: bool = False) -> list[Candidate]:
-    """Put first the backbone that is meant, by rules that neither order nor counters nor heads influence.
+def rank(candidates: Sequence[Candidate], *, from_mmengine: bool = False) -> list[Candidate]:
+    """Sort backbones, the one to load first; order of the keys, counters and heads have no influence.
 
-    1. A copy without running statistics or a stem, which another copy has (averages of parameters alone), comes last.
-    2. Momentum and target encoders come behind what is trained, students behind their teachers and whatever has no
-       role.
+    1. A copy without running statistics or a stem, which another copy has (averages of parameters only), comes last.
+    2. Momentum and target encoders come after trained ones, students after their teachers and backbones without a role.
     3. Averaged weights and teachers come before all others.
-    4. Of equals the one with more tensors is meant, then the one with the shorter prefix.
+    4. Of equals the one with more tensors comes first, then the one with the shorter prefix.
 
     Args:
         candidates: The backbones.
-        swapped: Whether the file is mmengine's, where ``ema_state_dict`` holds the raw weights.
+        from_mmengine: Whether mmengine saved the checkpoint, so that ``ema_state_dict`` holds the raw weights.
     """
 
-    def rank(candidate: Candidate) -> tuple[object, ...]:
-        lacking = any(_lacks(candidate.native, other.native) for other in candidates)
-        size = len(candidate.native)
-        return lacking, role(candidate.prefix, swapped=swapped), -size, len(candidate.prefix), candidate.prefix
+    def key(candidate: Candidate) -> tuple[object, ...]:
+        incomplete = any(_is_incomplete(candidate.native, other.native) for other in candidates)
+        rating = role(candidate.prefix, from_mmengine=from_mmengine)
+        return incomplete, rating, -len(candidate.native), len(candidate.prefix), candidate.prefix
 
-    return sorted(candidates, key=rank)
+    return sorted(candidates, key=key)
 
 
-def is_swapped(names: Iterable[str]) -> bool:
-    """Whether the names alone tell that a checkpoint is mmengine's, which swaps raw and averaged weights."""
-    return _MMENGINE_MARK in names
+def is_mmengine(names: Iterable[str]) -> bool:
+    """Whether the keys alone tell that mmengine saved a checkpoint, and swapped raw and averaged weights."""
+    return _MMENGINE_STEPS in names
 
 
 def is_optimizer(key: object) -> bool:
-    """Whether a key is what trainers call the state of an optimizer.
+    """Whether a key is a trainer's name for the state of an optimizer.
 
     >>> [is_optimizer(key) for key in ("optimizer_state_dict", "optimizerG", "opt_state", "optimized_model")]
     [True, True, True, False]
@@ -201,7 +199,7 @@ def is_optimizer(key: object) -> bool:
 
 
 def is_training_state(prefix: str) -> bool:
-    """Whether what has this prefix is an optimizer's state or gradients, under the names of the weights.
+    """Whether tensors with this prefix are optimizer states or gradients, which have the keys of the weights.
 
     >>> [is_training_state(prefix) for prefix in ("optim.exp_avg.", "grads.module.", "model.", "state_dict.avg.")]
     [True, True, False, False]
@@ -214,23 +212,27 @@ def _words(part: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(part)]
 
 
-def copies_of(best: Candidate, others: Iterable[Candidate], *, swapped: bool) -> tuple[str, ...]:
-    """Return the prefixes of those in another role, which one may have meant instead.
+def copies_of(best: Candidate, others: Iterable[Candidate], *, from_mmengine: bool) -> tuple[str, ...]:
+    """Return the prefixes of the backbones in another role, of which the user may have meant one.
 
-    What has the same role, such as an ``img_backbone`` beside a ``backbone``, is another part of one model; and in
-    mmengine's files there is no doubt.
+    A backbone in the same role, such as an ``img_backbone`` beside a ``backbone``, is another part of one model; and
+    the ``ema_state_dict`` of mmengine's files is certainly not meant.
     """
     mine = role(best.prefix)
     found = (other.prefix for other in others if role(other.prefix) != mine)
-    return tuple(sorted(prefix for prefix in found if not (swapped and _MMENGINE_RAW in prefix.split("."))))
+    return tuple(sorted(prefix for prefix in found if not (from_mmengine and _MMENGINE_RAW in prefix.split("."))))
 
 
-def role(prefix: str, *, swapped: bool = False) -> tuple[int, int, int]:
-    """Rate a prefix: momentum encoders in it, students in it, and less for each word of averages and teachers."""
+def role(prefix: str, *, from_mmengine: bool = False) -> tuple[int, int, int]:
+    """Rate the role that a prefix names, lower for preferred ones.
+
+    Returns:
+        The numbers of words for momentum encoders and students in it, and minus that for averages and teachers.
+    """
     momentum = trained = evaluated = 0
     for part in prefix.split("."):
         words = _words(part)
-        if part == _LIGHTNING_RAW or (swapped and part == _MMENGINE_RAW):
+        if part == _LIGHTNING_RAW or (from_mmengine and part == _MMENGINE_RAW):
             trained += 1
         elif _MOMENTUM.intersection(words) or (len(words) > 1 and _MOMENTUM_LETTERS & {words[0], words[-1]}):
             momentum += 1
@@ -241,8 +243,8 @@ def role(prefix: str, *, swapped: bool = False) -> tuple[int, int, int]:
     return momentum, trained, -evaluated
 
 
-def _lacks(names: frozenset[str], others: frozenset[str]) -> bool:
-    """Whether one is a copy of the other without its stem or some tensors of its layers, not just of fewer blocks."""
+def _is_incomplete(names: frozenset[str], others: frozenset[str]) -> bool:
+    """Whether a backbone is a copy of another without its stem or some tensors of its layers, not with fewer blocks."""
     if not names < others:
         return False
     modules = {name.rpartition(".")[0] for name in names}
@@ -251,7 +253,7 @@ def _lacks(names: frozenset[str], others: frozenset[str]) -> bool:
 
 
 def differ(one: Candidate, other: Candidate, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether two backbones differ in their values, so that it matters which is taken."""
+    """Whether two backbones differ in their values, so that it matters which is loaded."""
     if one.layout is not other.layout or one.native != other.native:
         return True
     return any(
@@ -267,8 +269,8 @@ def _same(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left, right)
 
 
-def below(prefix: str, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the backbone with this prefix, or else those that have it among the parts of theirs."""
+def with_prefix(prefix: str, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the backbone with this prefix, or else those whose prefix contains it."""
     whole = f"{prefix}." if prefix and not prefix.endswith(".") else prefix
     exact = [candidate for candidate in candidates if candidate.prefix == whole]
     if exact or not whole:
@@ -277,11 +279,11 @@ def below(prefix: str, candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def warn_of_copies(what: str, prefix: str, copies: Sequence[str]) -> None:
-    """Warn that a checkpoint holds copies of a backbone in other roles, and how to get them."""
+    """Warn that a checkpoint holds copies of a backbone in other roles, and how to load them."""
     if copies:
         choices = " or ".join(f"prefix={other!r}" for other in copies[:10])
         choices += f" or one of {len(copies) - 10} more" if len(copies) > 10 else ""
         warn_user(
-            f"{what} has {len(copies) + 1} copies of these weights: the one below {prefix!r} is taken; for another one "
-            f"give {choices}",
+            f"{what} has {len(copies) + 1} copies of these weights: the one with prefix {prefix!r} is loaded; for "
+            f"another one give {choices}",
         )

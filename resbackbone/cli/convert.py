@@ -30,19 +30,20 @@ def convert(
     ] = None,
 ) -> None:
     """Convert the backbone of a checkpoint, with its classifier, to the key layout of another library."""
-    from resbackbone.checkpoints.conversion import find_backbone, get_layout
-    from resbackbone.checkpoints.loading import read_tensors
-    from resbackbone.checkpoints.saving import save_weights
+    from resbackbone.checkpoints import save_weights
+    from resbackbone.checkpoints.conversion import find_backbone
+    from resbackbone.checkpoints.layouts import get_layout
+    from resbackbone.checkpoints.tensors import read_tensors
 
     with user_errors():
         target = get_layout(to)
         content = read_tensors(source)
-        found = find_backbone(content.tensors, layout, prefix, swapped=content.swapped)
+        found = find_backbone(content.tensors, layout, prefix, from_mmengine=content.from_mmengine)
         converted = target.to_foreign(found.native)
         save_weights(converted, destination)
     if found.copies:
         others = ", ".join(map(repr, found.copies))
-        echo(f"converted the backbone below {found.prefix!r}, not {others}; choose with --prefix", console=stderr)
+        echo(f"converted the backbone with prefix {found.prefix!r}, not {others}; choose with --prefix", console=stderr)
     echo(f"{len(converted)} tensors, {found.layout.name} to {target.name}: {destination}", style="green")
     if found.others:
         echo(f"{len(found.others)} outside the backbone left out, such as {found.others[0]}")

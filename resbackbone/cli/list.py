@@ -25,7 +25,7 @@ def list_backbones(
 ) -> None:
     """List the architectures by name, with their parameters and multiply-accumulates; or published weights."""
     import resbackbone
-    from resbackbone.checkpoints.hub.catalog import list_weights
+    from resbackbone.checkpoints import list_weights
 
     with user_errors():
         if weights:
@@ -84,7 +84,7 @@ def _print_backbones(names: list[str]) -> None:
 def _print_weights(names: list[str]) -> None:
     from rich.console import Console
 
-    from resbackbone.checkpoints.hub.catalog import find_weights
+    from resbackbone.checkpoints import find_weights
 
     table = _table(
         ("name", "config"),
@@ -94,7 +94,7 @@ def _print_weights(names: list[str]) -> None:
     for name in sorted(names, key=_natural):
         one = find_weights(name)
         mark = " *" if one.default else " +" if one.overrides else ""
-        figures = ("" if figure is None else f"{figure:.2f}" for figure in (one.acc1, one.acc5, one.mebibytes))
+        figures = ("" if figure is None else f"{figure:.2f}" for figure in (one.acc1, one.acc5, one.size_mib))
         table.add_row(name, one.config + mark, _rounded(one.params, 1e6, "{:.1f} M"), *figures, one.license or "")
     # At full width, so that names are not truncated; narrower terminals wrap the lines.
     width = stdout.measure(table, options=stdout.options.update(max_width=10_000)).maximum

@@ -25,12 +25,11 @@ def load_report(
 ) -> None:
     """Show which keys of SRC load into CONFIG; the exit status is 1 if the checkpoint does not fit."""
     from resbackbone.checkpoints import load_checkpoint
-    from resbackbone.checkpoints.loading import problems
     from resbackbone.config import construct_backbone
 
     with user_errors():
         import_user_modules(imports)
         report = load_checkpoint(construct_backbone(config), source, strict=False, prefix=prefix)
     stdout.print(report)
-    if problems(report):
+    if report.problems():
         raise typer.Exit(1)

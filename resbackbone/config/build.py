@@ -92,7 +92,7 @@ def build_backbone(
     if hasattr(backbone, "init_weights") and not any(p.is_meta for p in backbone.parameters()):
         initialize(backbone, backbone.init_weights)
     if checkpoint is not None:
-        from resbackbone.checkpoints.loading import load_pretrained  # not above: building alone needs no reader
+        from resbackbone.checkpoints import load_pretrained  # not above: building alone needs no reader
 
         load_pretrained(backbone, checkpoint)
     return backbone

@@ -102,16 +102,16 @@ def load_safely() -> None:
 
     @wraps(load)
     def load_checkpoint(filename: Any, *args: Any, **kwargs: Any) -> Any:
-        return _checkpoints().read_content(filename) if is_restricted() else load(filename, *args, **kwargs)
+        return _checkpoints().read_checkpoint(filename) if is_restricted() else load(filename, *args, **kwargs)
 
     CheckpointLoader.load_checkpoint = staticmethod(load_checkpoint)
 
 
 def _checkpoints() -> ModuleType:
-    """Import the module that loads checkpoints, from a room above, since an ``init_cfg`` may name a checkpoint."""
-    from resbackbone.checkpoints import loading
+    """Import the room that loads checkpoints, from above, since an ``init_cfg`` may name a checkpoint."""
+    from resbackbone import checkpoints
 
-    return loading
+    return checkpoints
 
 
 def _plan(module: nn.Module, init_cfg: Any) -> tuple[list[dict[str, Any]], list[Step]]:

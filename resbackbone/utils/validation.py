@@ -39,6 +39,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def excerpt(text: str, length: int = 100) -> str:
+    """Return untrusted text for use in a message: shortened, and without control characters."""
+    text = text if len(text) <= length else f"{text[: length - 3]}..."
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn with the location of the user's call: the nearest line outside this package, mmengine and torch."""
     frame, level = sys._getframe(1), 2  # `stacklevel=2` is the caller of this function

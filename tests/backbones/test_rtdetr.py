@@ -89,7 +89,7 @@ def test_r5_the_authors_own_keys_in_both_directions(published, tmp_path, depth):
     torch.save({"model": raw, "ema": {"module": averaged, "updates": 7}, "last_epoch": 71}, tmp_path / "rtdetr.pth")
     net = build_backbone(f"rtdetr_r{depth}", base_channels=8, **NORM)
     with pytest.warns(
-        UserWarning, match=r"the one below 'ema\.module\.backbone\.' is taken.*prefix='model\.backbone\.'"
+        UserWarning, match=r"the one with prefix 'ema\.module\.backbone\.' is loaded.*prefix='model\.backbone\.'"
     ):
         report = load_checkpoint(net, tmp_path / "rtdetr.pth")
     assert (report.layout, report.missing, report.unexpected) == ("rtdetr", (), ())

@@ -1,4 +1,4 @@
-"""The catalog of published weights: what it says, what it is made from, and the names by which it is asked."""
+"""The catalog of published weights: its entries, their sources, and lookup by name."""
 
 import re
 from pathlib import Path
@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from resbackbone import build_backbone, list_backbones
 from resbackbone.analysis.cost import build_on_meta, measure
 from resbackbone.checkpoints import convert_state_dict, load_checkpoint
-from resbackbone.checkpoints.hub import sources
-from resbackbone.checkpoints.hub.catalog import Weights, all_names, default_weights, find_weights, list_weights
+from resbackbone.checkpoints.hub import Weights, default_weights, find_weights, list_weights, sources
+from resbackbone.checkpoints.hub.catalog import all_names
 from resbackbone.checkpoints.hub.download import DownloadError, cache_path
 from resbackbone.checkpoints.hub.sources import PREFIXES, locate
 from resbackbone.checkpoints.layouts import LAYOUTS
@@ -26,7 +26,7 @@ from resbackbone.config import load_config, recorded_costs
 
 ALL = list_weights()
 NAMES = {weights.name: weights for weights in ALL}
-# What mmengine's tables call a ResNet, as opposed to what else they hold.
+# The names of ResNets in mmengine's tables, which have other models, too.
 FAMILY = re.compile(r"(.*/)?(wide_|se-)?(resnet|resnext|resnest|regnet|res2net)[^/]*")
 
 
@@ -39,7 +39,7 @@ def test_there_are_many():
 
 
 def test_no_entry_hides_another():
-    """A key that is written twice in YAML loses what the first says."""
+    """A key that occurs twice in YAML overwrites the first one."""
     text = build_catalog.CATALOG.read_text(encoding="utf-8")
     assert len(re.findall(r"^  \S.*:$", text, re.MULTILINE)) == len(ALL)
     assert len({weights.url for weights in ALL}) == len(ALL)
@@ -77,9 +77,9 @@ def test_each_architecture_has_one_default():
 
 
 def test_figures_that_everybody_knows():
-    """From the README of torchvision and of mmpretrain, and detectron2's defaults."""
+    """Figures from the READMEs of torchvision and mmpretrain, and detectron2's defaults."""
     v2 = find_weights("torchvision/resnet50.imagenet1k_v2")
-    assert (v2.acc1, v2.acc5, v2.sha256, v2.params, v2.mebibytes) == (80.858, 95.434, "11ad3fa6", 25557032, 97.79)
+    assert (v2.acc1, v2.acc5, v2.sha256, v2.params, v2.size_mib) == (80.858, 95.434, "11ad3fa6", 25557032, 97.79)
     assert find_weights("torchvision/resnet50.imagenet1k_v1").acc1 == 76.13
     cifar = find_weights("mmpretrain/resnet18_8xb16_cifar10")
     assert (cifar.acc1, cifar.classes, cifar.preprocessing.order) == (94.82, 10, "RGB")
@@ -89,7 +89,7 @@ def test_figures_that_everybody_knows():
     assert find_weights("open-mmlab://jhu/resnet50_gn_ws").overrides["conv_cfg"] == {"type": "ConvWS"}
 
 
-# Asking for them
+# Lookup
 
 
 def test_listing():
@@ -128,7 +128,7 @@ def test_names(name, found):
     assert find_weights(name).name == found
 
 
-def test_unknown_names_are_answered_with_the_nearest():
+def test_unknown_names_suggest_the_nearest():
     with pytest.raises(KeyError, match=r"known as 'torchvision://resnett50'; did you mean 'torchvision://resnet\d+'"):
         find_weights("torchvision://resnett50")
     with pytest.raises(KeyError, match=r"published weights are known for 'resnett50'; did you mean 'resnet\d+'"):
@@ -137,7 +137,7 @@ def test_unknown_names_are_answered_with_the_nearest():
 
 
 def openmmlab_tables():
-    """Mmengine's own tables: prefix, name and address."""
+    """Return prefix, name and address of each entry of mmengine's tables."""
     tables = {"torchvision": "torchvision_0.12.json", "open-mmlab": "openmmlab.json", "mmcls": "mmcls.json"}
     return [(p, name, url) for p, file in tables.items() for name, url in mmengine_names(file).items()]
 
@@ -155,7 +155,7 @@ def test_names_mean_what_they_mean_to_mmengine(prefix):
 
 
 def test_long_names_mean_what_they_mean_to_mmengine(torchvision):
-    """Those that mmengine makes from torchvision's own lists."""
+    """Names that mmengine builds from torchvision's lists."""
     from mmengine.runner.checkpoint import get_torchvision_models
 
     urls = {weights.url for weights in ALL}
@@ -168,7 +168,7 @@ def test_long_names_mean_what_they_mean_to_mmengine(torchvision):
 def test_old_names_mean_what_they_mean_to_mmengine():
     table = mmengine_names("openmmlab.json")
     for old, new in mmengine_names("deprecated.json").items():
-        # Two of the new names are in no table of mmengine's.
+        # Two of the new names are in none of mmengine's tables.
         assert find_weights(f"open-mmlab://{old}").url == table[new.removesuffix("_bgr")]
 
 
@@ -177,7 +177,7 @@ def test_old_names_mean_what_they_mean_to_mmengine():
 
 @pytest.fixture
 def brought(monkeypatch):
-    """What would have been downloaded: address and hash."""
+    """Record address and hash of each download instead of downloading."""
     asked = []
     monkeypatch.setattr(sources, "fetch", lambda url, **kwargs: asked.append((url, kwargs)) or Path("there"))
     return asked
@@ -187,7 +187,7 @@ def brought(monkeypatch):
     "source",
     ["catalog:torchvision/resnet18.imagenet1k_v1", "torchvision/resnet18.imagenet1k_v1", "modelzoo://resnet18"],
 )
-def test_names_are_brought_with_their_hash(brought, source):
+def test_names_are_downloaded_with_their_hash(brought, source):
     path, weights = locate(source)
     assert path == Path("there")
     assert isinstance(weights, Weights)
@@ -230,7 +230,7 @@ def test_files_go_before_names(brought, tmp_path, monkeypatch, kind):
         (18, TypeError, "`source` must be a path, a URL or the name of published weights, got 18"),
     ],
 )
-def test_what_cannot_be_found(source, error, message):
+def test_sources_that_do_not_exist(source, error, message):
     with pytest.raises(error, match=message):
         locate(source)
 
@@ -243,7 +243,7 @@ def test_the_error_of_a_prefix_names_all():
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """A server that stands in for the Hub and torchvision's, and an empty cache."""
+    """A local server in place of the Hub and torchvision's, and an empty cache."""
     monkeypatch.setattr(Console, "is_terminal", False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("no_proxy", "*")
@@ -253,7 +253,7 @@ def mirror(tmp_path, monkeypatch):
         yield web
 
 
-def test_a_name_is_all_it_takes(mirror, tmp_path):
+def test_a_catalog_name_loads(mirror, tmp_path):
     trained, net = build_backbone("resnet18_v1d"), build_backbone("resnet18_v1d")
     mirror.content = save(convert_state_dict(trained.state_dict(), target="timm"))
     report = load_checkpoint(net, "timm://resnet18d.ra4_e3600_r224_in1k")
@@ -274,18 +274,18 @@ def test_a_false_file_of_the_catalog_is_refused(mirror):
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
 
 
-# The generator
+# tools/build_catalog.py
 
 
-def test_the_catalog_is_what_the_packages_say(capsys):
-    """Those that are here, in the releases that the catalog names."""
+def test_the_catalog_equals_the_metadata_of_the_packages(capsys):
+    """Return the origins that are installed in the releases that the catalog names."""
     build_catalog.main(check=True)
     assert capsys.readouterr().out.startswith("checked: ")
 
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """The generator works on a copy, and finds no package but can do detectron2's part, which needs none."""
+    """Run the tool on a copy, without packages: only detectron2's part needs none."""
     path = tmp_path / "catalog.yaml"
     path.write_bytes(build_catalog.CATALOG.read_bytes())
     origins = {name: origin._replace(packages=("no-such",)) for name, origin in ORIGINS.items()}
@@ -359,7 +359,7 @@ def test_the_command_lists_names_alone():
     assert result.stdout.splitlines() == list(NAMES)
 
 
-def test_the_command_answers_a_slip():
+def test_the_command_suggests_the_nearest_name():
     result = run("torchvision/resnett50.imagenet1k_v1")
     assert result.exit_code == 2
     assert "no weights match 'torchvision/resnett50.imagenet1k_v1'; did you mean" in result.stderr

@@ -1,4 +1,4 @@
-"""Files that are cut off, written to or replaced while they are read: an error, or what was there; never a signal."""
+"""Files that are truncated, written to or replaced while they are read: an error or the old content; never a signal."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from weight_files import WRITERS
 
 from resbackbone import ResNet
 from resbackbone.checkpoints import load_checkpoint
-from resbackbone.checkpoints.readers.files import read_file
+from resbackbone.checkpoints.readers import read_file
 from resbackbone.checkpoints.readers.open_file import OpenFile
 
 NET = {"depth": 18, "base_channels": 8}
@@ -41,7 +41,7 @@ def grow(path):
 
 
 def write_nan(path):
-    """Write over the second half in place: NaN in every format of floating point."""
+    """Overwrite the second half in place with NaN in every floating-point format."""
     half = path.stat().st_size // 2
     with path.open("r+b") as file:
         file.seek(half)
@@ -49,7 +49,7 @@ def write_nan(path):
 
 
 def write_others(path):
-    """Write finite numbers in place, which no check of values could find."""
+    """Overwrite in place with finite numbers, which no check of values could find."""
     half = path.stat().st_size // 2
     with path.open("r+b") as file:
         file.seek(half)
@@ -97,7 +97,7 @@ def test_s4_a_file_that_changes_while_it_is_read_is_refused(kind, change, weight
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", WRITERS)
-def test_s4_what_was_read_stays_when_the_file_changes(kind, change, weights, tmp_path):
+def test_s4_tensors_stay_when_the_file_changes(kind, change, weights, tmp_path):
     WRITERS[kind](weights, tmp_path / "weights")
     content = read_file(tmp_path / "weights")
     for path in tmp_path.iterdir():
@@ -106,7 +106,7 @@ def test_s4_what_was_read_stays_when_the_file_changes(kind, change, weights, tmp
 
 
 def test_s4_a_file_that_is_replaced_is_read_as_it_was(weights, tmp_path, monkeypatch):
-    """As programs do that write whole files: the new one takes the name, and the old one is read to its end."""
+    """Replace the file as atomic writers do: the old one is read to its end."""
     path = tmp_path / "weights"
     torch.save(weights, path)
     torch.save({}, tmp_path / "other")

@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine that does to them whatever a network can do."""
+"""Downloads from a local server with the faults that networks have."""
 
 import errno
 import hashlib
@@ -31,7 +31,7 @@ def web():
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch):
-    """Short breaks between attempts, no proxy, nobody who watches, no mirror."""
+    """Short breaks between attempts, no proxy, no terminal, no mirror."""
     monkeypatch.setattr(partial_download, "BACKOFF", 0.001)
     monkeypatch.setattr(Console, "is_terminal", False)
     monkeypatch.delenv("RESBACKBONE_MIRROR", raising=False)
@@ -39,21 +39,21 @@ def _quickly(monkeypatch):
 
 
 def files(folder: Path) -> list[str]:
-    """What lies in a cache beside locks."""
+    """Return the names of the files in a cache, except locks."""
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen:
-    """Start Python on the code, which finds the arguments in ``sys.argv`` and has our names at hand."""
+    """Start Python on the code, with the arguments in ``sys.argv`` and `fetch` imported."""
     code = "import sys, time\nfrom pathlib import Path\nfrom resbackbone.checkpoints.hub.download import fetch\n" + code
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-# What is brought, and where to
+# Files and their paths
 
 
-def test_a_file_is_brought_once(web, tmp_path):
+def test_a_file_is_downloaded_once(web, tmp_path):
     url = f"{web.url}/models/{named(CONTENT)}"
     path = fetch(url, folder=tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / named(CONTENT)
@@ -71,14 +71,14 @@ def test_the_cache_is_torchs(web, tmp_path, monkeypatch):
     assert path == tmp_path / "hub" / "checkpoints" / named(CONTENT)
 
 
-def test_what_torch_hub_brought_is_used(web, tmp_path):
+def test_files_of_torch_hub_are_used(web, tmp_path):
     url = f"{web.url}/{named(CONTENT)}"
     torch.hub.download_url_to_file(url, str(tmp_path / named(CONTENT)), progress=False)
     assert fetch(url, folder=tmp_path).read_bytes() == CONTENT
     assert len(web.requests) == 1
 
 
-def test_a_damaged_file_is_brought_anew(web, tmp_path):
+def test_a_damaged_file_is_downloaded_again(web, tmp_path):
     path = tmp_path / named(CONTENT)
     path.write_bytes(CONTENT[:-1])
     with pytest.warns(UserWarning, match="is damaged and downloaded anew"):
@@ -86,7 +86,7 @@ def test_a_damaged_file_is_brought_anew(web, tmp_path):
     assert path.read_bytes() == CONTENT
 
 
-def test_equal_names_without_a_hash_do_not_meet(web, tmp_path):
+def test_equal_names_without_a_hash_do_not_collide(web, tmp_path):
     first = fetch(f"{web.url}/a/model.safetensors", folder=tmp_path)
     web.content = OTHER
     second = fetch(f"{web.url}/b/model.safetensors", folder=tmp_path)
@@ -148,7 +148,7 @@ def test_many_cuts_are_no_failure_while_bytes_come(web, tmp_path):
 
 
 def test_a_stalled_connection_is_left(web, tmp_path, monkeypatch):
-    """The server would wait until the test ends; only the first attempt is short of time, however busy the machine."""
+    """The server would wait until the test ends; only the first attempt has a short timeout."""
     usual = http_requests.TIMEOUT
     monkeypatch.setattr(http_requests, "TIMEOUT", 2)
     monkeypatch.setattr("time.sleep", lambda _: monkeypatch.setattr(http_requests, "TIMEOUT", usual))
@@ -158,7 +158,7 @@ def test_a_stalled_connection_is_left(web, tmp_path, monkeypatch):
     assert web.starts == [0, 1000]
 
 
-def test_a_date_serves_where_the_tag_is_weak(web, tmp_path):
+def test_a_date_replaces_a_weak_etag(web, tmp_path):
     web.etag, web.modified = 'W/"v1"', "Wed, 21 Oct 2015 07:28:00 GMT"
     web.faults = [{"cut": 1000}]
     assert fetch(f"{web.url}/{named(CONTENT)}", folder=tmp_path).read_bytes() == CONTENT
@@ -177,27 +177,27 @@ def test_servers_from_which_nothing_is_gone_on_with(web, tmp_path, setting):
 @pytest.mark.parametrize("if_range", [True, False])
 @pytest.mark.parametrize("content", [OTHER, OTHER[:HALF], OTHER * 2], ids=["as long", "shorter", "longer"])
 def test_a_file_that_changed_is_begun_anew(web, tmp_path, if_range, content):
-    """Without a hash that would tell: only the server's own words keep the halves of two files apart."""
+    """Without a hash, only the server's headers keep the halves of two files apart."""
     web.if_range = if_range
     web.faults = [{"cut": HALF + 1}, {"set": {"content": content, "etag": '"v2"'}}]
     assert fetch(f"{web.url}/weights.pth", folder=tmp_path).read_bytes() == content
 
 
-def test_another_part_than_was_asked_for_is_not_taken(web, tmp_path):
+def test_another_range_than_requested_is_refused(web, tmp_path):
     web.faults = [{"cut": 1000}, {"shift": 1}]
     assert fetch(f"{web.url}/weights.pth", folder=tmp_path).read_bytes() == CONTENT
     assert web.starts == [0, 1000, 0]
 
 
-def test_a_part_that_nobody_asked_for_is_not_taken(web, tmp_path):
+def test_an_unrequested_range_is_refused(web, tmp_path):
     web.etag, web.faults = None, [{"cut": 1000}, *[{"unasked": True}] * 10]
-    with pytest.raises(DownloadError, match="answers with HTTP 206 and another part than was asked for"):
+    with pytest.raises(DownloadError, match="answers with HTTP 206 and another range than requested"):
         fetch(f"{web.url}/weights.pth", folder=tmp_path)
     assert len(web.requests) == partial_download.ATTEMPTS
 
 
 def test_two_servers_are_not_mixed(web, tmp_path, monkeypatch):
-    """Their files may well have the same tag."""
+    """Files of different addresses may have the same ETag."""
     url = "https://h/weights.pth"
     monkeypatch.setenv("RESBACKBONE_MIRROR", f"https://h={web.url}/one")
     web.faults = [{"cut": HALF}, *[{"status": 500}] * partial_download.ATTEMPTS]
@@ -208,7 +208,7 @@ def test_two_servers_are_not_mixed(web, tmp_path, monkeypatch):
     assert fetch(url, folder=tmp_path).read_bytes() == OTHER
 
 
-def test_servers_that_are_busy_are_asked_again(web, tmp_path):
+def test_busy_servers_are_retried(web, tmp_path):
     web.faults = [{"status": 503}, {"status": 500}, {"status": 429}]
     assert fetch(f"{web.url}/{named(CONTENT)}", folder=tmp_path).read_bytes() == CONTENT
 
@@ -220,7 +220,7 @@ def test_servers_that_are_busy_are_asked_again(web, tmp_path):
         ({"cut": 0}, "the connection ended after 0 of 1,048,576 bytes, 4 times in a row"),
     ],
 )
-def test_nobody_asks_for_ever(web, tmp_path, fault, message):
+def test_attempts_are_limited(web, tmp_path, fault, message):
     web.faults = [fault] * 100
     with pytest.raises(DownloadError, match=message):
         fetch(f"{web.url}/{named(CONTENT)}", folder=tmp_path)
@@ -237,7 +237,7 @@ def test_a_file_that_is_shorter_than_promised_is_refused(web, tmp_path, lie):
 
 
 def test_a_file_that_is_cut_off_at_the_source_is_refused(web, tmp_path):
-    """Its length is right, so that only the hash tells."""
+    """Its length is right, so that only the hash differs."""
     web.content = CONTENT[:-1]
     with pytest.raises(DownloadError, match=f"not {hashlib.sha256(CONTENT).hexdigest()[:8]}"):
         fetch(f"{web.url}/{named(CONTENT)}", folder=tmp_path)
@@ -277,7 +277,7 @@ def test_a_hash_can_be_given(web, tmp_path):
 
 
 def test_a_spoilt_beginning_is_thrown_away(web, tmp_path):
-    """Somebody's disk flipped a bit in the unfinished file of an earlier call."""
+    """A bit has flipped in the partial file of an earlier call."""
     url, part = f"{web.url}/{named(CONTENT)}", tmp_path / f"{named(CONTENT)}.part"
     web.faults = [{"cut": HALF}, *[{"status": 500}] * partial_download.ATTEMPTS]
     with pytest.raises(DownloadError):
@@ -297,7 +297,7 @@ def test_a_beginning_of_unknown_origin_is_thrown_away(web, tmp_path, note):
     assert files(tmp_path) == [part.name]
 
 
-# What is told
+# Messages
 
 
 def test_errors_say_where_to_put_the_file(web, tmp_path):
@@ -315,14 +315,14 @@ def test_errors_say_where_to_put_the_file(web, tmp_path):
 
 
 def test_offline(tmp_path):
-    """The domain .invalid exists nowhere, online or not."""
+    """The domain .invalid never exists."""
     began = time.monotonic()
     with pytest.raises(DownloadError, match=r"is this machine online\?; put the file at .* by hand"):
         fetch("https://download.pytorch.invalid/resnet18-f37072fd.pth", folder=tmp_path)
     assert time.monotonic() - began < 10
 
 
-def test_nobody_listens(tmp_path):
+def test_connection_refused(tmp_path):
     web = Web()
     web.server_close()
     with pytest.raises(DownloadError, match=r"no connection: .*refused.*, 4 times in a row"):
@@ -336,21 +336,21 @@ def test_nobody_listens(tmp_path):
         ({"Content-Encoding": "gzip"}, r"compresses the file \(gzip\)"),
     ],
 )
-def test_what_is_certainly_no_file_of_weights(web, tmp_path, headers, message):
+def test_web_pages_and_compressed_files_are_refused(web, tmp_path, headers, message):
     web.faults = [{"headers": headers}]
     with pytest.raises(DownloadError, match=message):
         fetch(f"{web.url}/weights.pth", folder=tmp_path)
     assert files(tmp_path) == []
 
 
-# Servers that are hostile
+# Hostile servers
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 def refused(web, folder, message, name="weights.pth", **options):
-    """A download that must fail, with such words and nothing kept."""
+    """Assert that a download fails with a message and stores nothing."""
     with pytest.raises(DownloadError, match=message):
         fetch(f"{web.url}/{name}", folder=folder, **options)
     assert files(folder) == []
@@ -365,7 +365,7 @@ def test_s5_an_empty_file_is_refused(web, tmp_path, length, validator):
     assert len(web.requests) == 1
 
 
-def test_s5_an_empty_file_in_the_cache_is_brought_anew(web, tmp_path):
+def test_s5_an_empty_file_in_the_cache_is_downloaded_again(web, tmp_path):
     path = cache_path(f"{web.url}/weights.pth", folder=tmp_path)
     path.touch()
     with pytest.warns(UserWarning, match="is damaged and downloaded anew"):
@@ -380,13 +380,13 @@ LENGTHS = ["-1", "-5", "²", "٣", "+5", "1_000", "5, 6", "0x10", "5.0", "1e6", 
 def test_s5_a_length_that_is_none_is_refused(web, tmp_path, name, length):
     head = OK + b"Content-Length: " + length.encode("utf-8" if length == "٣" else "latin-1") + b"\r\n\r\n"
     web.faults = [{"answer": [head, CONTENT]}] * 9
-    refused(web, tmp_path, "the server gives a length that is none: '", name)
+    refused(web, tmp_path, "the server sends an invalid Content-Length: '", name)
     assert len(web.requests) == 1
 
 
 def test_s5_two_lengths_are_refused_and_one_twice_is_not(web, tmp_path):
     web.faults = [{"answer": [OK, b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef"]}]
-    refused(web, tmp_path, "the server gives a length that is none: '5, 6'")
+    refused(web, tmp_path, "the server sends an invalid Content-Length: '5, 6'")
     web.faults = [{"answer": [OK, b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nabcde"]}]
     assert fetch(f"{web.url}/weights.pth", folder=tmp_path).read_bytes() == b"abcde"
 
@@ -397,7 +397,7 @@ def test_s5_two_lengths_are_refused_and_one_twice_is_not(web, tmp_path):
 def test_s5_a_range_that_is_none_is_refused(web, tmp_path, text):
     part = {"status": 206, "headers": {"Content-Range": text}}
     web.faults = [{"cut": 1000}, part]
-    with pytest.raises(DownloadError, match="the server gives a part of the file that is none: '"):
+    with pytest.raises(DownloadError, match="the server sends an invalid Content-Range: '"):
         fetch(f"{web.url}/weights.pth", folder=tmp_path)
     assert len(web.requests) == 2
     assert fetch(f"{web.url}/weights.pth", folder=tmp_path).read_bytes() == CONTENT
@@ -418,10 +418,10 @@ def test_s5_a_limit_that_is_none(tmp_path, value):
 
 
 def test_s5_the_catalog_knows_how_large_a_file_may_be(web, tmp_path, monkeypatch):
-    weights = next(one for one in list_weights("torchvision/resnet18*") if one.mebibytes)
+    weights = next(one for one in list_weights("torchvision/resnet18*") if one.size_mib)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("RESBACKBONE_MIRROR", f"https://download.pytorch.org={web.url}")
-    web.faults = [{"headers": {"Content-Length": int(weights.mebibytes * 2**20 * 2)}}]
+    web.faults = [{"headers": {"Content-Length": int(weights.size_mib * 2**20 * 2)}}]
     with pytest.raises(DownloadError, match=r"bytes or more, where .* are allowed"):
         locate(weights.name)
 
@@ -437,9 +437,9 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("answer", ENDLESS)
-def test_s5_answers_without_end(web, tmp_path, answer):
+def test_s5_endless_responses(web, tmp_path, answer):
     web.faults = [{"answer": ENDLESS[answer]} for _ in range(9)]
-    refused(web, tmp_path, "bytes without end|bytes or more, where|times in a row", max_bytes=1 << 20)
+    refused(web, tmp_path, "too many bytes|bytes or more, where|times in a row", max_bytes=1 << 20)
 
 
 DRIPS = {
@@ -538,7 +538,7 @@ def test_s5_malformed_addresses_are_refused_in_words(web, tmp_path, monkeypatch,
     refused(web, tmp_path, "cannot download")
 
 
-def test_s5_international_hosts_are_asked_for_by_their_ascii_name():
+def test_s5_international_hosts_are_requested_by_their_ascii_name():
     url = "https://BÜCHER.example:8080/ä b.pth".replace(" ", "")
     assert http_requests.ascii_address("it", url) == "https://xn--bcher-kva.example:8080/%C3%A4b.pth"
     for same in ("https://[::1]:80/a.pth", "https://h/a%20b.pth?x=1#y", "http://a_b.org/~a"):
@@ -578,7 +578,7 @@ def test_redirections_are_followed_with_the_range(web, tmp_path):
         ("ftp://h/a.pth", "leads to ftp://h/a.pth, which is not followed"),
     ],
 )
-def test_redirections_that_lead_nowhere(web, tmp_path, location, message):
+def test_invalid_redirections(web, tmp_path, location, message):
     web.faults = [{"status": 302, "headers": {"Location": location.format(web.url)}}] * 100
     with pytest.raises(DownloadError, match=message):
         fetch(f"{web.url}/{named(CONTENT)}", folder=tmp_path)
@@ -593,7 +593,7 @@ def test_no_redirection_leads_out_of_https():
     assert redirections.redirect_request(request, None, 302, "", request.headers, "https://g/a.pth").host == "g"
 
 
-def test_a_mirror_is_asked_instead(web, tmp_path, monkeypatch):
+def test_a_mirror_is_used_instead(web, tmp_path, monkeypatch):
     monkeypatch.setenv("RESBACKBONE_MIRROR", f"https://download.pytorch.org={web.url}/pytorch/")
     url = f"https://download.pytorch.org/models/{named(CONTENT)}"
     assert fetch(url, folder=tmp_path) == tmp_path / named(CONTENT)
@@ -624,7 +624,7 @@ def test_a_malformed_mirror_is_an_error(monkeypatch, value):
         mirrored("https://c.org/x.pth")
 
 
-# Processes that meet, and that die
+# Concurrent and killed processes
 
 
 def test_two_processes_download_once(web, tmp_path):
@@ -661,10 +661,10 @@ def test_a_kill_leaves_nothing_that_looks_whole(web, tmp_path):
 
 
 def test_a_kill_before_the_file_got_its_name(web, tmp_path):
-    """Every byte is there, and is not asked for again."""
+    """Every byte is there, and is not requested again."""
     url = f"{web.url}/{named(CONTENT)}"
     code = "from resbackbone.checkpoints.hub.partial_download import PartialDownload as Part; import os, signal\n"
-    code += "Part.become = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+    code += "Part.move_to = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
     with start(code + "fetch(sys.argv[1], folder=Path(sys.argv[2]))", url, tmp_path) as process:
         assert process.wait(30) == -signal.SIGKILL
     assert named(CONTENT) not in files(tmp_path)
@@ -673,7 +673,7 @@ def test_a_kill_before_the_file_got_its_name(web, tmp_path):
 
 
 def test_the_bytes_are_on_the_disk_before_the_file_has_its_name(web, tmp_path, monkeypatch):
-    """Or a power cut could leave a complete name on an incomplete file."""
+    """Otherwise a power cut could leave an incomplete file under the final name."""
     done = []
     sync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda file: done.append("sync") or sync(file))
@@ -682,7 +682,7 @@ def test_the_bytes_are_on_the_disk_before_the_file_has_its_name(web, tmp_path, m
     assert done == ["sync", "replace"]
 
 
-# Disks that are full
+# Full disks
 
 
 def test_a_disk_that_fills_up(web, tmp_path):
@@ -734,7 +734,7 @@ def test_a_read_only_cache_is_read(web, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # nothing was written, no lock either
 
 
-def test_a_bar_where_somebody_watches(web, tmp_path, monkeypatch, capsys):
+def test_a_progress_bar_on_a_terminal(web, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Console, "is_terminal", True)
     fetch(f"{web.url}/{named(CONTENT)}", folder=tmp_path)
     watched = capsys.readouterr()

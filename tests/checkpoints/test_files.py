@@ -1,4 +1,4 @@
-"""Reading files of every kind that people publish weights in."""
+"""Reading checkpoint files of every published format."""
 
 import json
 import pickle
@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from weight_files import WRITERS, python2_pickle, weights
 
-from resbackbone.checkpoints.readers.files import check_weights, not_loaded, read_file
+from resbackbone.checkpoints.readers import describe_placeholders, read_file
+from resbackbone.checkpoints.tensors import check_weights
 
 
 def assert_same(content, expected):
@@ -39,7 +40,7 @@ def assert_same(content, expected):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz", ""])
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_kind_reads_whatever_its_suffix(kind, suffix, tmp_path):
+def test_every_format_is_read_with_any_suffix(kind, suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
     WRITERS[kind](weights(), path)
     content = read_file(path)
@@ -49,7 +50,7 @@ def test_every_kind_reads_whatever_its_suffix(kind, suffix, tmp_path):
 
 
 def detector():
-    """What training leaves: nested, with numbered states, attributes of the state dict, and shared tensors."""
+    """Return the checkpoint of a training: nested, with numbered states, state dict attributes, and shared tensors."""
     state_dict = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).state_dict()
     return {
         "state_dict": state_dict,
@@ -105,11 +106,11 @@ def test_every_tensor_of_torch_reads_as_it_was(tensor, zipped, tmp_path):
 
 
 def test_legacy_views_of_one_storage_read(tmp_path):
-    """PyTorch before 0.4 wrote storages that are parts of others; here such a reference is put into a legacy file."""
+    """PyTorch before 0.4 wrote storages that are views of others; such a reference is patched into a legacy file."""
     path = tmp_path / "old.pth"
     torch.save({"x": torch.arange(4.0)}, path, _use_new_zipfile_serialization=False)
     raw = path.read_bytes()
-    # The reference's tail is the count and None; now it is a view of two of the four numbers, from the second on.
+    # The reference ends with the count and None; now with a view of two of the four numbers, from the second on.
     assert raw.count(b"K\x04N") == 1
     raw = raw.replace(b"K\x04N", b"K\x04X\x01\x00\x00\x00vK\x01K\x02\x87").replace(b"K\x04\x85", b"K\x02\x85")
     path.write_bytes(raw)
@@ -141,7 +142,7 @@ def test_arrays_in_any_order_of_axes_and_bytes_read(array, tmp_path):
 
 
 def test_detectron_and_caffe2_pickles_read(tmp_path):
-    """Detectron wraps its arrays in `blobs`, with a long configuration beside them; arrays may be long too."""
+    """Detectron stores its arrays under `blobs`, beside a long configuration; arrays may be long, too."""
     blobs = {"conv1_w": np.arange(70_000, dtype=np.float32), "lr": np.float32(0.5)}
     (tmp_path / "R-50.pkl").write_bytes(python2_pickle({"blobs": blobs, "cfg": "MODEL: " + "x" * 5000}))
     content = read_file(tmp_path / "R-50.pkl")
@@ -151,7 +152,7 @@ def test_detectron_and_caffe2_pickles_read(tmp_path):
 
 
 class PaddleTensor:
-    """Is pickled as PaddlePaddle's tensors are since 2.1 (``paddle/framework/io.py``)."""
+    """Pickled as PaddlePaddle's tensors since 2.1 (``paddle/framework/io.py``)."""
 
     def __init__(self, name, data):
         self.name, self.data = name, data
@@ -178,7 +179,7 @@ def test_paddle_parameters_read(protocol, tmp_path):
 
 
 def mm_checkpoint():
-    """What mmengine's Runner saves: its hub of logs, numpy values among the notes, the schedulers' counters."""
+    """Return what mmengine's Runner saves: its message hub, numpy values in the metadata, the schedulers' counters."""
     hub = pytest.importorskip("mmengine.logging").MessageHub("test_files")
     hub.update_scalar("train/loss", 0.5)
     hub.update_scalar("train/loss", 0.25)
@@ -193,7 +194,7 @@ def mm_checkpoint():
 
 
 def rewrite_pickle(source, target, change):
-    """Copy a file of torch's with another pickle in it."""
+    """Copy a file of ``torch.save`` with another pickle in it."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             new.writestr(name, change(old.read(name)) if name.endswith("/data.pkl") else old.read(name))
@@ -223,7 +224,9 @@ def test_mmengine_checkpoints_read_with_their_logs_and_numpy_values(core, tmp_pa
 def test_logs_without_entries_read(tmp_path):
     logging = pytest.importorskip("mmengine.logging")
     torch.save({"log": logging.HistoryBuffer(), "x": torch.ones(1)}, tmp_path / "a.pth")
-    assert not_loaded(read_file(tmp_path / "a.pth")) == ("mmengine.logging.history_buffer.HistoryBuffer at 'log'",)
+    assert describe_placeholders(read_file(tmp_path / "a.pth")) == (
+        "mmengine.logging.history_buffer.HistoryBuffer at 'log'",
+    )
 
 
 PLAIN = {
@@ -247,7 +250,7 @@ PLAIN = {
 
 @pytest.mark.parametrize("save", ["pickle", "torch", "torch legacy"])
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_plain_values_read_as_what_they_were(save, protocol, tmp_path):
+def test_plain_values_keep_their_types(save, protocol, tmp_path):
     if save == "pickle":
         (tmp_path / "a").write_bytes(pickle.dumps(PLAIN, protocol))
     elif protocol < 2:
@@ -276,7 +279,7 @@ def test_default_dicts_and_the_like_read_as_plain_ones(tmp_path):
 
 
 def write_holes(folder):
-    """Write files of 200 MB that take nothing on the disk."""
+    """Write sparse files of 200 MB."""
     with torch.serialization.skip_data():
         torch.save({"x": torch.empty(50_000_000)}, folder / "big.pth")
         torch.save({"x": torch.ones(1), "optimizer": {"y": torch.empty(50_000_000)}}, folder / "run.pth")
@@ -291,13 +294,13 @@ def write_holes(folder):
 @pytest.mark.parametrize(
     ("name", "most"), [("big.pth", 220), ("big.safetensors", 220), ("big.pkl", 220), ("run.pth", 20)]
 )
-def test_s4_what_is_read_is_held_once(name, most, tmp_path):
-    """Files are not mapped into memory, and what nobody asks for is not read."""
+def test_s4_tensors_are_in_memory_once(name, most, tmp_path):
+    """Files are not mapped into memory, and skipped tensors are not read."""
     pytest.importorskip("resource")
     write_holes(tmp_path)
     code = """if True:
         import resource, sys
-        from resbackbone.checkpoints.readers.files import read_file
+        from resbackbone.checkpoints.readers import read_file
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         content = read_file(sys.argv[1], skipped=lambda key: key == "optimizer")
         assert list(content) == ["x"]
@@ -320,7 +323,7 @@ def test_tensors_may_be_written_and_the_file_stays(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_tensors_are_on_the_cpu_whatever_the_default_device(kind, tmp_path):
+def test_tensors_are_on_the_cpu_with_any_default_device(kind, tmp_path):
     WRITERS[kind](weights(), tmp_path / "weights")
     with torch.device("meta"):
         content = read_file(tmp_path / "weights")

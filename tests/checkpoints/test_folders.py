@@ -1,4 +1,4 @@
-"""Checkpoints of several files: folders of ``save_pretrained``, and shards with their index."""
+"""Checkpoints of several files: folders of ``save_pretrained``, and shards with an index."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from resbackbone import ResNet, build_backbone
 from resbackbone.checkpoints import convert_state_dict, load_checkpoint
-from resbackbone.checkpoints.readers.files import read_file
+from resbackbone.checkpoints.readers import read_file
 from resbackbone.cli import app
 
 NET = {"depth": 18, "base_channels": 4}
@@ -62,7 +62,7 @@ def test_r9_a_folder_and_what_is_in_it_load(write, suffix, weights, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 @pytest.mark.parametrize("write", [write_single, write_shards])
-def test_r9_the_commands_take_folders(write, suffix, weights, tmp_path, monkeypatch):
+def test_r9_the_commands_accept_folders(write, suffix, weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     write(tmp_path / "model", convert_state_dict(weights, target="huggingface"), suffix)
@@ -89,7 +89,7 @@ def test_r9_what_save_pretrained_writes(torchvision, tmp_path):
     assert all(torch.equal(state[key], expected[key]) for state in states for key in expected)
 
 
-def test_r9_the_file_that_transformers_would_take_comes_first(weights, tmp_path):
+def test_r9_the_file_that_transformers_prefers_comes_first(weights, tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
     write_shards(tmp_path, weights, "safetensors")
     torch.save({"y": torch.ones(1)}, tmp_path / "pytorch_model.bin")
@@ -98,7 +98,7 @@ def test_r9_the_file_that_transformers_would_take_comes_first(weights, tmp_path)
     assert read_file(tmp_path).keys() == weights.keys()
 
 
-def test_r9_other_folders_are_refused_in_words(weights, tmp_path):
+def test_r9_other_folders_are_refused(weights, tmp_path):
     torch.save(weights, tmp_path / "weights.pth")
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(ValueError, match=r"is a directory without model.safetensors, .*give the path of a file in it"):
@@ -151,7 +151,7 @@ def test_r9_shards_are_files_beside_their_index(shard, message, suffix, weights,
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 def test_r9_the_cache_of_huggingface_hub_is_read(suffix, weights, tmp_path):
-    """A snapshot there has links to the files' contents, two folders above."""
+    """A snapshot in the cache has links to blobs, two folders above."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0a1b"
     blobs.mkdir()
     snapshot.mkdir(parents=True)

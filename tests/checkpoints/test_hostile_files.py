@@ -1,4 +1,4 @@
-"""Files made to run code, to exhaust memory or to mislead: nothing in them runs, and what does not load says why."""
+"""Files made to run code, exhaust memory or mislead: no code runs, and refused files have an error that says why."""
 
 import copyreg
 import gzip
@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from weight_files import WRITERS, weights
 
 from resbackbone.checkpoints.conversion import find_backbone
-from resbackbone.checkpoints.loading import read_tensors
-from resbackbone.checkpoints.readers.files import not_loaded, read_file
+from resbackbone.checkpoints.readers import describe_placeholders, read_file
 from resbackbone.checkpoints.readers.pickle_names import NAMES
+from resbackbone.checkpoints.tensors import read_tensors
 
 
 def assert_refused(path, message):
-    """There is one error, of the documented type, in one line that begins with the path."""
+    """Assert one error of the documented type, in one line that begins with the path."""
     with pytest.raises(ValueError, match=message) as caught:
         read_file(path)
     assert caught.type is ValueError
@@ -38,7 +38,7 @@ def assert_refused(path, message):
     assert len(text) < 1000
 
 
-# Pickles by hand: each fragment leaves one object on the stack
+# Handwritten pickles: each fragment leaves one object on the stack
 
 
 def text(value):
@@ -87,7 +87,7 @@ def deflated(members):
 
 
 def torch_zip(fragment, storages=(bytes(16),), **members):
-    """Return what ``torch.save`` would write, around any pickle and any storages."""
+    """Return a file as ``torch.save`` writes it, with any pickle and any storages."""
     data = {f"archive/data/{index}": content for index, content in enumerate(storages)}
     return zipped({"archive/data.pkl": pickled(fragment), **data, **members})
 
@@ -119,11 +119,11 @@ def array(kind=F4, shape=(2,), data=NUMBERS):
     return empty + b"(K\x01" + ints(*shape) + kind + b"\x89" + data + b"tb"
 
 
-# Code that wants to run: Python's own unpickler makes a directory when it reads one of these fragments
+# Code to run: Python's own unpickler makes a directory when it reads one of these fragments
 
 
 class MakesDirectory:
-    """A class such as any library may have: to create or to restore an instance has an effect."""
+    """A class such as any library may have: creating or restoring an instance has a side effect."""
 
     def __new__(cls, path=None):
         if path:
@@ -221,7 +221,7 @@ def canary(tmp_path):
 
 @pytest.fixture(autouse=True, scope="module")
 def _extensions():
-    """A program that has registered extensions: Python's unpickler then never asks for the function's name."""
+    """A program that has registered extensions: Python's unpickler then does not look up the function's name."""
     for code, _, module in EXTENSIONS:
         copyreg.add_extension(module, "mkdir", code)
     yield
@@ -253,7 +253,7 @@ def test_no_payload_runs_in_any_container(payload, container, canary, tmp_path):
 @pytest.mark.parametrize("payload", [payload for payload in PAYLOADS if "EXT" not in payload])
 @pytest.mark.parametrize("place", PLACES)
 def test_r8_no_payload_runs_in_any_place(place, payload, canary, tmp_path):
-    """It is dropped, or the file is refused where only numbers can be."""
+    """It is not loaded, or the file is refused where only numbers can be."""
     fragment, message = PAYLOADS[payload]
     for container in ("pickle", "torch", "torch legacy, object"):
         (tmp_path / "hostile").write_bytes(CONTAINERS[container](PLACES[place](fragment(str(canary)))))
@@ -263,12 +263,12 @@ def test_r8_no_payload_runs_in_any_place(place, payload, canary, tmp_path):
         assert (content is None) == (only_numbers or (place == "hooks" and container != "torch"))
         if place in ("value", "key", "list", "tuple", "set", "OrderedDict", "nested", "counts", "deque"):
             name = message.removeprefix("names ").strip("'")
-            assert [note for note in not_loaded(content) if note.startswith(f"{name} at ")]
+            assert [note for note in describe_placeholders(content) if note.startswith(f"{name} at ")]
 
 
 @pytest.mark.parametrize("payload", [payload for payload in PAYLOADS if "EXT" in payload])
 def test_extensions_are_refused_in_any_place(payload, canary, tmp_path):
-    """Python's unpickler takes them from the registry without asking ``find_class``."""
+    """Python's unpickler reads them from the registry without calling ``find_class``."""
     for place in PLACES.values():
         (tmp_path / "hostile").write_bytes(pickled(place(PAYLOADS[payload][0](str(canary)))))
         assert_refused(tmp_path / "hostile", "opcode EXT")
@@ -289,14 +289,14 @@ def test_no_payload_runs_in_npz(canary, tmp_path):
 
 
 class Restricted(pickle.Unpickler):
-    """Python's unpickler in C, as restricted as it can be."""
+    """Python's unpickler in C, with all restrictions that it permits."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError("refused")
 
 
-def test_the_unpickler_in_c_takes_functions_from_the_registry():
-    """Why `SafeUnpickler` is no subclass of it; if this fails, it could be."""
+def test_the_unpickler_in_c_reads_functions_from_the_registry():
+    """The reason why `SafeUnpickler` is not a subclass of it; if this fails, it could be."""
     for code, opcode, _ in EXTENSIONS:
         vars(copyreg)["_extension_cache"][code] = os.mkdir  # as it is once one was used
         try:
@@ -305,8 +305,8 @@ def test_the_unpickler_in_c_takes_functions_from_the_registry():
             del vars(copyreg)["_extension_cache"][code]
 
 
-def test_the_unpickler_in_c_dies_of_a_deep_key():
-    """The other reason: it hashes what the file has for keys, and nothing of that can be replaced."""
+def test_the_unpickler_in_c_crashes_at_a_deep_key():
+    """The other reason: it hashes keys of the file, and that cannot be replaced."""
     code = """if True:
         import io, pickle
         pickle.Unpickler(io.BytesIO(b"\\x80\\x04})" + b"\\x85" * 2_000_000 + b"K\\x01s.")).load()
@@ -314,21 +314,21 @@ def test_the_unpickler_in_c_dies_of_a_deep_key():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode < 0
 
 
-def test_what_other_libraries_allow_does_not_count(tmp_path):
-    """Where a library registers the real ``getattr`` with PyTorch, as mmengine does, ``weights_only`` loads call it."""
+def test_allowlists_of_other_libraries_are_not_used(tmp_path):
+    """If a library registers the real ``getattr`` with PyTorch, as mmengine does, ``weights_only`` loads call it."""
     globals_of_torch = call(name("__builtin__.getattr"), name("torch._utils._rebuild_tensor"), text("__globals__"))
     (tmp_path / "hostile").write_bytes(b"\x80\x02" + mapping(x=globals_of_torch) + b".")
     with torch.serialization.safe_globals([getattr]):
-        assert not_loaded(read_file(tmp_path / "hostile")) == ("builtins.getattr at 'x'",)
+        assert describe_placeholders(read_file(tmp_path / "hostile")) == ("builtins.getattr at 'x'",)
 
 
 @pytest.mark.parametrize("attribute", ["__defaults__", "__code__", "__dict__", "__class__", "call", "name", "content"])
-def test_what_stands_for_a_name_cannot_be_changed(attribute, tmp_path):
+def test_replacements_of_names_cannot_be_changed(attribute, tmp_path):
     state = mapping(**{attribute: b"K\x01\x85"})
     for target in NAMES:
         for stated in (state, b"N" + state + b"\x86"):  # attributes, and slots
             (tmp_path / "hostile").write_bytes(pickled(mapping(x=name(target) + stated + b"b")))
-            assert_refused(tmp_path / "hostile", "sets attributes of a (Function|dtype)")
+            assert_refused(tmp_path / "hostile", "sets attributes of a (SafeFunction|dtype)")
 
 
 def test_an_unknown_name_is_new_each_time(tmp_path):
@@ -339,7 +339,7 @@ def test_an_unknown_name_is_new_each_time(tmp_path):
         assert content["x"].content == []
 
 
-# Everything else that is wrong with a file
+# Other damaged and hostile files
 
 
 def npy(shape="(4,)", descr="'<f4'", data=bytes(16)):
@@ -365,7 +365,7 @@ def laughs():
 
 
 def laughs_as_keys():
-    """The same of nothing but tuples, which can be hashed."""
+    """The same with tuples only, which are hashable."""
     return laughs().replace(b"]q", b")q", 1)
 
 
@@ -379,13 +379,13 @@ def colliding(count, wrap=lambda key: key):
 
 
 def copied(large, function, *more):
-    """Hand one large object to a function a thousand times."""
+    """Pass one large object to a function a thousand times."""
     arguments = b"(h\0" + b"".join(more) + b"t"
     return b"](" + large + b"q\0" + 1000 * (name(function) + arguments + b"R") + b"e"
 
 
 def patched(content, after, offset, value):
-    """Write over a field of the last record that begins so."""
+    """Overwrite a field of the last record with this start."""
     start = content.rindex(after) + offset
     return content[:start] + value + content[start + len(value) :]
 
@@ -403,7 +403,7 @@ def tar():
 
 
 def legacy_tensor(count):
-    """A legacy file whose one storage is said to have `count` numbers."""
+    """A legacy file that declares `count` numbers in its one storage."""
     return torch_legacy(
         mapping(x=tensor()), keys=b"](" + text("0") + b"e", storages=struct.pack("<q", count) + bytes(16)
     )
@@ -414,9 +414,9 @@ X = mapping(x=b"K\x01")
 PAIRS = b"](" + b"".join(b"](" + text(str(index)) + b"K\x01e" for index in range(20_000)) + b"e"
 MANY = array(shape=(20_000,), data=b"h\0")
 FIELDS = b"(K\x03" + text("<") + b"N" + text("a") + b"\x85}tb"
-# What is wrong, the file's bytes, and what the error says.
+# The fault, the file's bytes, and the error text.
 HOSTILE = [
-    # No checkpoints
+    # Not checkpoints
     ("empty", b"", "is empty; download or copy it again"),
     ("web page", b"<!DOCTYPE html>\n<html><title>404</title></html>", "is a web page, perhaps the error page"),
     ("web page after a blank line", b"\r\n <HTML>403</HTML>", "is a web page, perhaps the error page"),
@@ -448,7 +448,7 @@ HOSTILE = [
     ("npz, false shape", zipped({"x.npy": npy(f"({BIG},)")}), "declares 'x.npy' of shape .*, which is not its size"),
     ("npz, fields", zipped({"x.npy": npy(descr="[('a', '<f4')]")}), "only arrays of numbers are read"),
     ("npz, code", zipped({"x.npy": npy("__import__('os')")}), "is damaged, download or copy it again"),
-    # Pickles that cost too much
+    # Expensive pickles
     ("laughs", pickled(laughs()), "holds more than 1,000,000 objects; a checkpoint holds far fewer"),
     ("laughs of torch", torch_zip(laughs()), "holds more than 1,000,000 objects; a checkpoint holds far fewer"),
     ("laughing name", pickled(laughs() + text("x") + b"\x93"), "is damaged, download or copy it again"),
@@ -558,7 +558,7 @@ def test_hostile_and_broken_files_get_one_clear_error(content, message, tmp_path
 
 
 @pytest.mark.parametrize("problem", ["bomb", "false", "copied", "absurd", "strides", "legacy", "safetensors"])
-def test_what_a_hostile_file_declares_is_not_allocated(problem, tmp_path):
+def test_declared_sizes_are_not_allocated(problem, tmp_path):
     for case, content, message in HOSTILE:
         if not case.startswith(problem):
             continue
@@ -572,7 +572,7 @@ def test_what_a_hostile_file_declares_is_not_allocated(problem, tmp_path):
 
 
 def test_a_far_place_in_the_memo_costs_nothing(tmp_path):
-    """Python's own unpickler takes 64 GB for it."""
+    """Python's own unpickler allocates 64 GB for it."""
     (tmp_path / "hostile").write_bytes(pickled(mapping(x=b"Nr\xff\xff\xff\xff")))
     assert read_file(tmp_path / "hostile") == {"x": None}
 
@@ -640,7 +640,7 @@ def test_an_index_reads_only_whole_shards_beside_it(weight_map, message, tmp_pat
     assert_refused(folder / "model.safetensors.index.json", message)
 
 
-# Chance
+# Random damage
 
 
 def read_or_refuse(path):
@@ -701,7 +701,7 @@ def test_random_programs_of_the_unpickler_read_or_are_refused(parts, tmp_path):
         read_or_refuse(tmp_path / "hostile")
 
 
-# Small files that repeat something long
+# Small files with a long part that is repeated
 
 
 def memoized(*fragments):
@@ -750,7 +750,7 @@ def test_a_long_key_of_many_mappings_makes_no_long_names(tmp_path):
 def test_long_keys_of_plain_objects_are_shortened_in_notes(tmp_path):
     kept, key = memoized(text("k" * 60_000))
     (tmp_path / "a.pth").write_bytes(torch_zip(kept + (b"}" + key) * 90 + name("a.B") + b"s" * 90))
-    (note,) = not_loaded(read_file(tmp_path / "a.pth"))
+    (note,) = describe_placeholders(read_file(tmp_path / "a.pth"))
     assert note.startswith("a.B at 'kkk")
     assert len(note) < 100
 
@@ -774,7 +774,7 @@ def test_safetensors_of_many_dimensions_are_refused_before_their_product(size, t
 
 def test_more_backbones_than_a_checkpoint_has_are_refused():
     tensors = dict.fromkeys((f"p{number}.layer1.0.conv1.weight" for number in range(8000)), torch.ones(1))
-    with pytest.raises(ValueError, match="8,000 backbones are among the keys, below 'p0"):
+    with pytest.raises(ValueError, match="8,000 backbones are among the keys, with prefixes 'p0"):
         find_backbone(tensors)
 
 

@@ -1,4 +1,4 @@
-"""Every layout's names, both ways: those of the real library's model where it installs, else the documented ones."""
+"""Key layouts in both directions: keys of the library's model where it can be installed, else the documented ones."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from resbackbone.checkpoints.conversion import convert_state_dict, detect_layout
 from resbackbone.checkpoints.layouts import LAYOUTS, is_native
 from resbackbone.config import list_backbones
 
-# Our config, the library's model, the layout that is found.
+# Our config, the library's model, the detected layout.
 TIMM = [
     ("resnet50", "resnet50", "native"),
     ("resnet50_v1d", "resnet50d", "timm"),
@@ -45,7 +45,7 @@ HEADS = re.compile(r"(fc|bn|gn)\..+")  # the classifier, and the norm in front o
 
 
 def tensors_of(build, *args, **kwargs):
-    """The state dict of a model, which is built without memory, each tensor full of a number of its own."""
+    """Return the state dict of a model on the meta device, each tensor filled with a number of its own."""
     with torch.device("meta"):
         state_dict = build(*args, **kwargs).state_dict()
     return {
@@ -54,7 +54,7 @@ def tensors_of(build, *args, **kwargs):
 
 
 def assert_fills(native, config):
-    """The names and shapes are those of our config's backbone, and what is left over is a head."""
+    """Assert that keys and shapes are those of our config's backbone, and all others belong to a head."""
     own = build_on_meta(config).state_dict()
     assert {key: native[key].shape for key in own} == {key: tensor.shape for key, tensor in own.items()}
     assert [key for key in native if key not in own and not HEADS.fullmatch(key)] == []
@@ -155,7 +155,7 @@ def test_r6_timms_names_with_features_only(timm, config, model, layout, kind):
     native = convert_state_dict(theirs)
     assert_fills(native, config)
     written = convert_state_dict(native, target=layout)
-    # As timm's whole model has them, without what features do not need.
+    # As in timm's whole model, without what features do not need.
     assert written.keys() <= tensors_of(timm.create_model, model).keys()
     inside_a_transformer = {f"model.backbone._backbone.{key}": tensor for key, tensor in theirs.items()}
     assert_same(convert_state_dict(inside_a_transformer), native)
@@ -183,7 +183,7 @@ def test_r6_torchvisions_names_of_extracted_features(torchvision, config, name, 
 
 
 def test_a_vd_net_of_rt_detr():
-    """Its shortcuts pool but in the first stage, and its first convolution is called like a plain stem's."""
+    """Its shortcuts pool except in the first stage, and its first convolution has the name of a plain stem's."""
     names = {
         "conv1.conv1_1.conv.weight": "stem.0.weight",
         "conv1.conv1_2.conv.weight": "stem.3.weight",
@@ -203,7 +203,7 @@ def test_a_vd_net_of_rt_detr():
     assert list(convert_state_dict(wrapped)) == list(native)
 
 
-# Nets taken apart: what a layer is called depends on how many without parameters stand before it.
+# Nets as nn.Sequential: the name of a layer depends on the number of layers before it, also those without parameters.
 
 
 def plain(net):
@@ -250,7 +250,7 @@ TAKEN_APART = {
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "state_dict.model.0."])
 @pytest.mark.parametrize("how", TAKEN_APART)
-def test_r6_a_net_taken_apart(how, prefix):
+def test_r6_a_sequential_net(how, prefix):
     config, take_apart = TAKEN_APART[how]
     net = build_on_meta(config)
     expected = net.state_dict()
@@ -265,7 +265,7 @@ def test_r6_a_net_taken_apart(how, prefix):
 
 
 @pytest.mark.parametrize("config", ["resnetrs50", "seresnet50", "resnetv2_50d", "skresnet50", "resnet18_ibn_a"])
-def test_r6_nets_of_ours_taken_apart(config):
+def test_r6_our_nets_as_sequential(config):
     net = build_on_meta(config)
     back = convert_state_dict(named(*net.children()))
     assert {key: tensor.shape for key, tensor in back.items()} == {
@@ -274,14 +274,14 @@ def test_r6_nets_of_ours_taken_apart(config):
 
 
 @pytest.mark.parametrize("config", ["resnet18d", "seresnet50", "ecaresnet50t", "resnet50", "resnetrs50"])
-def test_r6_a_net_of_timm_taken_apart(timm, config):
+def test_r6_a_timm_net_as_sequential(timm, config):
     with torch.device("meta"):
         model = timm.create_model(config)
     whole, apart = convert_state_dict(model.state_dict()), convert_state_dict(named(*model.children()))
     assert {key: tensor.shape for key, tensor in apart.items()} == {key: tensor.shape for key, tensor in whole.items()}
 
 
-# Libraries that do not install here: a few names of each as they are documented, and the whole net there and back.
+# Libraries that cannot be installed here: a few documented keys of each, and a round trip of the whole net.
 DOCUMENTED = {
     "detectron2": {
         "stem.conv1.weight": "conv1.weight",
@@ -385,7 +385,7 @@ def test_documented_names(layout):
 
 
 def test_a_vd_net_of_paddle():
-    """Its shortcuts pool but in the first stage."""
+    """Its shortcuts pool except in the first stage."""
     names = {
         "conv1.conv1_1.conv.weight": "stem.0.weight",
         "conv1.conv1_3.norm._mean": "stem.7.running_mean",
@@ -416,7 +416,7 @@ def test_mmpretrains_shortcuts_count_from_another_number():
     assert list(convert_state_dict(native, "mmpretrain")) == list(native)  # read again, nothing moves
 
 
-# Which of our nets a layout can name.
+# The nets that a layout has keys for.
 RESNETS = ["resnet18", "resnet50", "resnet101", "resnext50_32x4d"]
 EXPRESSIBLE = {
     "timm": [*RESNETS, "resnet50_v1d", "seresnet50", "skresnet50", "res2net50_v1b_26w_4s", "resnest50", "ecaresnet50"],
@@ -446,7 +446,7 @@ ROUND_TRIPS = [(layout, config) for layout, configs in EXPRESSIBLE.items() for c
 
 
 def random_weights(config):
-    """A state dict of that config's names and shapes, with a classifier."""
+    """Return a state dict with the keys and shapes of a config, and a classifier."""
     own = build_on_meta(config)
     shapes = {key: tensor.shape for key, tensor in own.state_dict().items() if "num_batches_tracked" not in key}
     shapes |= {"fc.weight": (10, own.feat_dim), "fc.bias": (10,)}
@@ -467,7 +467,7 @@ def test_there_and_back(layout, config):
 
 @pytest.mark.parametrize("config", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_caffe2s_norms_there_and_back(config):
-    """Of a norm one multiplication and one addition are left; read again, they compute the same."""
+    """Statistics are folded into weight and bias; read again, they compute the same."""
     ours = random_weights(config)
     ours |= {key: tensor.abs() + 0.5 for key, tensor in ours.items() if key.endswith("running_var")}
     theirs = convert_state_dict(ours, "native", "caffe2")
@@ -508,7 +508,7 @@ def test_group_norms_have_a_name_of_their_own_here(layout):
         ("state_dict.backbone.", "optimizer.state.0"),
     ],
 )
-def test_wrappings_are_taken_off(prefix, other):
+def test_prefixes_are_removed(prefix, other):
     ours = random_weights("resnet18")
     wrapped = {f"{prefix}{key}": tensor for key, tensor in ours.items()}
     if other is not None and other.endswith("."):
@@ -518,7 +518,7 @@ def test_wrappings_are_taken_off(prefix, other):
     found = find_backbone(wrapped)
     assert found.prefix == prefix
     assert_same(found.native, ours)
-    assert found.prefixes == ((other,) if other is not None and other.endswith(".") else ())
+    assert found.other_prefixes == ((other,) if other is not None and other.endswith(".") else ())
 
 
 @pytest.mark.slow
@@ -527,7 +527,7 @@ def test_our_own_names_are_native():
     assert strange == []
 
 
-def test_what_is_no_backbone_is_refused():
+def test_state_dicts_without_a_backbone_are_refused():
     with pytest.raises(ValueError, match=r"no known backbone .* first of which are: encoder\.weight; known layouts"):
         detect_layout({"encoder.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="no paddle backbone"):
@@ -541,7 +541,7 @@ def test_two_names_of_one_tensor_are_refused():
 
 
 @pytest.mark.parametrize("end", ["source", "target"])
-def test_an_unknown_layout_is_answered_with_the_nearest(end):
+def test_an_unknown_layout_suggests_the_nearest(end):
     with pytest.raises(KeyError, match=r"unknown layout 'detectron'; did you mean 'detectron2'"):
         convert_state_dict(random_weights("resnet18"), **{end: "detectron"})
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the real libraries, loaded: the features are theirs at every level. What does not fit is refused."""
+"""Loading checkpoints of the real libraries: equal features at every level. What does not fit is refused."""
 
 import pickle
 import re
@@ -24,7 +24,7 @@ SAME = {"rtol": 0, "atol": 0}
 
 
 def levels_of(model, names, images):
-    """What the children of those names hand out, in evaluation."""
+    """Return the outputs of the children with those names, in eval mode."""
     outs = []
     handles = [model.get_submodule(name).register_forward_hook(lambda *args: outs.append(args[-1])) for name in names]
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_timm(timm, shake, images, tmp_path, config, name, layout):
 
 
 def test_timms_old_names(timm, shake, images, tmp_path):
-    """Its first SE-ResNet strides as Caffe did, and pools with other borders; so the stages alone are compared."""
+    """Its first SE-ResNet has Caffe's strides and another padding of the pool; so only the stages are compared."""
     model = shake(timm.create_model("legacy_seresnet50"))
     torch.save(model.state_dict(), tmp_path / "model.pth")
     net = build_backbone("seresnet50", style="caffe").eval()
@@ -122,7 +122,7 @@ def test_rt_detr(shake, images, tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("kind", ["sequential", "getter", "extractor"])
-def test_r6_torchvisions_net_taken_apart(torchvision, shake, images, tmp_path, name, kind):
+def test_r6_a_torchvision_net_as_sequential(torchvision, shake, images, tmp_path, name, kind):
     model = shake(torchvision.models.get_model(name)).eval()
     expected = levels_of(model, STAGES, images)
     if kind == "sequential":
@@ -152,7 +152,7 @@ def test_r6_timms_pre_activation_nets_with_features_only(timm, shake, images, tm
 
 
 def test_r6_big_transfers_own_file(timm, shake, images, tmp_path):
-    """Timm's own reader of such files makes the same net of it."""
+    """Timm's own reader of such files builds the same net."""
     model = shake(timm.create_model("resnetv2_50x1_bit", num_classes=10)).eval()
     weights = convert_state_dict(model.state_dict(), "timm-resnetv2", "bit")
     save_weights(weights, tmp_path / "BiT-M-R50x1.npz")
@@ -184,7 +184,7 @@ def test_r6_hugging_faces_bit(torchvision, shake, images, tmp_path):
     assert_features(net, expected, images)
 
 
-# Libraries that do not install here: files in the layout that they document, of a net that is known otherwise.
+# Libraries that cannot be installed here: files in their documented layout, of one of our nets.
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_torchvisions_regnet(torchvision, shake, images, tmp_path):
 
 
 def test_caffe2(source, images, tmp_path):
-    """Frozen norms, and their statistics gone: what is computed stays."""
+    """Frozen norms without statistics have the same outputs."""
     blobs = numpy_of(convert_state_dict(source.state_dict(), "native", "caffe2"))
     blobs |= {f"{key}_momentum": value for key, value in blobs.items()} | {"lr": np.float32(0.1)}
     save_pickle({"blobs": blobs, "cfg": "text"}, tmp_path / "R-50.pkl")
@@ -247,12 +247,12 @@ def test_caffe2(source, images, tmp_path):
 
 
 def test_weights_of_caffe_on_torchvisions_images(source, tmp_path):
-    """The first convolution takes the order and the scale over; features differ by rounding."""
+    """Order and std are folded into the first convolution; features differ by rounding."""
     weights = convert_state_dict(source.state_dict(), "native", "detectron2")
     save_pickle({"model": numpy_of(weights)}, tmp_path / "m.pkl")
     as_it_is, converted = (ResNet(50, base_channels=8) for _ in range(2))
     load_checkpoint(as_it_is, tmp_path / "m.pkl")
-    report = load_checkpoint(converted, tmp_path / "m.pkl", expects="torchvision")
+    report = load_checkpoint(converted, tmp_path / "m.pkl", normalization="torchvision")
     assert converted.preprocessing == TORCHVISION
     assert "RGB" in report.adapted[-1]
     pixels = torch.randint(0, 256, (1, 3, 64, 64)).float()  # RGB
@@ -263,7 +263,7 @@ def test_weights_of_caffe_on_torchvisions_images(source, tmp_path):
             assert ((left - right).abs().max() / left.abs().max()).item() < 1e-5
 
 
-# What is adapted
+# Adaptation
 
 
 @pytest.mark.parametrize("in_channels", [1, 2, 4, 6])
@@ -271,7 +271,7 @@ def test_other_numbers_of_channels(source, tmp_path, in_channels):
     torch.save(source.state_dict(), tmp_path / "m.pth")
     net = ResNet(50, base_channels=8, in_channels=in_channels)
     report = load_checkpoint(net, tmp_path / "m.pth")
-    assert report.adapted == (f"conv1.weight takes {in_channels} channels in place of 3",)
+    assert report.adapted == (f"conv1.weight accepts {in_channels} channels in place of 3",)
     gray = torch.randn(1, 1, 64, 64)  # a gray image means to it what it means to the other
     outs = [source(gray.expand(-1, 3, -1, -1)), net.eval()(gray.expand(-1, in_channels, -1, -1))]
     if in_channels in (1, 6):
@@ -302,7 +302,7 @@ def test_other_numbers_of_channels(source, tmp_path, in_channels):
         *((3, taken, None) for taken in (2, 4, 13)),
     ],
 )
-def test_w6_only_of_colors_and_gray_anybody_knows_what_is_expected(tmp_path, trained, taken, expected):
+def test_w6_preprocessing_is_known_for_color_and_gray_only(tmp_path, trained, taken, expected):
     source = ResNet(18, base_channels=2, in_channels=trained)
     torch.save(source.state_dict(), tmp_path / "m.pth")
     net = ResNet(18, base_channels=2, in_channels=taken)
@@ -321,14 +321,14 @@ def test_w6_only_of_colors_and_gray_anybody_knows_what_is_expected(tmp_path, tra
     else:  # the n-th channel gets the filters of the n-th, and of the first again behind the last
         repeated = weight[:, [channel % trained for channel in range(taken)]]
         torch.testing.assert_close(net.conv1.weight, repeated * (trained / taken))
-    changed = (f"conv1.weight takes {taken} channels in place of {trained}",) if trained != taken else ()
+    changed = (f"conv1.weight accepts {taken} channels in place of {trained}",) if trained != taken else ()
     assert report.adapted == changed
     net.preprocessing = TORCHVISION
     assert preprocessing_of(net) == TORCHVISION
 
 
 @pytest.mark.parametrize("channels", [2, 4, 13])
-def test_w6_a_run_of_other_channels_says_nothing_of_pictures(tmp_path, channels):
+def test_w6_preprocessing_is_unknown_after_training_on_other_channels(tmp_path, channels):
     weights = {
         f"state_dict.backbone.{key}": value for key, value in ResNet(18, in_channels=channels).state_dict().items()
     }
@@ -350,7 +350,7 @@ def test_w6_the_command_says_so(tmp_path, monkeypatch):
     assert "the preprocessing of the loaded weights is unknown" in result.output
 
 
-def test_group_norms_by_whatever_name(tmp_path):
+def test_group_norms_of_any_name(tmp_path):
     source = ResNet(18, base_channels=8, norm_cfg={"type": "GN", "num_groups": 4})
     other = {re.sub(r"\bgn(?=\d\.)", "bn", key): value + 1 for key, value in source.state_dict().items()}
     torch.save(other, tmp_path / "m.pth")
@@ -370,7 +370,7 @@ def test_group_norms_by_whatever_name(tmp_path):
     ],
 )
 def test_an_ordinary_checkpoint_for_a_net_with_more(source, images, tmp_path, options, kept):
-    """What begins without effect need not be there; the features are those of the ordinary net, but of a plugin's."""
+    """Layers without effect at initialization may be missing; features are those of the plain net, plugins excepted."""
     torch.save(source.state_dict(), tmp_path / "m.pth")
     net = build_backbone({"type": "ResNet", "depth": 50, "base_channels": 8, **options})
     report = load_checkpoint(net, tmp_path / "m.pth")
@@ -380,7 +380,7 @@ def test_an_ordinary_checkpoint_for_a_net_with_more(source, images, tmp_path, op
         assert_features(net, source(images), images, rtol=1e-3, atol=1e-3)
 
 
-# What is refused, and what is not
+# Strictness
 
 
 def refuse(net, path, match, **options):
@@ -403,7 +403,7 @@ def refuse(net, path, match, **options):
         (lambda s: s["layer4.2.conv3.weight"].view(-1)[5:6].fill_(float("nan")), r"layer4\.2\.conv3\.weight \(NaN\)"),
     ],
 )
-def test_what_does_not_fit_changes_nothing(source, tmp_path, spoil, match):
+def test_a_misfit_changes_nothing(source, tmp_path, spoil, match):
     weights = {key: value.clone() for key, value in source.state_dict().items()}
     spoil(weights)
     torch.save(weights, tmp_path / "m.pth")
@@ -446,9 +446,12 @@ def test_a_prefix_tells_which_of_two(source, tmp_path):
     net = ResNet(50, base_channels=8)
     report = load_checkpoint(net, tmp_path / "m.pth", prefix="img_backbone.")
     assert torch.equal(net.conv1.weight, source.conv1.weight + 1)
-    assert load_checkpoint(net, tmp_path / "m.pth").adapted[-1] == "not the one below 'state_dict.img_backbone.'"
+    assert (
+        load_checkpoint(net, tmp_path / "m.pth").adapted[-1]
+        == "not the backbone with prefix 'state_dict.img_backbone.'"
+    )
     assert torch.equal(net.conv1.weight, source.conv1.weight)
-    assert report.adapted == ("the backbone below 'state_dict.img_backbone.'",)
+    assert report.adapted == ("backbone with prefix 'state_dict.img_backbone.'",)
 
 
 def test_a_net_without_memory_is_filled(source, images, tmp_path):
@@ -465,7 +468,7 @@ def test_the_report_is_a_table(source, tmp_path):
     torch.save({"backbone." + key: value for key, value in source.state_dict().items()}, tmp_path / "m.pth")
     text = str(load_checkpoint(ResNet(50, base_channels=8), tmp_path / "m.pth"))
     assert re.search(r"loaded +│ +318", text)
-    assert "the backbone below 'backbone.'" in text
+    assert "backbone with prefix 'backbone.'" in text
 
 
 # From a config
@@ -479,7 +482,7 @@ def test_build_backbone_loads(source, images, tmp_path):
         build_backbone("resnet18", checkpoint=tmp_path / "nowhere.pth")
 
 
-def test_the_shared_head_takes_its_stage_of_a_whole_checkpoint(tmp_path):
+def test_the_shared_head_loads_its_stage_of_a_whole_checkpoint(tmp_path):
     torch.manual_seed(1)
     weights = ResNet(18).state_dict()
     torch.save(weights, tmp_path / "m.pth")
@@ -504,7 +507,7 @@ def test_init_cfg_loads_in_the_same_way(source, images, tmp_path, as_list):
 
 
 def test_init_cfg_inside_a_model(source, tmp_path):
-    """Under a host's model its ``init_weights`` comes to the backbone's."""
+    """The ``init_weights`` of a host's model calls that of the backbone."""
     from mmengine.model import BaseModel
 
     torch.save(source.state_dict(), tmp_path / "m.pth")
@@ -523,7 +526,7 @@ def test_init_cfg_inside_a_model(source, tmp_path):
     assert all(torch.equal(*pair) for pair in zip(model.backbone.parameters(), source.parameters(), strict=True))
 
 
-# Whatever is done to the names
+# Random changes of keys and shapes
 
 
 LAYOUTS = ["native", "timm", "mmpretrain", "detectron2", "huggingface", "paddle"]
@@ -541,7 +544,7 @@ def tiny(seed):
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_checkpoint_loads_silently_wrong(tmp_path, data):
-    """Either every tensor of the net is the right one, or there is an error and nothing has changed."""
+    """Either every tensor of the net is loaded, or there is an error and nothing has changed."""
     source, net = tiny(seed=1), tiny(seed=2)
     weights = convert_state_dict(source.state_dict(), "native", data.draw(st.sampled_from(LAYOUTS)))
     words = st.text("abcxyz._0123456789", min_size=1, max_size=12)
@@ -568,11 +571,11 @@ def test_no_checkpoint_loads_silently_wrong(tmp_path, data):
         assert torch.equal(value, expected[key]) or key.endswith("num_batches_tracked"), key
 
 
-# From elsewhere
+# Downloads
 
 
 def test_a_url_and_a_catalogued_name(source, images, tmp_path, monkeypatch):
-    """The file comes from a server, and what the catalog says of it holds."""
+    """The file is downloaded, and its catalog entry is used."""
     torch.save(source.state_dict(), tmp_path / "m.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     with serve() as web:

@@ -26,8 +26,7 @@ from typer.testing import CliRunner
 
 from resbackbone import ResNet
 from resbackbone.checkpoints import load_checkpoint
-from resbackbone.checkpoints.readers.files import not_loaded, read_file
-from resbackbone.checkpoints.readers.placeholders import Inert
+from resbackbone.checkpoints.readers import Placeholder, describe_placeholders, read_file
 
 Point = namedtuple("Point", "x y")
 
@@ -228,11 +227,11 @@ def test_r8_an_object_beside_the_weights_is_not_loaded(kind, save, weights, tmp_
             assert protocol < 2 or kind == "memory format"  # Python cannot
             continue
         read = read_file(tmp_path / "a.pth")
-        assert all(issubclass(kind, Inert) for kind in strangers(read))
+        assert all(issubclass(kind, Placeholder) for kind in strangers(read))
         net = ResNet(18, base_channels=4)
         report = load_checkpoint(net, tmp_path / "a.pth")
         assert all(torch.equal(value, weights[key]) for key, value in net.state_dict().items())
-        assert report.not_loaded == not_loaded(read)
+        assert report.not_loaded == describe_placeholders(read)
         assert report.not_loaded
         assert report.not_loaded[0].endswith(" at 'here' and 4 more")
         assert "objects of 1 other class not loaded" in report.summary()
@@ -385,10 +384,10 @@ def test_r8_the_commands_name_what_they_leave_out(weights, tmp_path, monkeypatch
 def test_r8_a_chain_of_a_million_unknown_calls_costs_little(tmp_path):
     chain = b"ca\nB\n" + b")R" * 400_000
     (tmp_path / "a.pkl").write_bytes(b"\x80\x04}X\1\0\0\0x" + chain + b"s.")
-    assert not_loaded(read_file(tmp_path / "a.pkl")) == ("a.B at 'x'",)
+    assert describe_placeholders(read_file(tmp_path / "a.pkl")) == ("a.B at 'x'",)
     wide = b"ca\nB\n(" + b"ca\nB\n" * 100_000 + b"t" + b"\x81"
     (tmp_path / "a.pkl").write_bytes(b"\x80\x04}X\1\0\0\0x" + wide + b"s.")
-    assert not_loaded(read_file(tmp_path / "a.pkl")) == ("a.B at 'x'",)
+    assert describe_placeholders(read_file(tmp_path / "a.pkl")) == ("a.B at 'x'",)
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -400,7 +399,7 @@ def test_long_integers_and_the_types_of_scales_load(tmp_path, protocol):
     assert (read["x"], read["y"]) == (2**3000, -(2**3000))
     assert read["scale"].dtype is scale
     torch.save({"x": 2**100_000, "w": torch.ones(2)}, tmp_path / "a.pth", pickle_protocol=protocol)
-    assert not_loaded(read_file(tmp_path / "a.pth")) == ("builtins.int at 'x'",)
+    assert describe_placeholders(read_file(tmp_path / "a.pth")) == ("builtins.int at 'x'",)
 
 
 @pytest.mark.parametrize("kind", ["list", "dict", "list in a dict"])
@@ -417,7 +416,7 @@ def test_what_holds_itself_is_noted(tmp_path, kind):
 
 def test_a_file_that_is_only_itself_is_read(tmp_path):
     (tmp_path / "a.pkl").write_bytes(b"\x80\x04}q\0X\x01\0\0\0xh\0s.")
-    assert not_loaded(read_file(tmp_path / "a.pkl")) == ("builtins.dict, inside of itself at 'x'",)
+    assert describe_placeholders(read_file(tmp_path / "a.pkl")) == ("builtins.dict, inside of itself at 'x'",)
 
 
 def test_tuples_of_a_hundred_numbers_are_keys_and_members(tmp_path):
@@ -429,4 +428,4 @@ def test_tuples_of_a_hundred_numbers_are_keys_and_members(tmp_path):
 
 def test_a_tensor_without_a_name_is_noted(tmp_path):
     torch.save({"x": {None: torch.ones(1)}, "w": torch.ones(2)}, tmp_path / "a.pth")
-    assert not_loaded(read_file(tmp_path / "a.pth")) == ("torch.Tensor at 'x.None'",)
+    assert describe_placeholders(read_file(tmp_path / "a.pth")) == ("torch.Tensor at 'x.None'",)

@@ -1,4 +1,4 @@
-"""Which backbone of a file is taken, where it has several, and what is said where there is none."""
+"""Selection of one backbone of a checkpoint that has several, and the errors if there is none."""
 
 import itertools
 import random
@@ -19,7 +19,7 @@ from resbackbone.checkpoints.selection import unwrap
 from resbackbone.cli import app
 from resbackbone.necks import FPN
 
-# What is taken, what is not: as each project itself evaluates, or loads by default.
+# The selected prefix and the other one, as each project evaluates, or loads by default.
 PAIRS = [
     ("ema.module.backbone.", "model.backbone."),  # RT-DETR and what is built on it
     ("state_dict_ema.", "state_dict."),  # timm
@@ -70,12 +70,12 @@ def below(prefix, weights, *, counters=True, heads=False):
 
 @pytest.mark.parametrize(("right", "wrong"), PAIRS)
 def test_w2_the_role_decides(right, wrong):
-    """Whatever stands first, and whichever has counters or heads besides."""
+    """In any order, and with counters or heads in either one."""
     for first, *flags in itertools.product((0, 1), (False, True), (False, True), (False, True), (False, True)):
         one = below(right, tiny(1), counters=flags[0], heads=flags[1])
         two = below(wrong, tiny(2), counters=flags[2], heads=flags[3])
         found = find_backbone(two | one if first else one | two)
-        assert (found.prefix, found.prefixes) == (right, (wrong,))
+        assert (found.prefix, found.other_prefixes) == (right, (wrong,))
         assert all((value == 1).all() for key, value in found.native.items() if not key.startswith("fc."))
 
 
@@ -87,7 +87,7 @@ def test_w2_a_warning_names_both_and_how_to_choose(tmp_path, right, wrong):
         report = load_checkpoint(net, tmp_path / "m.pth")
     assert repr(right) in str(caught[0].message)
     assert f"prefix={wrong!r}" in str(caught[0].message)
-    assert f"not the one below {wrong!r}" in report.adapted
+    assert f"not the backbone with prefix {wrong!r}" in report.adapted
     assert (net.conv1.weight == 1).all()
     for prefix, value in ((wrong, 2), (right, 1)):
         load_checkpoint(net, tmp_path / "m.pth", prefix=prefix)  # and no warning
@@ -124,14 +124,14 @@ def test_w2_the_plain_files_of_mmengine_keep_their_state_dict(tmp_path, marks):
     torch.save(weights, tmp_path / "m.pth")
     net = ResNet(18, **SIZE)
     report = load_checkpoint(net, tmp_path / "m.pth")  # and no warning
-    assert "not the one below 'ema_state_dict.backbone.'" in report.adapted
+    assert "not the backbone with prefix 'ema_state_dict.backbone.'" in report.adapted
     assert (net.conv1.weight == 1).all()
     load_checkpoint(net, tmp_path / "m.pth", prefix="ema_state_dict.backbone.")
     assert (net.conv1.weight == 2).all()
 
 
 def test_w2_mmengines_own_hook_swaps(tmp_path):
-    """What it saves in ``state_dict`` is the average."""
+    """It saves the averaged weights in ``state_dict``."""
     hooks, model = pytest.importorskip("mmengine.hooks"), pytest.importorskip("mmengine.model")
 
     class Runner:
@@ -151,19 +151,19 @@ def test_w2_mmengines_own_hook_swaps(tmp_path):
     torch.save(content, tmp_path / "m.pth")
     net = ResNet(18, **SIZE)
     report = load_checkpoint(net, tmp_path / "m.pth")
-    assert "not the one below 'ema_state_dict.module.backbone.'" in report.adapted
+    assert "not the backbone with prefix 'ema_state_dict.module.backbone.'" in report.adapted
     assert (net.conv1.weight == 1).all()
 
 
 @pytest.mark.parametrize("lacking", ["running_", "bn1", "conv1.weight"])
-def test_w2_an_average_without_statistics_or_stem_is_passed_over(lacking):
+def test_w2_an_average_without_statistics_or_stem_ranks_last(lacking):
     part = {key: value for key, value in tiny(2).items() if lacking not in key or key.startswith("layer1.0.conv1")}
     for tensors in (
         below("model.", tiny(1)) | below("shadow.", part),
         below("shadow.", part) | below("model.", tiny(1)),
     ):
         found = find_backbone(tensors)
-        assert (found.prefix, found.prefixes) == ("model.", ("shadow.",))
+        assert (found.prefix, found.other_prefixes) == ("model.", ("shadow.",))
 
 
 def test_w2_a_small_student_does_not_lack_what_its_teacher_has_more():
@@ -172,7 +172,7 @@ def test_w2_a_small_student_does_not_lack_what_its_teacher_has_more():
     assert find_backbone(below("ema_model.", tiny(1)) | below("model.", teacher)).prefix == "ema_model."
 
 
-def test_w2_the_classifier_is_that_of_the_backbone_taken():
+def test_w2_the_classifier_is_that_of_the_selected_backbone():
     raw, averaged = below("", tiny(2) | {"fc.weight": torch.ones(3, 4) * 2}), below("ema_model.", tiny(1))
     assert "fc.weight" not in find_backbone(raw | averaged).native
     averaged["ema_model.fc.weight"] = torch.ones(3, 4)
@@ -182,11 +182,11 @@ def test_w2_the_classifier_is_that_of_the_backbone_taken():
 
 def test_w2_equal_copies_are_no_choice(tmp_path):
     torch.save(below("backbone.", tiny(1)) | below("encoder_k.0.", tiny(1)), tmp_path / "m.pth")
-    assert load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth").adapted == ("the backbone below 'backbone.'",)
+    assert load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth").adapted == ("backbone with prefix 'backbone.'",)
 
 
 def test_w2_of_two_parts_of_one_model_the_report_tells():
-    """Without roles the larger is taken, then the shorter prefix; order plays no part."""
+    """Without roles the larger one is selected, then the shorter prefix, in any order."""
     two = below("img_backbone.", tiny(2)), below("backbone.", tiny(1))
     assert find_backbone(two[0] | two[1]).prefix == find_backbone(two[1] | two[0]).prefix == "backbone."
     deeper = below("img_backbone.", tiny(3, depth=34))
@@ -215,7 +215,7 @@ def test_w2_a_neck_comes_from_the_same_copy_as_its_backbone(tmp_path, right, wro
     assert all((tensor == 1).all() for tensor in neck.state_dict().values())
 
 
-# Wrappers inside of names
+# Wrappers inside of keys
 
 WRAPPERS = ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module", "module"]
 
@@ -232,7 +232,7 @@ def wrap(name, places, rng):
     "layout", ["native", "detectron2", "huggingface", "paddle", "rtdetr", "mmaction2", "cifar", "sequential"]
 )
 @pytest.mark.parametrize("places", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)])
-def test_r7_wrappers_inside_of_names_are_dropped(layout, places):
+def test_r7_wrappers_inside_of_keys_are_removed(layout, places):
     weights = {key: value for key, value in tiny(1).items() if not key.endswith(COUNTERS)}
     theirs = convert_state_dict(weights, "native", layout)
     rng = random.Random(0)
@@ -262,26 +262,26 @@ def test_r7_pytorchs_own_wrappers(tmp_path):
     assert all(torch.equal(value, expected[key]) for key, value in fresh.state_dict().items())
 
 
-def test_r7_two_names_of_one_tensor_are_no_silent_choice(tmp_path):
+def test_r7_two_keys_of_one_tensor_are_reported(tmp_path):
     torch.save(tiny(1) | {"layer1.0._orig_mod.conv1.weight": torch.zeros(2, 2, 3, 3)}, tmp_path / "m.pth")
     with pytest.raises(ValueError, match=r"1 unexpected.*layer1\.0\._orig_mod\.conv1\.weight"):
         load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth")
 
 
-def test_r7_nothing_else_is_dropped():
+def test_r7_nothing_else_is_removed():
     assert unwrap("se_module.module_list.0.weight") == "se_module.module_list.0.weight"
 
 
-# What is not there
+# Missing backbones
 
 
 def test_u1_a_prefix_that_is_not_there_is_named_with_those_that_are(tmp_path):
     torch.save({"state_dict": below("backbone.", tiny(1)) | below("img_backbone.", tiny(2))}, tmp_path / "m.pth")
     with pytest.raises(
-        ValueError, match=r"below prefix 'encoder\.'.*'state_dict\.backbone\.' .*'state_dict\.img_backbone\.'"
+        ValueError, match=r"with prefix 'encoder\.'.*'state_dict\.backbone\.' .*'state_dict\.img_backbone\.'"
     ):
         load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", prefix="encoder.")
-    with pytest.raises(ValueError, match=r"below prefix ''.*'state_dict\.backbone\.'"):
+    with pytest.raises(ValueError, match=r"with prefix ''.*'state_dict\.backbone\.'"):
         load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", prefix="")
 
 
@@ -297,17 +297,17 @@ def test_u1_a_prefix_may_be_a_part_and_end_without_its_dot(tmp_path, prefix):
 
 def test_u1_without_any_backbone_the_prefixes_are_named(tmp_path):
     torch.save({"decoder.x.weight": torch.zeros(1), "head.y": torch.zeros(1)}, tmp_path / "m.pth")
-    with pytest.raises(ValueError, match=r"below prefix 'encoder\.'.* prefixes are: decoder\., head\."):
+    with pytest.raises(ValueError, match=r"with prefix 'encoder\.'.* prefixes are: decoder\., head\."):
         load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", prefix="encoder.")
     torch.save({}, tmp_path / "m.pth")
-    with pytest.raises(ValueError, match="no known backbone is among the keys, the first of which are: none"):
+    with pytest.raises(ValueError, match="no known backbone is among the keys; the first keys are: none"):
         load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth")
 
 
 def test_u1_another_layout_names_the_one_that_is_there(tmp_path):
     torch.save(below("backbone.", tiny(1)), tmp_path / "m.pth")
     with pytest.raises(
-        ValueError, match=r"no paddle backbone is among the keys; there is one below 'backbone\.' \(native"
+        ValueError, match=r"no paddle backbone is among the keys; there is one with prefix 'backbone\.' \(native"
     ):
         load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", layout="paddle")
     with pytest.raises(KeyError, match="unknown layout 'padle'; did you mean 'paddle'"):
@@ -326,11 +326,11 @@ def test_u1_the_commands_choose_by_prefix(tmp_path, monkeypatch):
     for command in (["convert", "m.pth", "out.pth", "--to", "native"], ["load-report", "resnet18", "m.pth"]):
         result = runner.invoke(app, [*command, "--prefix", "encoder."])
         assert result.exit_code == 2
-        assert re.search(r"below prefix 'encoder\.'.*'ema\.module\.' .*'model\.'", result.output)
+        assert re.search(r"with prefix 'encoder\.'.*'ema\.module\.' .*'model\.'", result.output)
 
 
 def test_u1_convert_names_copies_alone(tmp_path, monkeypatch):
-    """A backbone of the same role is another part of one model, where there is nothing to choose."""
+    """A backbone of the same role is another part of one model, without a choice to make."""
     monkeypatch.chdir(tmp_path)
     torch.save(below("backbone.", tiny(1)) | below("img_backbone.", tiny(2)), "m.pth")
     result = CliRunner().invoke(app, ["convert", "m.pth", "out.pth", "--to", "native"])
@@ -361,8 +361,8 @@ STATES += ["grads.", "grad.", "gradients.module.", "momentum_buffer."]
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("state", STATES)
-def test_states_of_optimizers_and_gradients_are_no_weights(tmp_path, state, nested):
-    """They have the names and the shapes of the weights."""
+def test_optimizer_states_and_gradients_are_not_weights(tmp_path, state, nested):
+    """They have the keys and the shapes of the weights."""
 
     def content(prefix, weights):
         top, _, inner = prefix.removesuffix(".").partition(".")
@@ -387,6 +387,6 @@ def test_a_script_with_mmengines_words_does_not_swap(tmp_path, wrapper):
     content = {"epoch": 3, "state_dict": below(wrapper, tiny(1)), "ema_state_dict": below(wrapper, tiny(2))}
     torch.save(content, tmp_path / "m.pth")
     net = ResNet(18, **SIZE)
-    with pytest.warns(UserWarning, match="2 copies of these weights: the one below 'ema_state_dict"):
+    with pytest.warns(UserWarning, match="2 copies of these weights: the one with prefix 'ema_state_dict"):
         load_checkpoint(net, tmp_path / "m.pth")
     assert (net.conv1.weight == 2).all()

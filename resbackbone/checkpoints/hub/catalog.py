@@ -1,4 +1,4 @@
-"""The published weights that are known by name, from ``catalog.yaml``, which tools/build_catalog.py writes."""
+"""Catalog of published weights by name, from ``catalog.yaml``, which tools/build_catalog.py writes."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ import yaml
 from resbackbone.data.preprocessing import Preprocessing
 from resbackbone.utils.validation import UnknownKeyError, nearest
 
-# The same origin under an older name, as mmengine reads it.
+# Old names of origins that mmengine reads, too.
 _OLD_PREFIXES = {"modelzoo": "torchvision", "openmmlab": "open-mmlab"}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that somebody published for one of the backbones of this library; None is what nobody says.
+    """Published weights for one of the backbones of this library; None stands for unknown.
 
     Attributes:
-        name: ``origin/name``, the name being the one that they have at their origin.
-        url: Where they are.
-        layout: How their keys are named, as :func:`~resbackbone.checkpoints.detect_layout` says it.
+        name: ``origin/name``, with the name at the origin.
+        url: The address of the file.
+        layout: The key layout, as :func:`~resbackbone.checkpoints.detect_layout` names it.
         config: The backbone, as :func:`resbackbone.list_backbones` lists it.
-        overrides: Constructor arguments beside those of the config.
+        overrides: Constructor arguments that differ from the config.
         sha256: First hexadecimal digits of the file's hash.
         params: Parameters of the backbone with a classifier of 1000 classes.
-        macs: Its multiply-accumulates for one image of 224x224.
-        acc1: Published top-1 accuracy in percent, on what they were trained for: ImageNet-1k where ``classes`` is 1000.
+        macs: Multiply-accumulates of the same for one image of 224x224.
+        acc1: Published top-1 accuracy in percent, on the data set of the training: ImageNet-1k if ``classes`` is 1000.
         acc5: Published top-5 accuracy in percent.
         classes: Outputs of the classifier in the file; 0 if it has none.
         license: Short name or address of the license.
-        preprocessing: What they expect of an image.
+        preprocessing: What the weights expect of an image.
         crop_pct: Side of the crop per shorter side of the resized image, 0-1, with which accuracy was measured.
-        mebibytes: Size of the file in units of 2**20 bytes.
-        default: Whether these are the weights to take for the config if no others are asked for.
+        size_mib: Size of the file in units of 2**20 bytes.
+        default: Whether they are the default weights of the config.
         aliases: Other names, such as ``open-mmlab://resnet50_v1c``.
     """
 
@@ -56,7 +56,7 @@ class Weights:
     license: str | None = None
     preprocessing: Preprocessing | None = None
     crop_pct: float | None = None
-    mebibytes: float | None = None
+    size_mib: float | None = None
     default: bool = False
     aliases: tuple[str, ...] = ()
 
@@ -65,7 +65,7 @@ def list_weights(pattern: str = "*") -> list[Weights]:
     """List the published weights.
 
     Args:
-        pattern: What the name must look like, with ``*`` and ``?`` as in a shell.
+        pattern: Pattern of the names, with ``*`` and ``?`` as in a shell.
 
     Returns:
         The weights, sorted by name.
@@ -77,19 +77,19 @@ def list_weights(pattern: str = "*") -> list[Weights]:
 
 
 def find_weights(name: str) -> Weights:
-    """Find published weights by their name or one of their other names.
+    """Return published weights by their name or an alias.
 
     Args:
-        name: ``origin/name``, or as mmengine's and detectron2's configs write it, ``origin://name``.
+        name: ``origin/name``, or ``origin://name`` as in configs of mmengine and detectron2.
 
     Raises:
-        KeyError: If there are none; the nearest name is given.
+        KeyError: If the name is unknown; the nearest one is given.
 
     >>> find_weights("torchvision://resnet50").name
     'torchvision/resnet50.imagenet1k_v1'
     """
     known = all_names()
-    asked = _modern(name)
+    asked = _with_new_origin(name)
     if asked not in known:
         hint = nearest(asked, known, list_all="`resbackbone list --weights` shows what there is", same_numbers=True)
         raise UnknownKeyError(f"no weights are known as {name!r}{hint}")
@@ -97,10 +97,10 @@ def find_weights(name: str) -> Weights:
 
 
 def default_weights(config_name: str) -> Weights:
-    """Find the weights to take for a backbone if no others are asked for.
+    """Return the default weights of a backbone.
 
-    They are those that their origin itself prefers, the origin being the first that has any of torchvision, mmpretrain,
-    timm, mmengine's ``open-mmlab://`` and detectron2. Mind the license of a few.
+    They are the ones that their origin prefers; the origin is the first that has any of torchvision, mmpretrain, timm,
+    mmengine's ``open-mmlab://`` and detectron2. Check the license of a few.
 
     Args:
         config_name: As :func:`resbackbone.list_backbones` lists it.
@@ -120,8 +120,8 @@ def default_weights(config_name: str) -> Weights:
     return defaults[config_name]
 
 
-def _modern(name: str) -> str:
-    """Write ``origin://name`` with today's name of the origin."""
+def _with_new_origin(name: str) -> str:
+    """Replace an old name of the origin in ``origin://name``."""
     origin, separator, rest = name.partition("://")
     return f"{_OLD_PREFIXES.get(origin, origin)}{separator}{rest}"
 

@@ -1,17 +1,17 @@
-"""Download checkpoints into torch's cache: atomic, resumable, checked against the hash in the name.
+"""Downloads of checkpoints into torch's cache: atomic, resumable, checked against the hash in the file name.
 
-The cache is ``checkpoints/`` in ``torch.hub.get_dir()``, which ``TORCH_HOME`` moves. A file whose name carries the
-first digits of its SHA-256, such as ``resnet50-11ad3fa6.pth``, has that name there, as with torch.hub, torchvision,
-timm and mmengine: what they downloaded is used once its hash is found right. The name of any other file begins with
-eight digits that stand for its URL, because there are a thousand files ``model.safetensors``.
+The cache is ``checkpoints/`` in ``torch.hub.get_dir()``, which ``TORCH_HOME`` moves. A file with the first digits of
+its SHA-256 in its name, such as ``resnet50-11ad3fa6.pth``, has that name in the cache, as with torch.hub, torchvision,
+timm and mmengine: files that they downloaded are used if the hash is right. The name of any other file begins with the
+eight first digits of the hash of its URL, because many files are called ``model.safetensors``.
 
-The environment variable ``RESBACKBONE_MIRROR`` sends downloads elsewhere. It holds pairs ``PREFIX=REPLACEMENT``,
-separated by commas; of several prefixes that fit a URL the longest counts::
+The environment variable ``RESBACKBONE_MIRROR`` redirects downloads to mirrors. It holds pairs ``PREFIX=REPLACEMENT``,
+separated by commas; of several prefixes that fit a URL the longest is used::
 
     RESBACKBONE_MIRROR="https://download.openmmlab.com=https://my.mirror/mm,https://huggingface.co=https://hf.mirror"
 
-A download that was interrupted, even by a kill, leaves ``NAME.part`` and a note beside it, from which the next call
-goes on, in whatever process. ``NAME.lock`` keeps two processes apart, and stays.
+An interrupted download leaves ``NAME.part`` and a note beside it, from which the next call resumes, in any process.
+``NAME.lock`` excludes other processes, and is not deleted.
 """
 
 from __future__ import annotations
@@ -31,34 +31,35 @@ from resbackbone.checkpoints.hub.partial_download import PartialDownload, comple
 from resbackbone.utils.validation import check_int, warn_user
 
 MIRROR_VARIABLE = "RESBACKBONE_MIRROR"
-MAX_BYTES = 16 * 2**30  # of a file of whose size nothing is known; the largest weights published have less than 4 GiB
+MAX_BYTES = 16 * 2**30  # of a file of unknown size; the largest published weights have less than 4 GiB
 
-_MAX_NAME = 200  # bytes; ".part.json" comes behind, and file systems have 255
+_MAX_NAME = 200  # bytes; ".part.json" is appended, and file systems permit 255
 
 
 class DownloadError(OSError):
-    """A file could not be had; the message says where to put it by hand."""
+    """A file could not be downloaded; the message says where to put it by hand."""
 
 
 def fetch(
     url: str, *, sha256_prefix: str | None = None, folder: Path | None = None, max_bytes: int = MAX_BYTES
 ) -> Path:
-    """Return the local copy of a file on the web, downloading it if need be.
+    """Return the local copy of a file on the web, and download it if necessary.
 
     Args:
-        url: An http or https address, as published; mirrors are applied here. What is not ASCII in it is encoded.
-        sha256_prefix: The first hexadecimal digits of the file's SHA-256. None takes those in the file's name, between
-            a hyphen and a dot, if there are 8 or more and they are no date; ``""`` checks nothing.
-        folder: Where to keep it; torch's cache unless given.
-        max_bytes: Bytes that the file may have.
+        url: An http or https address, as published; mirrors are applied here. Characters that are not ASCII are
+            encoded.
+        sha256_prefix: The first hexadecimal digits of the file's SHA-256. None uses those in the file name, between a
+            hyphen and a dot, if there are 8 or more and they are not a date; ``""`` checks nothing.
+        folder: The folder of the file; torch's cache unless given.
+        max_bytes: The largest size to accept.
 
     Returns:
-        The file: complete, and with the right hash where one is known.
+        The file: complete, and with the right hash if one is known.
 
     Raises:
         ValueError: If the URL, the prefix or ``RESBACKBONE_MIRROR`` is malformed.
-        DownloadError: If the file cannot be had, is empty or too large, or is another one than expected, or if the
-            server stalls. Nothing is stored then, but what a later call can go on from.
+        DownloadError: If the file cannot be downloaded, is empty or too large, or has the wrong hash, or if the server
+            stalls. Only a part from which a later call can resume is stored then.
         OSError: If it cannot be written, say because the disk is full.
     """
     check_int("max_bytes", max_bytes, low=1)
@@ -70,7 +71,7 @@ def fetch(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if not _is_right(target, expected):  # another process may have brought it meanwhile
+            if not _is_right(target, expected):  # another process may have downloaded it meanwhile
                 if target.exists():
                     warn_user(f"{str(target)!r} is damaged and downloaded anew")
                 _download(source, target, expected, guessed=sha256_prefix is None, max_bytes=max_bytes)
@@ -86,10 +87,10 @@ def fetch(
 
 
 def cache_path(url: str, *, folder: Path | None = None) -> Path:
-    """Return where :func:`fetch` keeps a file, whether it is there or not.
+    """Return the path at which :func:`fetch` stores a file, whether it exists or not.
 
     Raises:
-        ValueError: If the URL is malformed or names no file.
+        ValueError: If the URL is malformed or does not end in a file name.
 
     >>> cache_path("https://download.pytorch.org/models/resnet50-11ad3fa6.pth", folder=Path("cache")).name
     'resnet50-11ad3fa6.pth'
@@ -107,7 +108,7 @@ def cache_path(url: str, *, folder: Path | None = None) -> Path:
 
 
 def mirrored(url: str) -> str:
-    """Return the address that ``RESBACKBONE_MIRROR`` says to take instead of a URL, or the URL.
+    """Replace a prefix of a URL as ``RESBACKBONE_MIRROR`` says; without a match, return the URL.
 
     Raises:
         ValueError: If the variable does not hold pairs of addresses.
@@ -138,7 +139,7 @@ def _check_hash(prefix: str) -> str:
 
 
 def _hash_in(name: str) -> str:
-    """The digits of a hash in a file's name; empty where there are none, or where they are a date."""
+    """Return the digits of the hash in a file name; empty if there are none, or if they are a date."""
     found = re.search(r"-([0-9a-f]{8,64})(?=\.)", name)
     return found[1] if found and not _is_date(found[1]) else ""
 
@@ -165,16 +166,16 @@ def _sha256(path: Path) -> str:
 
 
 def _download(source: str, target: Path, expected: str, *, guessed: bool, max_bytes: int) -> None:
-    """Bring a file under its final name, or raise."""
+    """Download a file to its final name, or raise."""
     part = PartialDownload(target.with_name(f"{target.name}.part"))
     found_some = part.size > 0
     complete(part, source, name=target.name, max_bytes=max_bytes)
     found = _sha256(part.path) if expected else ""
     if found.startswith(expected):
-        part.become(target)
+        part.move_to(target)
         return
     part.delete()
-    if found_some:  # what was there before may be to blame
+    if found_some:  # the part of an earlier call may have been wrong
         _download(source, target, expected, guessed=guessed, max_bytes=max_bytes)
         return
     hint = ", as its name says (if that is no hash: fetch(url, sha256_prefix=''))" if guessed else ""

@@ -1,4 +1,4 @@
-"""HTTP requests to well-formed addresses, with limits on size and on stalling."""
+"""HTTP requests to well-formed addresses, with limits on size and stalling."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 TIMEOUT = 30.0  # seconds without a byte
-WINDOW = 60.0  # seconds after which it is looked at how many bytes came
-MIN_RATE = 1024  # bytes a second that must come on average, which is a fraction of what the slowest modems bring
-MAX_STALLS = 4  # such windows in a row
-MAX_HEADERS = 1 << 20  # bytes until the body of a response begins, redirections and what they bring included
-_PASSING = (408, 416, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may be others the next time
+WINDOW = 60.0  # seconds over which the rate is measured
+MIN_RATE = 1024  # bytes per second on average, a fraction of the rate of the slowest modems
+MAX_STALLS = 4  # windows in a row below that rate
+MAX_HEADERS = 1 << 20  # bytes until the body of a response begins, with all redirections
+_TRANSIENT = (408, 416, 425, 429, 500, 502, 503, 504)  # HTTP statuses for which another attempt may succeed
 _SAFE = "%/:@!$&'()*+,;=~?[]"  # in a path or query, as it is
 
 
 class TransferError(Exception):
-    """The file cannot be had from there."""
+    """The file cannot be downloaded from there."""
 
 
 class InterruptedTransferError(Exception):
-    """The connection failed in a way that another attempt may not.
+    """The transfer failed, and another attempt may succeed.
 
     Attributes:
-        status: HTTP's, where the server answered.
+        status: The HTTP status, if the server answered.
     """
 
     status: int | None = None
 
 
 class Meter:
-    """Counts what comes over all attempts, and ends a transfer that brings too much or too little.
+    """Byte counter over all attempts of a transfer, which raises if it is too large or too slow.
 
     Args:
-        max_bytes: Of the file. Twice as many may come in all, as some bytes may come again.
+        max_bytes: The largest size of the file. Twice as many bytes are accepted in all, as some may come again.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -50,26 +50,26 @@ class Meter:
         self._begun, self._in_window, self._stalls = time.monotonic(), 0, 0
 
     def begin_headers(self) -> None:
-        """Let no more than ``MAX_HEADERS`` bytes come until the body begins."""
+        """Accept at most ``MAX_HEADERS`` bytes until the body begins."""
         self._of_headers = MAX_HEADERS
 
     def begin_body(self) -> None:
-        """Let bytes come up to the total."""
+        """Accept bytes up to the total."""
         self._of_headers = None
 
     def count(self, number: int) -> None:
-        """Take note of bytes that came, 0 where none did.
+        """Count received bytes.
 
         Raises:
-            TransferError: If there are too many, or too few came in several windows in a row.
-            InterruptedTransferError: If too few came in this window.
+            TransferError: If there are too many in all, or too few in several windows in a row.
+            InterruptedTransferError: If there are too few in this window.
         """
         self._in_window += number
         self._left -= number
         if self._of_headers is not None:
             self._of_headers -= number
         if self._left < 0 or (self._of_headers or 0) < 0:
-            raise TransferError("the server sends bytes without end")
+            raise TransferError("the server sends too many bytes")
         elapsed = time.monotonic() - self._begun
         if elapsed < WINDOW:
             return
@@ -100,7 +100,7 @@ class _MeteredFile(io.RawIOBase):
 
 
 class _MeteredSocket:
-    """A socket whose files tell a meter of what they read, headers too."""
+    """A socket that counts the bytes read from it, headers included."""
 
     def __init__(self, sock: socket.socket, meter: Meter) -> None:
         self._sock, self._meter = sock, meter
@@ -139,11 +139,11 @@ class Redirections(urllib.request.HTTPRedirectHandler):
     def http_error_302(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage
     ) -> Any:
-        """Write the new address as :func:`ascii_address` does, before it is looked at."""
+        """Encode the new address with :func:`ascii_address` before it is checked."""
         for name in ("location", "uri"):
             if name in headers:
                 try:
-                    # Headers come as Latin-1, but who writes other letters means UTF-8.
+                    # Python decodes headers as Latin-1, but servers send other characters in UTF-8.
                     location = headers[name].encode("latin-1").decode("utf-8", "replace")
                     location = urljoin(req.full_url, location)
                     if urlsplit(location).scheme in ("http", "https"):  # others are refused below
@@ -171,11 +171,11 @@ class Redirections(urllib.request.HTTPRedirectHandler):
 
 
 def ascii_address(what: str, address: str) -> str:
-    """Return an http or https address with what is not ASCII encoded: the host by IDNA, the rest by percent signs.
+    """Return an http or https address in ASCII: the host encoded by IDNA, the rest by percent signs.
 
     Args:
-        what: What it is, for the error.
-        address: The address; of ASCII alone it stays as it is.
+        what: Name of the address in the error.
+        address: The address; returned as it is if it is ASCII.
 
     Raises:
         ValueError: If it is malformed, or has a user name or a password.
@@ -203,11 +203,11 @@ def ascii_address(what: str, address: str) -> str:
 
 
 def open_response(url: str, headers: dict[str, str], meter: Meter) -> HTTPResponse:
-    """Send a request and follow redirections, to a response whose body may be a file.
+    """Send a request, follow redirections, and return the response with the file.
 
     Raises:
-        TransferError: If the server refuses, or answers with what is certainly no file.
-        InterruptedTransferError: If another attempt may have more success.
+        TransferError: If the server refuses, or its answer is certainly not the file.
+        InterruptedTransferError: If another attempt may succeed.
     """
     opener = urllib.request.OpenerDirector()  # not build_opener(), which also opens ftp:, file: and data:
     for handler in (
@@ -225,7 +225,7 @@ def open_response(url: str, headers: dict[str, str], meter: Meter) -> HTTPRespon
     except HTTPError as error:
         error.close()
         message = f"HTTP {error.code} {' '.join(str(error.reason).split())}"
-        if error.code not in _PASSING:
+        if error.code not in _TRANSIENT:
             raise TransferError(message) from error
         interrupted = InterruptedTransferError(message)
         interrupted.status = error.code
@@ -235,15 +235,15 @@ def open_response(url: str, headers: dict[str, str], meter: Meter) -> HTTPRespon
         if isinstance(reason, (socket.gaierror, ssl.SSLCertVerificationError)):
             raise TransferError(f"{reason}; is this machine online?") from error
         raise InterruptedTransferError(f"no connection: {reason}") from error
-    except ValueError as error:  # of an address, or of headers that no server should send
-        raise TransferError(f"the answer makes no sense: {error}") from error
+    except ValueError as error:  # a malformed address or header
+        raise TransferError(f"the response is malformed: {error}") from error
     meter.begin_body()
     _check_kind(response.headers)
     return cast(HTTPResponse, response)
 
 
 def _check_kind(headers: HTTPMessage) -> None:
-    """Refuse what is certainly not the file: a login page, say, or compressed bytes that nobody asked for."""
+    """Refuse what is certainly not the file: a login page, say, or compressed bytes that were not requested."""
     if headers.get_content_type() == "text/html":
         raise TransferError("the server answers with a web page, not with a file")
     for name, usual in (("Content-Encoding", ("identity", "")), ("Transfer-Encoding", ("chunked", "identity"))):
@@ -253,27 +253,27 @@ def _check_kind(headers: HTTPMessage) -> None:
 
 
 def body_length(headers: HTTPMessage) -> int | None:
-    """Return the bytes of a response's body; None where the server does not say.
+    """Return the length of the body of a response in bytes; None if the server does not send it.
 
     Raises:
-        TransferError: If it says no number, or several.
+        TransferError: If it is not a number, or there are several.
     """
     values = {value.strip() for value in headers.get_all("Content-Length", [])}
     if not values or "Transfer-Encoding" in headers:
         return None
     if len(values) > 1 or not re.fullmatch(r"[0-9]{1,18}", value := next(iter(values))):
-        raise TransferError(f"the server gives a length that is none: {', '.join(sorted(values))[:100]!r}")
+        raise TransferError(f"the server sends an invalid Content-Length: {', '.join(sorted(values))[:100]!r}")
     return int(value)
 
 
 def body_range(headers: HTTPMessage) -> tuple[int, int | None]:
-    """Return the first byte of a part of a file, and the bytes of the whole, None where the server does not say.
+    """Return the first byte of a partial response, and the length of the whole file, None if unknown.
 
     Raises:
-        TransferError: If the server says something else.
+        TransferError: If ``Content-Range`` is malformed.
     """
     text = headers.get("Content-Range", "")
     found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", text.strip())
     if found is None:
-        raise TransferError(f"the server gives a part of the file that is none: {text[:100]!r}")
+        raise TransferError(f"the server sends an invalid Content-Range: {text[:100]!r}")
     return int(found[1]), None if found[2] == "*" else int(found[2])

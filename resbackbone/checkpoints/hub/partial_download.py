@@ -22,19 +22,19 @@ from resbackbone.checkpoints.hub.http_requests import (
     open_response,
 )
 
-ATTEMPTS = 4  # in a row that bring no byte
+ATTEMPTS = 4  # in a row without a new byte
 BACKOFF = 0.5  # seconds before the second attempt, doubled before each further one
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class _Promise:
-    """What a server says of a file.
+class _FileVersion:
+    """One version of a file on a server.
 
     Attributes:
-        url: Where it was asked for.
-        validator: What tells one version of the file from the next, as If-Range takes it.
-        length: Bytes in all.
+        url: The requested address.
+        validator: ETag or date of the version, for If-Range; None if the server sends neither.
+        length: Bytes in all; None if unknown.
     """
 
     url: str
@@ -44,44 +44,44 @@ class _Promise:
 
 @dataclass(frozen=True)
 class PartialDownload:
-    """An unfinished file, with a note beside it of what the server said of the whole."""
+    """Partly downloaded file, with a note beside it of the version on the server."""
 
     path: Path
 
     @property
     def size(self) -> int:
-        """Bytes that are there."""
+        """The number of bytes so far."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     @property
-    def can_be_continued(self) -> bool:
-        """Whether a later call can go on from here, rather than begin anew."""
-        promised = self.promised()
-        return self.size > 0 and promised is not None and promised.validator is not None
+    def is_resumable(self) -> bool:
+        """Whether a later call can resume it."""
+        version = self.version()
+        return self.size > 0 and version is not None and version.validator is not None
 
     @property
     def _note(self) -> Path:
         return self.path.with_name(f"{self.path.name}.json")
 
-    def promised(self) -> _Promise | None:
-        """What the server said, if that is known."""
+    def version(self) -> _FileVersion | None:
+        """Return the version of which it is a part; None if unknown."""
         try:
-            return _Promise(**json.loads(self._note.read_text(encoding="utf-8")))
+            return _FileVersion(**json.loads(self._note.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
 
-    def begin(self, promise: _Promise) -> None:
-        """Begin anew. The file goes before the note comes: a kill in between leaves no bytes that it does not mean."""
+    def begin(self, version: _FileVersion) -> None:
+        """Delete all bytes, then write the note: a kill in between leaves no bytes of another version."""
         self.delete()
-        self._note.write_text(json.dumps(asdict(promise)), encoding="utf-8")
+        self._note.write_text(json.dumps(asdict(version)), encoding="utf-8")
 
     def delete(self) -> None:
-        """Remove both."""
+        """Delete file and note."""
         self.path.unlink(missing_ok=True)
         self._note.unlink(missing_ok=True)
 
-    def become(self, target: Path) -> None:
-        """Take the final name, once every byte is on the disk."""
+    def move_to(self, target: Path) -> None:
+        """Move the file to its final name, once every byte is on the disk."""
         with self.path.open("rb+") as file:
             os.fsync(file.fileno())
         self.path.replace(target)
@@ -89,31 +89,31 @@ class PartialDownload:
 
 
 def complete(part: PartialDownload, url: str, *, name: str, max_bytes: int) -> None:
-    """Bring what an unfinished file lacks, with new attempts where the connection breaks.
+    """Complete a partial download, with new attempts if the connection breaks.
 
     Args:
-        part: The file; it need not exist. Where it can never be completed it is deleted.
+        part: The download; its file need not exist. It is deleted if it can never be completed.
         url: An http or https address. Redirections are followed, but none out of https.
-        name: What the progress bar is about.
-        max_bytes: Bytes that the file may have.
+        name: The label of the progress bar.
+        max_bytes: The largest size to accept.
 
     Raises:
         TransferError: If the server refuses, the connection keeps breaking or stalling, or the file is empty or larger.
         OSError: If the file cannot be written.
     """
     try:
-        _attempt_often(part, url, name, max_bytes)
+        _retry(part, url, name, max_bytes)
     except TransferError:
-        if not part.can_be_continued:
+        if not part.is_resumable:
             part.delete()
         raise
 
 
-def _attempt_often(part: PartialDownload, url: str, name: str, max_bytes: int) -> None:
+def _retry(part: PartialDownload, url: str, name: str, max_bytes: int) -> None:
     failures, most, meter = 0, part.size, Meter(max_bytes)
     while True:
         try:
-            _go_on(part, url, name, max_bytes, meter)
+            _resume(part, url, name, max_bytes, meter)
         except InterruptedTransferError as error:
             failures = failures + 1 if part.size <= most else 1
             most = max(most, part.size)
@@ -124,32 +124,32 @@ def _attempt_often(part: PartialDownload, url: str, name: str, max_bytes: int) -
             return
 
 
-def _go_on(part: PartialDownload, url: str, name: str, max_bytes: int, meter: Meter) -> None:
-    """Ask for what an unfinished file lacks, or for the whole, and append it."""
-    promised, start = part.promised(), part.size
-    if promised is not None and 0 < start == promised.length:
+def _resume(part: PartialDownload, url: str, name: str, max_bytes: int, meter: Meter) -> None:
+    """Request the missing bytes, or the whole file, and append them."""
+    stored, start = part.version(), part.size
+    if stored is not None and 0 < start == stored.length:
         return
     headers = {"User-Agent": "resbackbone"}
-    if start and promised is not None and promised.validator is not None:
-        headers |= {"Range": f"bytes={start}-", "If-Range": promised.validator}
+    if start and stored is not None and stored.validator is not None:
+        headers |= {"Range": f"bytes={start}-", "If-Range": stored.validator}
     else:
         start = 0
     with _open(url, headers, part, meter) as response:
         first, length = body_range(response.headers) if response.status == 206 else (0, body_length(response.headers))
-        promise = _Promise(url, _validator(response.headers), length)
+        version = _FileVersion(url, _validator(response.headers), length)
         if length is not None and not 0 < length <= max_bytes:
             part.delete()
             _check_size(length, max_bytes)
         if response.status == 200:
             start = 0
-            part.begin(promise)
-        elif not start or response.status != 206 or promise != promised or first != start:
+            part.begin(version)
+        elif not start or response.status != 206 or version != stored or first != start:
             part.delete()
             raise InterruptedTransferError(
-                f"the server answers with HTTP {response.status} and another part than was asked for"
+                f"the server answers with HTTP {response.status} and another range than requested"
             )
-        _check_space(part.path.parent, promise.length, start)
-        with part.path.open("ab") as file, _watch(name, start, promise.length) as advance:
+        _check_space(part.path.parent, length, start)
+        with part.path.open("ab") as file, _progress_bar(name, start, length) as advance:
             while file.tell() <= max_bytes and (chunk := _read(response)):
                 file.write(chunk)
                 advance(len(chunk))
@@ -157,7 +157,7 @@ def _go_on(part: PartialDownload, url: str, name: str, max_bytes: int, meter: Me
     if size > (length or max_bytes) or (size == 0 and length is None):
         part.delete()
         _check_size(size, max_bytes)
-        raise TransferError(f"the server sends more than the {length:,} bytes that it promised")
+        raise TransferError(f"the server sends more than the {length:,} bytes of its Content-Length")
     if length not in (None, size):
         raise InterruptedTransferError(f"the connection ended after {size:,} of {length:,} bytes")
 
@@ -183,7 +183,7 @@ def _check_size(size: int, max_bytes: int) -> None:
 
 def _validator(headers: HTTPMessage) -> str | None:
     etag = headers.get("ETag", "W/")
-    return headers.get("Last-Modified") if etag.startswith("W/") else etag  # If-Range takes no weak ETag
+    return headers.get("Last-Modified") if etag.startswith("W/") else etag  # If-Range accepts no weak ETag
 
 
 def _check_space(folder: Path, length: int | None, start: int) -> None:
@@ -193,7 +193,7 @@ def _check_space(folder: Path, length: int | None, start: int) -> None:
 
 
 def _read(response: HTTPResponse) -> bytes:
-    """Return the bytes that are there: those that a full chunk waits for are lost when the connection breaks."""
+    """Return the bytes that have arrived; waiting for a full chunk would lose them if the connection breaks."""
     try:
         return response.read1(_CHUNK)
     except (OSError, HTTPException) as error:
@@ -201,8 +201,8 @@ def _read(response: HTTPResponse) -> bytes:
 
 
 @contextlib.contextmanager
-def _watch(name: str, start: int, length: int | None) -> Iterator[Callable[[int], None]]:
-    """Draw a progress bar on a terminal; the block tells of the bytes that came."""
+def _progress_bar(name: str, start: int, length: int | None) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on a terminal, which the yielded function advances by a number of bytes."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

@@ -1,4 +1,4 @@
-"""How each library names the tensors of a ResNet; one file per library, each a table that reads in both directions."""
+"""Key layouts: how each library names the tensors of a ResNet. One file per library, each with two-way key tables."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from resbackbone.checkpoints.layouts.rtdetr import RTDETR
 from resbackbone.checkpoints.layouts.sequential import SEQUENTIAL
 from resbackbone.checkpoints.layouts.timm import TIMM, TIMM_REGNET, TIMM_RESNETV2
 from resbackbone.checkpoints.layouts.torchvision import TORCHVISION_REGNET
+from resbackbone.utils.validation import UnknownKeyError, nearest
 
-__all__ = ["ALIASES", "LAYOUTS", "NATIVE", "Layout", "Tensors", "find_layout", "is_native"]
+__all__ = ["ALIASES", "LAYOUTS", "Layout", "Tensors", "get_layout", "is_native"]
 
-NATIVE = Layout("native")
-# In the order in which they are tried; where two fit equally well, the first is meant.
+# In the order in which they are tried; of layouts that fit equally well, the first is selected.
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        NATIVE,
+        Layout("native"),
         TIMM,
         MMPRETRAIN,
         TIMM_RESNETV2,
@@ -42,5 +42,17 @@ LAYOUTS = {
         BIT,
     )
 }
-# Libraries whose names are those of another.
+# Libraries with the key layout of another.
 ALIASES = {"torchvision": "native", "mmdet": "native", "mmseg": "native", "mmcls": "mmpretrain"}
+
+
+def get_layout(name: str) -> Layout:
+    """Return a key layout by its name or alias.
+
+    Raises:
+        KeyError: If it is unknown; the nearest name is given.
+    """
+    name = ALIASES.get(name, name)
+    if name not in LAYOUTS:
+        raise UnknownKeyError(f"unknown layout {name!r}{nearest(name, [*LAYOUTS, *ALIASES])}")
+    return LAYOUTS[name]

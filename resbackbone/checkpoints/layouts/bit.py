@@ -1,4 +1,4 @@
-"""Big Transfer, the ``.npz`` files of its authors: TensorFlow's names, and kernels (H, W, in, out).
+"""Key layout of Big Transfer's ``.npz`` files: TensorFlow's names, and kernels (H, W, in, out).
 
 Source: google-research/big_transfer, ``bit_pytorch/models.py``; timm 1.0.31, ``models/resnetv2.py``.
 """
@@ -25,7 +25,7 @@ _ROWS = f"""
 
 
 def _to_torch(tensors: Tensors) -> Tensors:
-    """Put the channels of kernels first; the classifier, a 1x1 convolution there, is linear here."""
+    """Permute kernels to PyTorch's order, and flatten the classifier, which is a 1x1 convolution there."""
     turned = {name: tensor.permute(3, 2, 0, 1) if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
     return {name: tensor.flatten(1) if name == "fc.weight" else tensor for name, tensor in turned.items()}
 
@@ -35,4 +35,6 @@ def _to_tensorflow(tensors: Tensors) -> Tensors:
     return {name: tensor.permute(2, 3, 1, 0) if tensor.dim() == 4 else tensor for name, tensor in kernels.items()}
 
 
-BIT = Layout("bit", tables=(Table(_ROWS, full_names=True),), finish=_to_torch, prepare=_to_tensorflow)
+BIT = Layout(
+    "bit", tables=(Table(_ROWS, full_names=True),), values_to_native=_to_torch, values_to_foreign=_to_tensorflow
+)

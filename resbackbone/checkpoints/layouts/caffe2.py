@@ -1,7 +1,7 @@
-"""Detectron's pickles of Caffe2 blobs, MSRA's weights among them.
+"""Key layout of Detectron's pickles of Caffe2 blobs, MSRA's weights among them.
 
-Their batch norms are one multiplication and one addition. As ours divide by the root of variance plus 1e-5, a mean of 0
-and a variance of 1 - 1e-5 make them exactly that.
+Their batch norms are one multiplication and one addition. Ours divide by the root of variance plus 1e-5, so that a mean
+of 0 and a variance of 1 - 1e-5 are equivalent.
 
 Source: facebookresearch/Detectron, ``detectron/modeling/ResNet.py``; the names that detectron2 reads besides in
 ``checkpoint/c2_model_loading.py``.
@@ -20,7 +20,7 @@ _EPS = 1e-5  # of every batch norm here
 
 
 def _rows(norm: str) -> str:
-    """The rows, of nets with batch norms ("bn") or group norms ("gn")."""
+    """Return the rows of the table for nets with batch norms ("bn") or group norms ("gn")."""
     rows = [("conv1.weight", "conv1_w"), ("fc.weight", "pred_w"), ("fc.bias", "pred_b")]
     first = "res_conv1_bn" if norm == "bn" else "conv1_gn"
     block, branch = "layer{s}.{b}.", "res{s+1}_{b}_branch"
@@ -34,20 +34,20 @@ def _rows(norm: str) -> str:
     return "\n".join(f"{ours} {theirs}" for ours, theirs in rows)
 
 
-def _spell(tensors: Tensors) -> Tensors:
-    """Drop what only training needs, and bring older spellings to one."""
-    spelled = {}
+def _clean(tensors: Tensors) -> Tensors:
+    """Drop states of the training, and replace older names."""
+    cleaned = {}
     for name, tensor in tensors.items():
         if name.endswith("_momentum") or name in ("lr", "weight_order"):
             continue
         for old, new in (("gamma", "s"), ("beta", "b"), ("running_mean", "rm"), ("running_var", "riv")):
             name = re.sub(rf"_(bn|gn)_{old}$", rf"_\1_{new}", name)
-        spelled[re.sub(r"^conv1_bn_", "res_conv1_bn_", re.sub(r"^fc1000_", "pred_", name))] = tensor
-    return spelled
+        cleaned[re.sub(r"^conv1_bn_", "res_conv1_bn_", re.sub(r"^fc1000_", "pred_", name))] = tensor
+    return cleaned
 
 
 def _add_statistics(tensors: Tensors) -> Tensors:
-    """Give batch norms that have none the mean and variance that change nothing."""
+    """Add the mean and variance of an identity to batch norms without statistics."""
     complete = {}
     for name, tensor in tensors.items():
         complete[name] = tensor
@@ -64,7 +64,7 @@ def _is_batch_norm(module: str, tensors: Tensors) -> bool:
 
 
 def _fold_statistics(tensors: Tensors) -> Tensors:
-    """Leave of each batch norm one multiplication and one addition."""
+    """Fold the statistics of each batch norm into its weight and bias."""
     folded = {}
     for name, tensor in tensors.items():
         module, _, parameter = name.rpartition(".")
@@ -80,7 +80,7 @@ def _fold_statistics(tensors: Tensors) -> Tensors:
 CAFFE2 = Layout(
     "caffe2",
     tables=(Table(_rows("bn"), full_names=True), Table(_rows("gn"), full_names=True)),
-    tidy=_spell,
-    finish=_add_statistics,
-    prepare=_fold_statistics,
+    clean=_clean,
+    values_to_native=_add_statistics,
+    values_to_foreign=_fold_statistics,
 )

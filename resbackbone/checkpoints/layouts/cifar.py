@@ -1,4 +1,4 @@
-"""ResNets in the manner of kuangliu/pytorch-cifar, from which many projects start; inside of blocks as here.
+"""Key layout of kuangliu/pytorch-cifar and the many projects derived from it; keys inside of blocks are native.
 
 Source: kuangliu/pytorch-cifar, ``models/resnet.py``.
 """

@@ -1,4 +1,4 @@
-"""detectron2: stages ``res2`` to ``res5``, each norm inside its convolution.
+"""Key layout of detectron2: stages ``res2`` to ``res5``, each norm inside its convolution.
 
 Source: facebookresearch/detectron2, ``modeling/backbone/resnet.py``; the deep stem of ``projects/DeepLab``.
 """

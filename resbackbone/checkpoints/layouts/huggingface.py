@@ -1,7 +1,7 @@
-"""Hugging Face's ResNet, RegNet and BiT, and the ResNet of its RT-DETR, which has ResNet-D's stem and shortcuts.
+"""Key layout of transformers: ResNet, RegNet, BiT, and RT-DETR's ResNet with the stem and shortcuts of ResNet-D.
 
 Source: transformers, ``models/resnet/modeling_resnet.py``, ``models/rt_detr/modeling_rt_detr_resnet.py``,
-``models/regnet/modeling_regnet.py`` (of X the names are ResNet's) and ``models/bit/modeling_bit.py``.
+``models/regnet/modeling_regnet.py`` (RegNetX has the keys of ResNet) and ``models/bit/modeling_bit.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PLAIN = """
     layer{s}.{b}.downsample.0  encoder.stages.{s-1}.layers.{b}.shortcut.convolution
     layer{s}.{b}.downsample.1  encoder.stages.{s-1}.layers.{b}.shortcut.normalization
 """
-# RegNet-Y's third layer is its attention.
+# The third layer of RegNetY is its attention.
 _REGNET_Y = """
     layer{s}.{b}.conv3                encoder.stages.{s-1}.layers.{b}.layer.3.convolution
     layer{s}.{b}.bn3                  encoder.stages.{s-1}.layers.{b}.layer.3.normalization

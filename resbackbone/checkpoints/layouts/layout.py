@@ -1,4 +1,4 @@
-"""The base class of key layouts: tables of names, and conversions of values."""
+"""Key layout of a library: two-way tables of keys, and conversions of values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resbackbone.checkpoints.layouts.table import PARAMETERS, Table
 
 Tensors = dict[str, Tensor]
 
-# What the backbones of this library call their parameters and buffers.
+# The keys of the backbones of this library.
 _NATIVE = re.compile(
     rf"""(
         (conv1 | bn1? | gn1? | in1 | stem\.\d | maxpool\.\d | fc)
@@ -33,33 +33,33 @@ _GROUP_NORM = re.compile(r"((?:^|\.))gn(?=\d?\.)")
 
 
 def is_native(name: str) -> bool:
-    """Whether a parameter or buffer of ours could have that name."""
+    """Whether a name can be a key of the backbones of this library."""
     return _NATIVE.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a library names the tensors of a ResNet.
+    """Key layout: how a library names the tensors of a ResNet.
 
     Attributes:
         name: The library, as in ``convert_state_dict(source=...)``.
-        tables: What is named otherwise than here; more than one where the same name means two things, as timm's
-            ``bn1`` in plain and deep stems. The one that fits best is taken, of equals the first.
-        old: Tables of names that are read and not written: older ones, and rarer ones that other tables can say.
-        tidy: What is done to the foreign tensors before they are renamed, such as spelling aliases out.
-        finish: What is done to the tensors once they have native names.
-        prepare: Its inverse, before they get foreign ones.
+        tables: Tables of the keys that are not native; several if one key has two meanings, as timm's ``bn1`` in plain
+            and deep stems. The one that fits best is used, of equals the first.
+        old: Tables that are read and not written, of older or rarer keys.
+        clean: Cleans up foreign keys before they are converted, such as older aliases.
+        values_to_native: Converts the values of tensors with native keys.
+        values_to_foreign: Its inverse.
     """
 
     name: str
     tables: tuple[Table, ...] = ()
     old: tuple[Table, ...] = ()
-    tidy: Callable[[Tensors], Tensors] = dict
-    finish: Callable[[Tensors], Tensors] = dict
-    prepare: Callable[[Tensors], Tensors] = dict
+    clean: Callable[[Tensors], Tensors] = dict
+    values_to_native: Callable[[Tensors], Tensors] = dict
+    values_to_foreign: Callable[[Tensors], Tensors] = dict
 
     def native_names(self, names: Iterable[str]) -> dict[str, str]:
-        """Map tidied foreign names to native ones; what no table knows keeps its name."""
+        """Map cleaned foreign keys to native ones; keys that are in no table stay as they are."""
         names = list(names)
         tables = (*self.tables, *self.old)
         candidates = [table.to_native(names) for table in tables]
@@ -67,25 +67,25 @@ class Layout:
         return {name: best.get(name, name) for name in names}
 
     def to_native(self, tensors: Mapping[str, Tensor]) -> Tensors:
-        """Give foreign tensors their native names and values.
+        """Convert foreign tensors to native keys and values.
 
         Raises:
-            ValueError: If two of them mean the same.
+            ValueError: If two of them have the same native key.
         """
-        tidied = self.tidy(dict(tensors))
-        renamed = self.native_names(tidied)
+        cleaned = self.clean(dict(tensors))
+        renamed = self.native_names(cleaned)
         counts = Counter(renamed.values())
         if twice := [name for name, native in renamed.items() if counts[native] > 1]:
             raise ValueError(f"{' and '.join(twice[:2])} both mean {renamed[twice[0]]}, the weights of one tensor")
-        native = self.finish({renamed[name]: tensor for name, tensor in tidied.items()})
+        native = self.values_to_native({renamed[name]: tensor for name, tensor in cleaned.items()})
         if not self.tables or any(name.endswith(".running_mean") for name in native):
             return native
-        # Norms without statistics are group norms, which have a name of their own here and nowhere else.
+        # Norms without statistics are group norms, which only native keys call otherwise than batch norms.
         return {_BATCH_NORM.sub(r"\1gn", name): tensor for name, tensor in native.items()}
 
     def to_foreign(self, tensors: Mapping[str, Tensor]) -> Tensors:
-        """Give native tensors their foreign names and values; what no table knows keeps its name."""
-        prepared = self.prepare(dict(tensors))
+        """Convert native tensors to foreign keys and values; keys that are in no table stay as they are."""
+        prepared = self.values_to_foreign(dict(tensors))
         renamed: dict[str, str] = {}
         for spelled in ({name: name for name in prepared}, {name: _GROUP_NORM.sub(r"\1bn", name) for name in prepared}):
             for table in self.tables:

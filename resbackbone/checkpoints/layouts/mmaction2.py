@@ -1,4 +1,4 @@
-"""The key layout of mmaction2 and other nets in which every convolution is a ``ConvModule``, which holds its norm.
+"""Key layout of mmaction2 and other nets of ``ConvModule``, each of which holds a convolution and its norm.
 
 Source: open-mmlab/mmaction2, ``mmaction/models/backbones/resnet.py``.
 """
@@ -10,7 +10,7 @@ from resbackbone.checkpoints.layouts.table import Table
 
 
 def _table(norm: str) -> Table:
-    """The names where norms are called so."""
+    """Return the table for nets with this attribute name of norms."""
     return Table(
         f"""
         conv1                         conv1.conv

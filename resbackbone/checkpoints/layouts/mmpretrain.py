@@ -1,4 +1,4 @@
-"""mmpretrain, formerly mmcls: a deep stem of ``ConvModule``, and shortcuts that pool only where they stride.
+"""Key layout of mmpretrain, formerly mmcls: a deep stem of ``ConvModule``, and shortcuts that pool only if they stride.
 
 Source: mmpretrain 1.2.0, ``models/backbones/resnet.py``.
 """
@@ -14,13 +14,13 @@ _SHORTCUT = re.compile(r"(layer\d\.0\.downsample)\.(\d)\.(\w+)")
 
 
 def _count_pooling(tensors: Tensors) -> Tensors:
-    """Number the layers of shortcuts that do not pool as those of the others; here they all pool, or none."""
+    """Shift the indices in shortcuts without pooling, if others pool; natively all shortcuts of a net pool, or none."""
     pooling = {found[1] for name in tensors if (found := _SHORTCUT.fullmatch(name)) and found[2] == "2"}
     return _shift(tensors, by=1, leave=pooling) if pooling else tensors
 
 
 def _discount_pooling(tensors: Tensors) -> Tensors:
-    """The inverse, for a net whose first stage alone does not stride."""
+    """Invert `_count_pooling`, for a net of which only the first stage does not stride."""
     if not any((found := _SHORTCUT.fullmatch(name)) and found[2] == "2" for name in tensors):
         return tensors
     return _shift(tensors, by=-1, leave={f"layer{stage}.0.downsample" for stage in (2, 3, 4)})
@@ -35,7 +35,7 @@ def _shift(tensors: Tensors, *, by: int, leave: set[str]) -> Tensors:
 
 
 def _table(norm: str) -> Table:
-    """The names where norms are called so; the ``only_with`` of group and instance norms is what their blocks have."""
+    """Return the table for nets with this attribute name of norms; that of "gn" and "in" needs blocks with it."""
     rows = "fc head.fc"
     for index in range(3):
         rows += f"\n stem.{3 * index} stem.{index}.conv \n stem.{3 * index + 1} stem.{index}.{norm}"
@@ -45,6 +45,6 @@ def _table(norm: str) -> Table:
 MMPRETRAIN = Layout(
     "mmpretrain",
     tables=(_table("gn"), _table("in"), _table("bn")),
-    finish=_count_pooling,
-    prepare=_discount_pooling,
+    values_to_native=_count_pooling,
+    values_to_foreign=_discount_pooling,
 )

@@ -1,4 +1,4 @@
-"""PaddleDetection: blocks by letter, and linear layers whose weights are transposed.
+"""Key layout of PaddleDetection: letters for blocks, and transposed weights of linear layers.
 
 Source: PaddlePaddle/PaddleDetection, ``ppdet/modeling/backbones/resnet.py`` and ``name_adapter.py``.
 """
@@ -46,7 +46,7 @@ _POOLING_SHORTCUT = [
 
 
 def _transpose(tensors: Tensors) -> Tensors:
-    """Turn the attention's linear layers into 1x1 convolutions."""
+    """Convert the linear layers of attention to 1x1 convolutions."""
     return {
         name: tensor.t()[:, :, None, None] if _is_attention(name) and tensor.dim() == 2 else tensor
         for name, tensor in tensors.items()
@@ -72,6 +72,6 @@ PADDLE = Layout(
         _table(_DEEP_STEM, _SHORTCUT),
         _table(_DEEP_STEM, _POOLING_SHORTCUT),
     ),
-    finish=lambda tensors: _transpose_classifier(_transpose(tensors)),
-    prepare=lambda tensors: _transpose_classifier(_transpose_back(tensors)),
+    values_to_native=lambda tensors: _transpose_classifier(_transpose(tensors)),
+    values_to_foreign=lambda tensors: _transpose_classifier(_transpose_back(tensors)),
 )

@@ -1,4 +1,4 @@
-"""The RegNets of pycls, the authors' own code.
+"""Key layout of pycls, the code of RegNet's authors.
 
 Source: facebookresearch/pycls, ``pycls/models/anynet.py``.
 """

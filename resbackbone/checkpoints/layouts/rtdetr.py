@@ -1,7 +1,7 @@
-"""PResNet, the ResNet of RT-DETR by its authors, and of what is built on RT-DETR.
+"""Key layout of PResNet, the ResNet in the code of RT-DETR's authors and in projects based on it.
 
-Source: lyuwenyu/RT-DETR, ``rtdetr_pytorch/src/nn/backbone/presnet.py``. It pools in the shortcuts of variant d but for
-the first stage's, and its stem's first convolution has the same name whether further ones follow or not.
+Source: lyuwenyu/RT-DETR, ``rtdetr_pytorch/src/nn/backbone/presnet.py``. In variant d all shortcuts pool except those of
+the first stage, and the first convolution of the stem has the same name in plain and deep stems.
 """
 
 from __future__ import annotations

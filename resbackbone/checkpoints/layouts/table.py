@@ -1,4 +1,4 @@
-"""A table of names that reads in both directions."""
+"""Two-way key tables: templates of native and foreign keys."""
 
 from __future__ import annotations
 
@@ -9,87 +9,84 @@ from dataclasses import dataclass
 
 PARAMETERS = "weight|bias|running_mean|running_var|num_batches_tracked"
 
-_TEXTS = {"p": PARAMETERS, "rest": ".+"}  # fields that are no numbers
+_TEXTS = {"p": PARAMETERS, "rest": ".+"}  # fields that are not numbers
 _FIELD = re.compile(r"\{(\w+?)([+-]\d+|:\w+)?\}")
 
 
 @dataclass(frozen=True)
-class _Spelling:
-    """How a number is written: what it looks like, to the number, and from the number and the stage's blocks."""
+class _NumberFormat:
+    """Format of a number in a key: its pattern, a parser, and a formatter of the number and the stage's blocks."""
 
     pattern: str
-    read: Callable[[str], int]
-    write: Callable[[int, int], str]
+    parse: Callable[[str], int]
+    format: Callable[[int, int], str]
 
 
-_LETTER = _Spelling("[a-z]", lambda text: ord(text) - ord("a") + 1, lambda number, _: chr(ord("a") + number - 1))
-_BLOCK = _Spelling(
+_LETTER = _NumberFormat("[a-z]", lambda text: ord(text) - ord("a") + 1, lambda number, _: chr(ord("a") + number - 1))
+_BLOCK = _NumberFormat(
     r"b[1-9]\d*|[a-z]",
     lambda text: int(text[1:]) if text[1:] else ord(text) - ord("a"),
     lambda number, blocks: f"b{number}" if blocks > 10 and number else chr(ord("a") + number),
 )
+_UNIT = _NumberFormat(r"\d\d+", lambda text: int(text) - 1, lambda number, _: f"{number + 1:02d}")
 
 
-_UNIT = _Spelling(r"\d\d+", lambda text: int(text) - 1, lambda number, _: f"{number + 1:02d}")
+def _shifted(by: int) -> _NumberFormat:
+    return _NumberFormat(r"\d+", lambda text: int(text) - by, lambda number, _: str(number + by))
 
 
-def _shifted(by: int) -> _Spelling:
-    return _Spelling(r"\d+", lambda text: int(text) - by, lambda number, _: str(number + by))
-
-
-def _spelling(kind: str) -> _Spelling:
+def _number_format(kind: str) -> _NumberFormat:
     return {":letter": _LETTER, ":block": _BLOCK, ":unit": _UNIT}.get(kind) or _shifted(int(kind or 0))
 
 
 class Template:
-    """A name with fields, which it finds in names and fills in.
+    """Template of keys with fields, which parses and formats keys.
 
-    A field is a number: ``{b}`` as it is; ``{s+1}`` and ``{k-1}`` one more or less than on the table's other side;
-    ``{k:letter}`` "a" for 1, "b" for 2; ``{b:block}`` "a" for 0, "b" for 1, but "b1", "b2" behind "a" in a stage of
-    more than ten blocks; ``{b:unit}`` "01" for 0. Where it comes twice, it is the same twice. ``{p}`` is the name of a
-    parameter or buffer, ``{rest}`` whatever else a name has.
+    A field is a number: ``{b}`` as it is; ``{s+1}`` and ``{k-1}`` one more or less than on the other side of the table;
+    ``{k:letter}`` "a" for 1, "b" for 2; ``{b:block}`` "a" for 0, "b" for 1, but "b1", "b2" after "a" in a stage of more
+    than ten blocks; ``{b:unit}`` "01" for 0. A field that occurs twice has the same value. ``{p}`` is the name of a
+    parameter or buffer, ``{rest}`` the rest of a key.
     """
 
     def __init__(self, text: str) -> None:
-        self._parts: list[tuple[str, str, _Spelling | None]] = []  # what stands before a field, its name, its spelling
+        self._parts: list[tuple[str, str, _NumberFormat | None]] = []  # text before a field, its name, its format
         pattern, end = "", 0
         for found in _FIELD.finditer(text):
             before, name = text[end : found.start()], found[1]
-            spelling = None if name in _TEXTS else _spelling(found[2] or "")
-            self._parts.append((before, name, spelling))
+            number = None if name in _TEXTS else _number_format(found[2] or "")
+            self._parts.append((before, name, number))
             again = f"(?P<{name}>" in pattern
-            shape = _TEXTS[name] if spelling is None else spelling.pattern
+            shape = _TEXTS[name] if number is None else number.pattern
             pattern += re.escape(before) + (f"(?P={name})" if again else f"(?P<{name}>{shape})")
             end = found.end()
         self._end = text[end:]
         self._regex = re.compile(pattern + re.escape(self._end))
 
-    def read(self, name: str) -> dict[str, int | str] | None:
-        """Return the fields' values, or None where the name is another."""
+    def parse(self, name: str) -> dict[str, int | str] | None:
+        """Return the values of the fields; None if the key does not match."""
         found = self._regex.fullmatch(name)
         if found is None:
             return None
         return {
-            field: found[field] if spelling is None else spelling.read(found[field])
-            for _, field, spelling in self._parts
+            field: found[field] if number is None else number.parse(found[field]) for _, field, number in self._parts
         }
 
-    def write(self, values: Mapping[str, int | str], blocks: int = 1) -> str:
-        """Return the name with these values in its fields, in a stage of so many blocks."""
+    def format(self, values: Mapping[str, int | str], blocks: int = 1) -> str:
+        """Return the key with these values of the fields, in a stage with this number of blocks."""
         text = ""
-        for before, field, spelling in self._parts:
+        for before, field, number in self._parts:
             value = values[field]
-            text += before + (spelling.write(int(value), blocks) if spelling is not None else str(value))
+            text += before + (number.format(int(value), blocks) if number is not None else str(value))
         return text + self._end
 
 
 class Table:
-    """Rows of a native and a foreign name.
+    """Two-way table of native and foreign keys.
 
     Args:
-        text: A row per line: the native name, blanks, the foreign name, both without the parameter's own name.
-        full_names: Whether the names have their parameters' names already.
-        only_with: What one of the native names must contain for the table to be meant.
+        text: One row per line: native key, blanks, foreign key, both without the name of the parameter.
+        full_names: Whether the keys include the names of the parameters.
+        only_with: Text that one of the native keys must contain for the table to apply.
     """
 
     def __init__(self, text: str, *, full_names: bool = False, only_with: str = "") -> None:
@@ -99,11 +96,11 @@ class Table:
         self.rows = [(Template(native + end), Template(foreign + end)) for native, foreign in rows]
 
     def to_native(self, names: Iterable[str]) -> dict[str, str]:
-        """Map the names that the table knows to the native ones."""
+        """Map the foreign keys in the table to native ones."""
         return self._rename(names, self.rows)
 
     def to_foreign(self, names: Iterable[str]) -> dict[str, str]:
-        """Map the native names that the table knows to the foreign ones."""
+        """Map the native keys in the table to foreign ones."""
         names = list(names)
         if not any(self.only_with in name for name in names):
             return {}
@@ -112,13 +109,13 @@ class Table:
     @staticmethod
     def _rename(names: Iterable[str], rows: list[tuple[Template, Template]]) -> dict[str, str]:
         found = {}
-        blocks: dict[int | str | None, int] = defaultdict(int)  # how many each stage has
+        blocks: dict[int | str | None, int] = defaultdict(int)  # of each stage
         for name in names:
             for target, source in rows:
-                values = source.read(name)
+                values = source.parse(name)
                 if values is not None:
                     found[name] = target, values
                     stage = values.get("s")
                     blocks[stage] = max(blocks[stage], int(values.get("b", 0)) + 1)
                     break
-        return {name: target.write(values, blocks[values.get("s")]) for name, (target, values) in found.items()}
+        return {name: target.format(values, blocks[values.get("s")]) for name, (target, values) in found.items()}

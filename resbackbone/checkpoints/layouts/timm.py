@@ -1,4 +1,4 @@
-"""timm's ResNets: those of ``resnet.py`` and its relatives, the pre-activation ones, and RegNet.
+"""Key layouts of timm: ``resnet.py`` and related files, pre-activation ResNets, and RegNet.
 
 Source: timm 1.0.31, ``models/resnet.py``, ``sknet.py``, ``resnetv2.py``, ``regnet.py``, ``senet.py`` (the old names).
 """
@@ -12,17 +12,17 @@ _ATTENTION = """
     layer{s}.{b}.se_layer.conv{k}.conv  layer{s}.{b}.se.fc{k}
     layer{s}.{b}.eca_layer.conv         layer{s}.{b}.se.conv
 """
-# The deep stem is `conv1` but for its last norm, which is `bn1` as in the plain one.
+# The deep stem is `conv1`, except its last norm, which is `bn1` as in the plain stem.
 _DEEP_STEM = """
     stem.7    bn1
     stem.{i}  conv1.{i}
 """
-# Around selective kernels each convolution holds its norm.
+# In blocks with selective kernels each convolution holds its norm.
 _SELECTIVE = """
     layer{s}.{b}.conv{k}  layer{s}.{b}.conv{k}.conv
     layer{s}.{b}.bn{k}    layer{s}.{b}.conv{k}.bn
 """
-# Here alone group norms are called otherwise than batch norms.
+# Only native keys have other names for group norms than for batch norms.
 _GROUP_NORMS = """
     gn1                 bn1
     layer{s}.{b}.gn{k}  layer{s}.{b}.bn{k}
@@ -48,7 +48,7 @@ TIMM = Layout(
 
 
 def _resnetv2(*rows: str, joint: str = ".") -> Table:
-    """The rows of all nets and those of one stem; with ``features_only`` the first ``joint`` of a name is "_"."""
+    """Return the table for one stem; with timm's ``features_only`` the first ``joint`` of a key is "_"."""
     rows = (
         "layer{s}.{b}.conv{k}  stages.{s-1}.blocks.{b}.conv{k}",
         "layer{s}.{b}.bn{k}    stages.{s-1}.blocks.{b}.norm{k}",
@@ -69,16 +69,8 @@ _DEEP = (
 )
 
 
-def _flatten_classifier(tensors: Tensors) -> Tensors:
-    return _reshape_classifier(tensors, 2)
-
-
-def _unflatten_classifier(tensors: Tensors) -> Tensors:
-    return _reshape_classifier(tensors, 4)
-
-
 def _reshape_classifier(tensors: Tensors, dims: int) -> Tensors:
-    """The classifier is a 1x1 convolution there."""
+    """Reshape the classifier, which is a 1x1 convolution there."""
     weight = tensors.get("fc.weight")
     if weight is not None:
         tensors["fc.weight"] = weight.reshape(weight.shape[:2] + (1,) * (dims - 2))
@@ -89,8 +81,8 @@ TIMM_RESNETV2 = Layout(
     "timm-resnetv2",
     tables=(_resnetv2(*_PLAIN), _resnetv2(*_DEEP)),
     old=(_resnetv2(*_PLAIN, joint="_"), _resnetv2(*_DEEP, joint="_")),
-    finish=_flatten_classifier,
-    prepare=_unflatten_classifier,
+    values_to_native=lambda tensors: _reshape_classifier(tensors, 2),
+    values_to_foreign=lambda tensors: _reshape_classifier(tensors, 4),
 )
 
 TIMM_REGNET = Layout(

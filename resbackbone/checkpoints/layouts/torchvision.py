@@ -1,4 +1,4 @@
-"""torchvision's RegNet; its ResNets have the native names.
+"""Key layout of torchvision's RegNet; its ResNets have the native layout.
 
 Source: torchvision 0.28.0, ``models/regnet.py``.
 """

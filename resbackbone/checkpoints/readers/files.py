@@ -1,4 +1,4 @@
-"""Read third-party checkpoints of any file format as tensors and plain values, without running code in them."""
+"""Reader of checkpoint files of any format as tensors and plain values, without running code in them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from resbackbone.checkpoints.readers import torch_files
+from resbackbone.checkpoints.readers.errors import ADVICE, UnreadableError
 from resbackbone.checkpoints.readers.open_file import OpenFile
-from resbackbone.checkpoints.readers.placeholders import ADVICE, Inert, UnreadableError, View, excerpt
+from resbackbone.checkpoints.readers.placeholders import Placeholder, View
 from resbackbone.checkpoints.readers.plain_values import Skip, skip_nothing, to_tree
 from resbackbone.checkpoints.readers.safe_unpickler import SafeUnpickler
 from resbackbone.checkpoints.readers.safetensors_files import read_safetensors
 from resbackbone.checkpoints.readers.shards import find_in_folder, read_shards
+from resbackbone.utils.validation import excerpt
 
 _KINDS = "PyTorch's .pth, pickles of numpy arrays, .npz, .safetensors, the index of shards, a folder of these"
 _PICKLE = re.compile(rb"\x80|[(\]}]|c[\w.]+\n[\w.]+\n")  # of any protocol; the first ones are text
-_CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")  # what text has none of
-# Weights hardly shrink when they are compressed: a file that grows by more than this is a bomb.
+_CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")  # characters that text does not have
+# Weights hardly shrink when they are compressed: a file that grows by more than this factor is a zip bomb.
 _MAX_GROWTH = 20
 _NO_MEMORY = re.compile("can't allocate memory|not enough memory")  # what PyTorch's allocator says
 _SHOWN = 5
@@ -33,28 +35,29 @@ _PLACE = 60  # characters
 
 
 def read_file(path: str | Path, *, skipped: Skip = skip_nothing) -> dict[str, Any]:
-    """Return what the file of a checkpoint holds.
+    """Read a checkpoint file.
 
-    Its kind is told by its content, not by its suffix: PyTorch's zip files and its format before 1.6; pickles of numpy
-    arrays (``.pkl`` of Detectron and detectron2, ``.pdparams`` of PaddlePaddle); ``.npz``; ``.safetensors``. Shards of
-    any of these are read by the path of their index (``model.safetensors.index.json``,
-    ``pytorch_model.bin.index.json``), and what transformers' ``save_pretrained`` has written by the path of its folder.
-    Nothing in a file is run, and no more memory is taken than its numbers need. Each of its parts is read once, into
-    memory that is the tensors' own: what is done to the file later changes nothing.
+    The format is detected from the content, not from the suffix: PyTorch's zip archives and its legacy format from
+    before 1.6; pickles of numpy arrays (``.pkl`` of Detectron and detectron2, ``.pdparams`` of PaddlePaddle); ``.npz``;
+    ``.safetensors``. Shards of any of these are read by the path of their index (``model.safetensors.index.json``,
+    ``pytorch_model.bin.index.json``), and the files of transformers' ``save_pretrained`` by the path of their folder.
+    No code in a file is run, and no more memory is allocated than its tensors need. Each part is read once, into memory
+    of its own, so that later changes of the file have no effect.
 
     Args:
         path: The file or folder.
-        skipped: Whether mappings and lists below a key, at any depth, are left out, and their tensors not read.
+        skipped: Whether a key, at any depth, is skipped with its mapping or list, so that the tensors there are not
+            read.
 
     Returns:
-        The names in it, each with a tensor, a plain value, or a mapping, list, tuple or set of these. Objects of other
-        classes, and classes and functions, come as `Inert`, which has their name. Tensors are on the CPU and may
-        share storage; writing to them does not change the file.
+        The content by name: tensors, plain values, and mappings, lists, tuples or sets of these. Objects of other
+        classes, and classes and functions, become `Placeholder`, which has their name. Tensors are on the CPU and may
+        share storage.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint, damaged, was written to while it was read, or has tensors inside objects
-            of other classes, whose name the error tells.
+        ValueError: If it is not a checkpoint, is damaged, was written to while it was read, or has tensors inside
+            objects of other classes, which the error names.
     """
     path = Path(path)
     if path.is_dir():
@@ -68,7 +71,7 @@ def read_file(path: str | Path, *, skipped: Skip = skip_nothing) -> dict[str, An
     except MemoryError as error:
         raise ValueError(f"{str(path)!r} needs more memory than there is") from error
     except Exception as error:  # damage makes zip, struct, json, numpy and the unpickler raise errors of many kinds
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which places outside of the file lead to
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: an offset outside of the file
             raise
         if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
             raise ValueError(f"{str(path)!r} needs more memory than there is") from error
@@ -78,10 +81,10 @@ def read_file(path: str | Path, *, skipped: Skip = skip_nothing) -> dict[str, An
         ) from error
 
 
-def not_loaded(content: Mapping[str, Any]) -> tuple[str, ...]:
-    """Say which objects in what :func:`read_file` has returned are stand-ins: their classes, and where they are."""
+def describe_placeholders(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """Describe the objects that :func:`read_file` did not load: class and place of each, at most five classes."""
     places: dict[str, list[str]] = {}
-    for name, place in _inert(content, ""):
+    for name, place in _placeholders(content, ""):
         places.setdefault(name, []).append(place)
     notes = []
     for name, found in places.items():
@@ -90,58 +93,31 @@ def not_loaded(content: Mapping[str, Any]) -> tuple[str, ...]:
     return (*notes[:_SHOWN], *([f"{len(notes) - _SHOWN} more classes"] if len(notes) > _SHOWN else []))
 
 
-def _inert(value: Any, place: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Inert):
+def _placeholders(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Placeholder):
         yield value.name, place
     elif isinstance(value, Mapping):
         for key, item in value.items():
             below = _below(place, key)
             if not isinstance(key, str):
-                yield from _inert(key, below)
-            yield from _inert(item, below)
+                yield from _placeholders(key, below)
+            yield from _placeholders(item, below)
     elif isinstance(value, (list, tuple, set, frozenset)):
         for item in value:
-            yield from _inert(item, place)
+            yield from _placeholders(item, place)
 
 
 def _below(place: str, key: object) -> str:
-    """Join a place and a key, of which no more is kept than can be shown."""
+    """Join a place and a key, shortened to what can be shown."""
     text = excerpt(key, _PLACE) if isinstance(key, str) else _short(key)
     return place if len(place) > _PLACE else f"{place}.{text}" if place else text
 
 
 def _short(key: object) -> str:
-    """Show a key that is no text; long ones by their type alone."""
-    if isinstance(key, (Inert, float, complex)) or key is None or (isinstance(key, int) and abs(key) < 2**63):
+    """Return a key that is not text as text; long ones as their type."""
+    if isinstance(key, (Placeholder, float, complex)) or key is None or (isinstance(key, int) and abs(key) < 2**63):
         return excerpt(str(key), _PLACE)
     return type(key).__name__
-
-
-def check_weights(tensors: Mapping[str, Tensor]) -> None:
-    """Raise unless all tensors are dense and real, and all their values finite.
-
-    Raises:
-        ValueError: If some are not, naming the first five.
-    """
-    unsound = [f"{excerpt(key, 200)} ({problem})" for key, tensor in tensors.items() if (problem := _problem(tensor))]
-    if unsound:
-        more = f" and {len(unsound) - 5} more" if len(unsound) > 5 else ""
-        raise ValueError(f"weights must be finite real numbers, but not so {', '.join(unsound[:5])}{more}")
-
-
-def _problem(tensor: Tensor) -> str:
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        return "not dense"
-    if tensor.is_complex():
-        return "complex"
-    if not tensor.is_floating_point():
-        return ""
-    if tensor.itemsize == 1:  # the 8-bit types have no arithmetic
-        tensor = tensor.float()
-    # A sum shows every NaN and infinity, in a fraction of the time; it may also overflow, hence the second look.
-    if tensor.sum().isfinite() or tensor.isfinite().all():
-        return ""
-    return "NaN" if tensor.isnan().any() else "infinite"
 
 
 def _read(path: Path, skipped: Skip, *, index: bool = True) -> Any:
@@ -173,8 +149,8 @@ def _read_opened(opened: OpenFile, path: Path, skipped: Skip, *, index: bool) ->
 
 
 def _named(content: object) -> dict[str, Any]:
-    """Return the content if every tensor in it has a name; what has None for a name is noted as not loaded."""
-    if isinstance(content, Inert):
+    """Return the content if every tensor in it has a name; tensors with the name None become placeholders."""
+    if isinstance(content, Placeholder):
         raise UnreadableError(
             f"names {content.name!r}, which is neither a tensor nor a numpy array nor a plain value; {ADVICE}"
         )
@@ -184,7 +160,7 @@ def _named(content: object) -> dict[str, Any]:
     for mapping in pending:  # grows by the mappings inside
         for key, value in mapping.items():
             if key is None and isinstance(value, Tensor):
-                mapping[key] = Inert("torch.Tensor")
+                mapping[key] = Placeholder("torch.Tensor")
             elif not isinstance(key, str) and isinstance(value, Tensor):
                 raise UnreadableError(f"has the key {_short(key)} where a name should be")
             if isinstance(value, dict):
@@ -222,7 +198,7 @@ def _read_zip(opened: OpenFile, skipped: Skip) -> Any:
     )
 
 
-def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Tensor | Inert:
+def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Tensor | Placeholder:
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UnreadableError("has members that are compressed in another way than numpy's")
     with archive.open(member) as file:
@@ -231,7 +207,7 @@ def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Tensor | Ine
         shape, _, dtype = read_header(file)
         name = excerpt(member.filename, 50)
         if dtype.kind in "SUmM":
-            return Inert("numpy.ndarray")
+            return Placeholder("numpy.ndarray")
         if dtype.hasobject or dtype.kind not in "biufc":
             raise UnreadableError(f"holds {name!r} of type {dtype}; only arrays of numbers are read")
         if math.prod(shape) * dtype.itemsize != member.file_size - file.tell():

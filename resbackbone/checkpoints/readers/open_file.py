@@ -1,4 +1,4 @@
-"""An open checkpoint file, each part of which is read once, into its own memory."""
+"""An open checkpoint file that is read once, into memory, and checked for changes meanwhile."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from resbackbone.checkpoints.readers.placeholders import CUT_OFF, UnreadableError
+from resbackbone.checkpoints.readers.errors import CUT_OFF, UnreadableError
 
 _CLOCK = 20_000_000  # nanoseconds; file systems keep times no finer than a tick of the system's clock
 
 
 class OpenFile:
-    """A file from which tensors are read.
+    """An open file from which bytes and tensors are read.
 
-    Nothing is mapped into memory: where a mapped file is cut off or written to, tensors that were checked before
-    change, or the process is killed. What is read here stays as it is.
+    Nothing is mapped into memory: if a mapped file were truncated or written to, tensors that were checked before would
+    change, or the process be killed.
 
     Args:
         path: The file.
 
     Attributes:
-        file: Python's file.
-        size: How many bytes it has.
+        file: The binary file object.
+        size: Its number of bytes.
     """
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("rb")
         self._state = self._look()
         self.size, written = self._state
-        if 0 <= time.time_ns() - written < _CLOCK:  # or what is written next would have the same time
+        if 0 <= time.time_ns() - written < _CLOCK:  # or the next write would have the same time
             time.sleep(_CLOCK / 1e9)
 
     def __enter__(self) -> OpenFile:
-        """Begin to read."""
+        """Return the file."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close it; raise if it was written to while it was read."""
+        """Close it, and raise if it was written to while it was read."""
         changed = self._look() != self._state
         self.file.close()
         if changed and (kind is None or issubclass(kind, Exception)):
@@ -54,10 +54,10 @@ class OpenFile:
         return state.st_size, state.st_mtime_ns
 
     def read(self, start: int, count: int) -> bytes:
-        """Return the bytes at a place.
+        """Read bytes.
 
         Raises:
-            UnreadableError: If they are not there.
+            UnreadableError: If the file has fewer.
         """
         self._check(start, count)
         self.file.seek(start)
@@ -67,10 +67,10 @@ class OpenFile:
         return data
 
     def read_tensor(self, start: int, count: int) -> Tensor:
-        """Return the bytes at a place as a tensor, ``(count,)``, on the CPU.
+        """Read bytes as a tensor ``(count,)`` of type uint8 on the CPU.
 
         Raises:
-            UnreadableError: If they are not there.
+            UnreadableError: If the file has fewer.
         """
         self._check(start, count)
         tensor = torch.empty(count, dtype=torch.uint8, device="cpu")  # whatever the default device is

@@ -1,4 +1,4 @@
-"""The allowlist of names in pickles of checkpoints, each with the function that replaces it."""
+"""Allowlist of the names in pickles of checkpoints, each with the function that replaces it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from resbackbone.checkpoints.readers.errors import UnreadableError
 from resbackbone.checkpoints.readers.placeholders import (
     Array,
-    Function,
-    Inert,
     NumpyType,
-    UnreadableError,
+    Placeholder,
+    SafeFunction,
     View,
     check_sizes,
     read_array,
@@ -29,25 +29,29 @@ _MAX_NAME = 2000  # characters; a pickle may repeat a long one for two bytes eac
 _Mapping = TypeVar("_Mapping", bound=dict[Any, Any])
 
 
-def _numpy_type(code: object, *_: object) -> NumpyType | Inert:
+def _numpy_type(code: object, *_: object) -> NumpyType | Placeholder:
     if isinstance(code, str) and re.fullmatch(r"[<>|=]?(b1|[iu][1248]|f[248]|c8|c16)", code):
         return NumpyType(np.dtype(code))
-    return Inert("numpy.dtype", code)
+    return Placeholder("numpy.dtype", code)
 
 
-def _empty_array(kind: object, shape: object, code: object) -> Inert:
-    if not isinstance(kind, Inert):
+def _empty_array(kind: object, shape: object, code: object) -> Placeholder:
+    if not isinstance(kind, Placeholder):
         raise UnreadableError("holds a damaged array")
-    return Array() if kind.name == "numpy.ndarray" else Inert(kind.name)
+    return Array() if kind.name == "numpy.ndarray" else Placeholder(kind.name)
 
 
-def _whole_array(data: object, kind: object, shape: object, order: object) -> Inert:
-    return Array(read_array(data, kind, shape, order)) if isinstance(kind, NumpyType) else Inert("numpy.ndarray", data)
+def _whole_array(data: object, kind: object, shape: object, order: object) -> Placeholder:
+    return (
+        Array(read_array(data, kind, shape, order))
+        if isinstance(kind, NumpyType)
+        else Placeholder("numpy.ndarray", data)
+    )
 
 
-def _scalar(kind: object, data: object = b"") -> bool | int | float | complex | Inert:
+def _scalar(kind: object, data: object = b"") -> bool | int | float | complex | Placeholder:
     if not isinstance(kind, NumpyType):
-        return Inert("numpy.generic", data)
+        return Placeholder("numpy.generic", data)
     value: bool | int | float | complex = read_array(data, kind, ()).item()
     return value
 
@@ -73,13 +77,13 @@ def _parameter(data: object, *_: object) -> View:
 
 
 def _tensor_of_a_class(function: object, kind: object, arguments: object, state: object) -> object:
-    """Stand for how tensors are pickled that have attributes or a class of their own: the tensor alone is read.
+    """Replace the rebuilding of tensors of a subclass or with attributes: only the tensor is read.
 
-    No other function is called, as what one copies is counted where the pickle calls it.
+    No other function is called: the cost of a call is counted where the pickle calls.
     """
-    known = isinstance(function, Function) and function.call in _REBUILDERS
-    if not known or not isinstance(function, Function) or not isinstance(arguments, tuple):
-        return Inert(kind.name if isinstance(kind, Inert) else "torch.Tensor", function, arguments)
+    known = isinstance(function, SafeFunction) and function.call in _REBUILDERS
+    if not known or not isinstance(function, SafeFunction) or not isinstance(arguments, tuple):
+        return Placeholder(kind.name if isinstance(kind, Placeholder) else "torch.Tensor", function, arguments)
     return function.call(*arguments)
 
 
@@ -90,17 +94,17 @@ def _size(sizes: object = ()) -> torch.Size:
     return torch.Size(sizes)
 
 
-def _device(kind: object, index: object = None) -> torch.device | Inert:
+def _device(kind: object, index: object = None) -> torch.device | Placeholder:
     if not isinstance(kind, str) or not re.fullmatch(r"[a-z]{1,20}(:\d{1,3})?", kind):
         raise UnreadableError("holds a device without a name")
     try:
         return torch.device(kind) if index is None else torch.device(kind, index)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError):  # of a kind that this PyTorch does not know
-        return Inert("torch.device")
+    except (RuntimeError, TypeError):  # unknown to this release of PyTorch
+        return Placeholder("torch.device")
 
 
 def _encode(text: str, codec: str) -> bytes:
-    """Stand for ``_codecs.encode``, the way in which bytes are written for Python 2."""
+    """Replace ``_codecs.encode``, by which Python 3 writes bytes for Python 2."""
     if codec not in ("latin1", "latin-1"):
         raise UnreadableError("holds bytes that are not written as latin1")
     return text.encode("latin1")
@@ -110,19 +114,19 @@ def _no_bytes() -> bytes:
     return b""
 
 
-def _bytearray(data: object = b"", *_: object) -> bytes | Inert:
-    """Stand for ``bytearray``, which makes any number of bytes if it is given a number."""
-    return bytes(data) if isinstance(data, (bytes, bytearray)) else Inert("builtins.bytearray")
+def _bytearray(data: object = b"", *_: object) -> bytes | Placeholder:
+    """Replace ``bytearray``, which would allocate any number of bytes if called with a number."""
+    return bytes(data) if isinstance(data, (bytes, bytearray)) else Placeholder("builtins.bytearray")
 
 
 def _complex(real: object, imaginary: object = 0.0) -> complex:
     if not isinstance(real, (int, float)) or not isinstance(imaginary, (int, float)):
-        raise UnreadableError("holds a complex number of two parts that are no numbers")
+        raise UnreadableError("holds a complex number of two parts that are not numbers")
     return complex(real, imaginary)
 
 
 def _list(items: object = (), *_: object) -> list[Any]:
-    """Stand for ``deque``."""
+    """Replace ``deque``."""
     if not isinstance(items, (list, tuple)):
         raise UnreadableError(f"makes a list of a {type(items).__name__}")
     return list(items)
@@ -153,7 +157,7 @@ def _counter(items: object = ()) -> Counter[Any]:
 
 
 def _pairs(items: object) -> Iterable[tuple[Any, Any]]:
-    """Return the items of a mapping, which Python 2 wrote as pairs."""
+    """Return the items of a mapping; Python 2 wrote them as pairs."""
     return items.items() if isinstance(items, dict) else items  # type: ignore[return-value]
 
 
@@ -176,15 +180,15 @@ def add(members: set[Any], items: Iterable[Any], hashes: Counter[str]) -> set[An
 
 
 def _check_key(key: object, container: object, hashes: Counter[str]) -> None:
-    """Raise unless a key is hashed in little time, and few others of its mapping have the same hash.
+    """Check that a key is cheap to hash, and that few other keys of its container have the same hash.
 
     Hashing a deep tuple ends the process, and a million numbers that are chosen to collide take days. Text is safe, as
     Python hashes it with a secret.
 
     Args:
         key: The key.
-        container: What it is for.
-        hashes: How many keys of each container have each hash; counted up.
+        container: The mapping or set.
+        hashes: The number of keys of each container with each hash; updated.
     """
     if key is None or (type(key) is int and abs(key) < 2**31):
         return
@@ -205,7 +209,7 @@ def _check_key(key: object, container: object, hashes: Counter[str]) -> None:
 
 
 def _tuple(items: object = ()) -> Array | tuple[Any, ...]:
-    """Stand for ``tuple``, which PaddlePaddle calls on the name and the numbers of each of its tensors."""
+    """Replace ``tuple``, which PaddlePaddle calls on the name and the array of each of its tensors."""
     match items:
         case (str(), Array() as array):
             return array
@@ -213,15 +217,15 @@ def _tuple(items: object = ()) -> Array | tuple[Any, ...]:
             return tuple(_list(items))
 
 
-def _reconstruct(kind: object, base: object = None, state: object = None) -> Inert:
-    """Stand for how objects are made in the protocols 0 and 1."""
-    return Inert(kind.name if isinstance(kind, (Inert, Function)) else "object", base, state)
+def _reconstruct(kind: object, base: object = None, state: object = None) -> Placeholder:
+    """Replace ``copyreg._reconstructor``, which builds objects in the protocols 0 and 1."""
+    return Placeholder(kind.name if isinstance(kind, (Placeholder, SafeFunction)) else "object", base, state)
 
 
 _REBUILDERS = (_view, _typed_view, _parameter)
 _HASHED = (
     str, bytes, int, float, complex, type(None), torch.dtype, torch.device,
-    Inert, Function, View,  # by their identity
+    Placeholder, SafeFunction, View,  # by their identity
 )  # fmt: skip
 _STORAGES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
@@ -264,20 +268,20 @@ _FUNCTIONS: Mapping[str, Callable[..., object]] = {
     "copyreg._reconstructor": _reconstruct,
 }
 
-NAMES: Mapping[str, torch.dtype | Function] = {
+NAMES: Mapping[str, torch.dtype | SafeFunction] = {
     **{f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()},
     **{f"torch.cuda.{name}Storage": dtype for name, dtype in _STORAGES.items()},
     **{str(dtype): dtype for dtype in _DTYPES},
     "torch.storage.UntypedStorage": torch.uint8,
-    **{name: Function(name, function) for name, function in _FUNCTIONS.items()},
+    **{name: SafeFunction(name, function) for name, function in _FUNCTIONS.items()},
 }
-"""What is read, by its full name as Python 3 has it; everything else is inert."""
+"""What is read, by its full name in Python 3; every other name becomes a placeholder."""
 
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # since Python 2
 
 
-def find(module: str, name: str) -> torch.dtype | Function | Inert:
-    """Return what stands for a name: one of `NAMES`, or something inert.
+def find(module: str, name: str) -> torch.dtype | SafeFunction | Placeholder:
+    """Return the replacement for a name: one of `NAMES`, or a placeholder.
 
     Raises:
         UnreadableError: If it is longer than names of classes are.
@@ -287,4 +291,4 @@ def find(module: str, name: str) -> torch.dtype | Function | Inert:
             f"names a class in {len(module) + len(name):,} characters; at most {_MAX_NAME:,} are read"
         )
     full_name = f"{_RENAMED.get(module, module)}.{name}"
-    return NAMES.get(full_name) or Inert(full_name)
+    return NAMES.get(full_name) or Placeholder(full_name)

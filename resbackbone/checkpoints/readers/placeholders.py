@@ -1,4 +1,4 @@
-"""Placeholders for the objects of a pickle: descriptions of tensors and arrays, and inert objects for all else."""
+"""Placeholders for the objects of a pickle: descriptions of tensors and arrays, and placeholders for all else."""
 
 from __future__ import annotations
 
@@ -11,25 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resbackbone.checkpoints.readers.errors import ADVICE, UnreadableError
+from resbackbone.utils.validation import excerpt
+
 _MAX_DIMENSIONS = 32
 
-CUT_OFF = "is cut off in the middle; download or copy it again"
-ADVICE = (
-    "nothing was run. If you trust its author, load it in the program that wrote it, and save the weights alone: "
-    "torch.save(model.state_dict(), 'weights.pth')"
-)
 
-
-class UnreadableError(ValueError):
-    """What is wrong with a file, worded to follow its name: "is empty; download it again"."""
-
-
-class Inert:
-    """Stands for an object, class or function that is not loaded: nothing is imported, called or set.
+class Placeholder:
+    """Placeholder for an object, class or function that is not loaded: nothing is imported, called or set.
 
     Attributes:
-        name: The full name of its class, or its own; printable, and shortened.
-        content: What the pickle passed to it; empty once the file has been read.
+        name: The full name of the class or function; printable, and shortened.
+        content: What the pickle passes to it; empty once the file has been read.
     """
 
     __slots__ = ("content", "name")
@@ -39,13 +32,18 @@ class Inert:
         self.content = list(content)
 
     def __repr__(self) -> str:
-        """Say what it was."""
+        """Return the name of what is not loaded."""
         return f"<{self.name}, not loaded>"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Function:
-    """Stands for a function or class that a pickle may call."""
+class SafeFunction:
+    """Replacement for a function or class that a pickle may call.
+
+    Attributes:
+        name: The full name of what is replaced.
+        call: What is called in its place.
+    """
 
     name: str
     call: Callable[..., object]
@@ -53,13 +51,13 @@ class Function:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Storage:
-    """Numbers that lie elsewhere in the file.
+    """Reference to a storage, whose bytes are elsewhere in the file.
 
     Attributes:
-        key: What the file calls them.
-        dtype: Their type.
-        start: The first of them that belongs to this storage.
-        count: How many belong to it.
+        key: Its name in the file.
+        dtype: The type of its elements.
+        start: The first element that belongs to it.
+        count: The number of elements that belong to it.
     """
 
     key: str
@@ -77,7 +75,7 @@ class Storage:
                 start = 0
             case ("storage", torch.dtype() as dtype, str(key), _, int(), (_, int(start), int(count))):
                 pass
-            case ("storage", Inert(name=name), *_):
+            case ("storage", Placeholder(name=name), *_):
                 raise UnreadableError(f"holds tensors of the unknown type {name!r}; {ADVICE}")
             case _:
                 raise UnreadableError("refers to something outside that is no storage of numbers")
@@ -87,7 +85,7 @@ class Storage:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class View:
-    """A tensor over a storage: ``offset``, ``size`` and ``stride`` are counted in elements of ``dtype``."""
+    """Description of a tensor over a storage; ``offset`` and ``stride`` are in elements of ``dtype``."""
 
     storage: Storage
     dtype: torch.dtype
@@ -97,8 +95,8 @@ class View:
 
     def __post_init__(self) -> None:
         storage: object = self.storage
-        if isinstance(storage, Inert):
-            raise UnreadableError(f"holds a tensor whose numbers are made by {storage.name!r}; {ADVICE}")
+        if isinstance(storage, Placeholder):
+            raise UnreadableError(f"holds a tensor with a storage of {storage.name!r}; {ADVICE}")
         if not isinstance(storage, Storage) or not isinstance(self.dtype, torch.dtype):
             raise UnreadableError("holds a tensor without a storage of numbers")
         check_sizes("a tensor", (self.offset, *self.size, *self.stride))
@@ -112,7 +110,7 @@ class View:
 
 
 class NumpyType:
-    """Stands for a ``numpy.dtype`` of numbers."""
+    """Description of a ``numpy.dtype`` of numbers."""
 
     __slots__ = ("dtype",)
 
@@ -120,7 +118,7 @@ class NumpyType:
         self.dtype = dtype
 
     def build(self, state: object) -> None:
-        """Take on the byte order from what numpy pickles: version, order, and five fields for types of other kinds."""
+        """Set the byte order from numpy's pickled state: version, order, and five fields for types of other kinds."""
         match state:
             case (int(), "<" | ">" | "=" | "|" as order, None, None, None, *_):
                 self.dtype = self.dtype.newbyteorder(order)
@@ -128,8 +126,8 @@ class NumpyType:
                 raise UnreadableError("holds an array with fields; only arrays of numbers are read")
 
 
-class Array(Inert):
-    """Stands for a ``numpy.ndarray``: empty until its numbers come, and inert if they are none."""
+class Array(Placeholder):
+    """Placeholder for a ``numpy.ndarray``; its tensor is None until its state comes, and for arrays of other types."""
 
     __slots__ = ("tensor",)
 
@@ -138,24 +136,18 @@ class Array(Inert):
         self.tensor = tensor
 
     def build(self, state: object) -> None:
-        """Take on the numbers from what numpy pickles: version, shape, type, whether Fortran's order, bytes."""
+        """Set the tensor from numpy's pickled state: version, shape, type, whether in Fortran's order, bytes."""
         match state:
             case (int(), tuple(shape), NumpyType() as kind, bool() | int() as fortran, data):
                 self.tensor = read_array(data, kind, shape, "F" if fortran else "C")
-            case (int(), tuple(), Inert(), bool() | int(), data):
+            case (int(), tuple(), Placeholder(), bool() | int(), data):
                 self.content.append(data)
             case _:
                 raise UnreadableError("holds a damaged array")
 
 
-def excerpt(text: str, length: int = 100) -> str:
-    """Return a text of the file's as it can be shown in a line: shortened, and without control characters."""
-    text = text if len(text) <= length else f"{text[: length - 3]}..."
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
 def check_sizes(owner: str, sizes: tuple[object, ...]) -> None:
-    """Raise unless these can be the sizes, strides and offsets of a tensor."""
+    """Check that these can be the sizes, strides and offsets of a tensor."""
     for size in sizes:
         if not isinstance(size, int) or not 0 <= size < 2**63:
             raise UnreadableError(f"holds {owner} of an impossible size")
@@ -164,7 +156,7 @@ def check_sizes(owner: str, sizes: tuple[object, ...]) -> None:
 
 
 def _bytes(data: object) -> bytes | bytearray:
-    """Return the bytes of an array, which Python 2 wrote as a string."""
+    """Return the bytes of an array; Python 2 wrote them as a string."""
     if isinstance(data, str):
         return data.encode("latin1")
     if isinstance(data, (bytes, bytearray)):
@@ -173,7 +165,7 @@ def _bytes(data: object) -> bytes | bytearray:
 
 
 def read_array(data: object, kind: NumpyType, shape: object, order: object = "C") -> Tensor:
-    """Return the tensor of an array's bytes."""
+    """Convert the bytes of an array to a tensor."""
     content = _bytes(data)
     if not isinstance(shape, tuple) or order not in ("C", "F"):
         raise UnreadableError("holds a damaged array")
@@ -181,6 +173,6 @@ def read_array(data: object, kind: NumpyType, shape: object, order: object = "C"
     if math.prod(shape) * kind.dtype.itemsize != len(content):
         raise UnreadableError(f"holds an array of shape {shape} and type {kind.dtype} in {len(content)} bytes")
     values = np.frombuffer(content, kind.dtype).reshape(shape, order=order)
-    # Long ones are in memory of their own, which the tensor takes over.
+    # Long ones are a bytearray of their own, which the tensor shares.
     copied = np.array if isinstance(content, bytes) else np.asarray
     return torch.from_numpy(copied(values, dtype=kind.dtype.newbyteorder("="), order="C"))

@@ -1,18 +1,17 @@
-"""Reads a pickle as data, by a closed list of names: nothing in it is imported or run, and what it costs is bounded.
+"""Safe unpickler: reads a pickle as data, with an allowlist of names, bounded cost, and nothing imported or run.
 
-The opcodes are carried out by Python's own unpickler, the one that is written in Python. Those that call, set
-attributes, hash or reserve memory are replaced here; `pickle_names` holds all names that mean something, and whatever
-else a pickle names is inert.
+Harmless opcodes are executed by Python's unpickler in pure Python. The opcodes that call, set attributes, hash or
+allocate memory are replaced here; `pickle_names` has the allowlist, and every other name becomes a placeholder.
 
-Why neither of the faster ways will do:
+Why not a faster unpickler:
 
-- ``pickle.Unpickler``, in C, lets nobody change its opcodes, whatever ``find_class`` says. EXT takes functions from the
-  registry of ``copyreg`` past it; PUT at index 268,435,455 takes 4 GB; BINBYTES8 reserves what it declares; BUILD sets
-  attributes of the functions that stand for names; a deep tuple as a key ends the process, and 30,000 keys of one hash
-  take half a minute. What is hashed shows only when the pickle is carried out, so that a scan beforehand would be a
-  second interpreter.
-- ``torch.load(weights_only=True)`` admits what other libraries have registered in the process (mmengine registers the
-  real ``getattr``), and calls constructors with the file's own arguments (``bytearray(10**10)``).
+- ``pickle.Unpickler``, in C, does not permit to replace opcodes, and ``find_class`` is not enough. EXT reads functions
+  from the registry of ``copyreg`` past it; PUT at index 268,435,455 allocates 4 GB; BINBYTES8 allocates what it
+  declares; BUILD sets attributes of the replacements of names; a deep tuple as a key ends the process, and 30,000 keys
+  of one hash take half a minute. What is hashed is known only when the pickle is executed, so that a scan beforehand
+  would be a second interpreter.
+- ``torch.load(weights_only=True)`` allows what other libraries have registered in the process (mmengine registers the
+  real ``getattr``), and calls constructors with arguments from the file (``bytearray(10**10)``).
 """
 
 from __future__ import annotations
@@ -25,25 +24,17 @@ from typing import Any, BinaryIO
 
 import torch
 
+from resbackbone.checkpoints.readers.errors import CUT_OFF, UnreadableError
 from resbackbone.checkpoints.readers.pickle_names import add, find, put
-from resbackbone.checkpoints.readers.placeholders import (
-    CUT_OFF,
-    Array,
-    Function,
-    Inert,
-    NumpyType,
-    Storage,
-    UnreadableError,
-)
+from resbackbone.checkpoints.readers.placeholders import Array, NumpyType, Placeholder, SafeFunction, Storage
 
-MAX_STEPS = 1_000_000
-"""Steps of a pickle; a ResNet-152 with the state of AdamW takes 76 thousand steps."""
+MAX_STEPS = 1_000_000  # opcodes of a pickle; a ResNet-152 with the state of AdamW has 76 thousand
 
-_LONG = 1 << 16  # bytes; longer ones are an array's
-_LONGEST_NUMBER = 100  # digits
-_LONGEST_INTEGER = 1024  # bytes
+_LONG = 1 << 16  # bytes; longer ones belong to an array
+_MAX_DIGITS = 100  # of a number in text
+_MAX_INTEGER = 1024  # bytes
 
-# Opcodes that the base class carries out: none of them calls, hashes or sets anything.
+# Opcodes that the base class executes: none of them calls, hashes or sets anything.
 _HARMLESS = [
     "PROTO", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1", "FLOAT", "STRING",
     "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINSTRING", "SHORT_BINBYTES", "MARK",
@@ -54,14 +45,14 @@ _HARMLESS = [
 
 
 class SafeUnpickler(pickle._Unpickler):
-    """Makes builtin containers, plain values and stand-ins of a pickle.
+    """Unpickler that builds only builtin containers, plain values and placeholders.
 
     Args:
-        file: What the pickle lies in, at its first byte.
-        size: How many bytes the file has.
+        file: The file, at the first byte of the pickle.
+        size: The number of bytes of the file.
 
     Attributes:
-        storages: The type of each storage that was referred to, by its key.
+        storages: The type of each storage that the pickle refers to, by its key.
     """
 
     stack: list[Any]
@@ -74,13 +65,13 @@ class SafeUnpickler(pickle._Unpickler):
         self.storages: dict[str, torch.dtype] = {}
         self._file = file
         self._size = size
-        self._budget = 2 * size + 100_000  # an array's numbers pass through at most two calls
+        self._budget = 2 * size + 100_000  # the bytes of an array are arguments of at most two calls
 
     def load(self) -> Any:
-        """Read one pickle; return its object.
+        """Read one pickle and return its content.
 
         Raises:
-            UnreadableError: If the pickle does what checkpoints do not need, is cut off or costs too much.
+            UnreadableError: If the pickle has opcodes that checkpoints do not need, is truncated or too expensive.
             Exception: Of many kinds, if the pickle is damaged.
         """
         self.stack, self.metastack, self.proto = [], [], 0
@@ -97,10 +88,10 @@ class SafeUnpickler(pickle._Unpickler):
             steps[code](self)
         raise UnreadableError(f"holds a pickle of more than {MAX_STEPS:,} steps; a checkpoint has far fewer")
 
-    # What the base class asks for
+    # Methods that the base class calls
 
     def read(self, count: int) -> bytes:
-        """Return the next bytes; none are reserved for what is not there."""
+        """Return the next bytes, without allocating more than the file has."""
         if count > _LONG:
             self._check_left(count)
         data = self._file.read(count)
@@ -109,20 +100,20 @@ class SafeUnpickler(pickle._Unpickler):
         return data
 
     def readline(self) -> bytes:
-        """Return what is left of a line."""
+        """Return the rest of a line."""
         line = self._file.readline()
         if not line.endswith(b"\n"):
             raise UnreadableError(CUT_OFF)
         return line
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name."""
+        """Return the replacement for a name."""
         return find(module, name)
 
-    def persistent_load(self, identity: object) -> Storage | Inert:
-        """Return what stands for the numbers of a tensor or, before PyTorch 1.6, for a class with its source."""
+    def persistent_load(self, identity: object) -> Storage | Placeholder:
+        """Return the storage of a tensor or, before PyTorch 1.6, the placeholder for a class with its source."""
         match identity:
-            case ("module", Inert() as kind, *_):
+            case ("module", Placeholder() as kind, *_):
                 return kind
         storage = Storage.from_id(identity)
         self.storages.setdefault(storage.key, storage.dtype)
@@ -135,11 +126,11 @@ class SafeUnpickler(pickle._Unpickler):
     # Values
 
     def _frame(self) -> None:
-        self.read(8)  # the length of what follows, which is of use to faster readers
+        self.read(8)  # the length of the frame, which is not needed
 
     def _written_number(self) -> None:
         line = self.readline().strip()
-        if len(line) > _LONGEST_NUMBER:
+        if len(line) > _MAX_DIGITS:
             raise UnreadableError("holds a number of too many digits")
         self.append(line == b"01" if line in (b"00", b"01") else int(line.rstrip(b"L")))
 
@@ -148,14 +139,14 @@ class SafeUnpickler(pickle._Unpickler):
         if count < 0:
             raise UnreadableError("holds an integer of negative length")
         data = self.read(count)
-        self.append(pickle.decode_long(data) if count <= _LONGEST_INTEGER else Inert("builtins.int"))
+        self.append(pickle.decode_long(data) if count <= _MAX_INTEGER else Placeholder("builtins.int"))
 
     def _bytes(self, count: int) -> None:
         if count <= _LONG:
             self.append(self.read(count))
             return
         self._check_left(count)
-        data = bytearray(count)  # which an array can take over as it is
+        data = bytearray(count)  # an array can share it without a copy
         if self._file.readinto(data) != count:  # type: ignore[attr-defined]
             raise UnreadableError(CUT_OFF)
         self.append(data)
@@ -165,14 +156,14 @@ class SafeUnpickler(pickle._Unpickler):
         if count < 0:
             raise UnreadableError("holds text of negative length")
         self._bytes(count)
-        if count <= _LONG:  # a longer one is an array
+        if count <= _LONG:  # longer ones are arrays
             self.append(self.stack.pop().decode("latin1"))
 
     # Containers
 
     def _fill(self, kind: type, items: Sequence[Any], fill: Callable[[Any, Sequence[Any]], object]) -> None:
         target = self.stack[-1]
-        if isinstance(target, Inert):
+        if isinstance(target, Placeholder):
             target.content.append(items)
         elif isinstance(target, kind):
             fill(target, items)
@@ -210,9 +201,9 @@ class SafeUnpickler(pickle._Unpickler):
     def _call(self, function: object, arguments: object, more: object = None) -> None:
         if not isinstance(arguments, tuple):
             raise UnreadableError(f"calls with a {type(arguments).__name__} for arguments")
-        if isinstance(function, Inert):
-            self.append(Inert(function.name, function, arguments, more))
-        elif isinstance(function, Function):
+        if isinstance(function, Placeholder):
+            self.append(Placeholder(function.name, function, arguments, more))
+        elif isinstance(function, SafeFunction):
             self._spend(arguments)
             self.append(function.call(*arguments))
         else:
@@ -232,7 +223,7 @@ class SafeUnpickler(pickle._Unpickler):
         if isinstance(target, (Array, NumpyType)):
             self._spend(state)
             target.build(state)
-        elif isinstance(target, Inert):
+        elif isinstance(target, Placeholder):
             target.content.append(state)
         elif isinstance(target, OrderedDict):  # a state dict's versions of its modules; no other attribute is read
             if isinstance(state, dict) and isinstance(state.get("_metadata"), dict):
@@ -241,7 +232,7 @@ class SafeUnpickler(pickle._Unpickler):
             raise UnreadableError(f"sets attributes of a {type(target).__name__}")
 
     def _spend(self, arguments: object) -> None:
-        """Count what a call may copy; a small pickle could have one large argument copied a million times."""
+        """Count what a call may copy: a small pickle could have one large argument copied a million times."""
         if isinstance(arguments, tuple):
             inner = (value for argument in arguments if isinstance(argument, tuple) for value in argument)
             self._budget -= sum(len(value) for value in (*arguments, *inner) if hasattr(value, "__len__"))

@@ -1,6 +1,6 @@
-"""Reads .safetensors files: the length of a JSON header, the header, and the numbers of all tensors, without holes.
+"""Reader of .safetensors files: the length of a JSON header, the header, and the bytes of all tensors, without gaps.
 
-The library of that name maps the file into memory or takes its bytes twice, so its writer alone is used here.
+The safetensors library maps the file into memory or reads its bytes twice, so only its writer is used here.
 
 Source: https://huggingface.co/docs/safetensors (format).
 """
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resbackbone.checkpoints.readers.errors import UnreadableError
 from resbackbone.checkpoints.readers.open_file import OpenFile
-from resbackbone.checkpoints.readers.placeholders import UnreadableError, excerpt
+from resbackbone.utils.validation import excerpt
 
 _MAX_HEADER = 100_000_000  # bytes, as in the library
 _MAX_DIMENSIONS = 64  # as in PyTorch
@@ -30,10 +31,10 @@ _TYPES = {
 
 
 def read_safetensors(opened: OpenFile) -> dict[str, Tensor]:
-    """Return all tensors, in the order in which they lie in the file.
+    """Read all tensors, in the order of the file.
 
     Raises:
-        UnreadableError: If the header does not describe the file, or has types that PyTorch has not.
+        UnreadableError: If the header does not describe the file, or has types that PyTorch does not have.
     """
     (length,) = struct.unpack("<Q", opened.read(0, 8))
     if length > min(_MAX_HEADER, opened.size - 8):

@@ -1,4 +1,4 @@
-"""Checkpoints of several files: shards with their index, and the folders that transformers writes."""
+"""Reader of checkpoints of several files: shards with an index, and folders written by transformers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from resbackbone.checkpoints.readers.errors import UnreadableError
 from resbackbone.checkpoints.readers.open_file import OpenFile
-from resbackbone.checkpoints.readers.placeholders import UnreadableError, excerpt
+from resbackbone.utils.validation import excerpt
 
 _MAX_INDEX = 1 << 26  # bytes
 _WEIGHTS = (  # in the order in which transformers looks for them
@@ -23,7 +24,7 @@ _WEIGHTS = (  # in the order in which transformers looks for them
 
 
 def find_in_folder(folder: Path) -> Path:
-    """Return the file with the weights in a folder of transformers' ``save_pretrained``, or the index of its shards.
+    """Find the weights, or the index of their shards, in a folder written by transformers' ``save_pretrained``.
 
     Raises:
         ValueError: If there is none.
@@ -35,15 +36,15 @@ def find_in_folder(folder: Path) -> Path:
 
 
 def read_shards(index: OpenFile, folder: Path, read: Callable[[Path], Any]) -> dict[str, Tensor]:
-    """Return the tensors of all shards that an index lists.
+    """Read the tensors of all shards that an index lists.
 
     Args:
-        index: JSON whose ``weight_map`` has the name of its shard for the name of each tensor.
-        folder: Where the shards are.
-        read: Reads a file that is no index.
+        index: JSON with a ``weight_map`` from the name of each tensor to the file name of its shard.
+        folder: The folder of the shards.
+        read: Reads a shard.
 
     Raises:
-        UnreadableError: If it is no index, or its shards are not the tensors' and whole.
+        UnreadableError: If it is not an index, or a shard is missing, damaged or has other tensors.
     """
     if index.size > _MAX_INDEX:
         raise UnreadableError("is JSON of a size that no index of shards has")
@@ -72,7 +73,7 @@ def read_shards(index: OpenFile, folder: Path, read: Callable[[Path], Any]) -> d
 
 
 def _path_of(name: object, folder: Path) -> Path:
-    """Return the path of a shard, which lies beside the index, or where the cache of huggingface_hub has its files."""
+    """Return the path of a shard, which must be beside the index, or in the cache of huggingface_hub."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.(safetensors|bin|pth|pt)", name):
         raise UnreadableError(
             f"lists the shard {excerpt(repr(name))}; a shard is a .safetensors or .bin file beside it"

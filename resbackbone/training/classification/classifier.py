@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from resbackbone.checkpoints import load_checkpoint
 from resbackbone.checkpoints.conversion import find_backbone
-from resbackbone.checkpoints.loading import read_tensors
-from resbackbone.checkpoints.readers.files import check_weights
+from resbackbone.checkpoints.tensors import check_weights, read_tensors
 from resbackbone.config import construct_backbone, load_config
 from resbackbone.data.preprocessing import Preprocessing, preprocessing_of
 from resbackbone.registry import MODELS, register_kind, resolve_type, split_type
@@ -140,7 +139,7 @@ class ImageClassifier(BaseModel):
         }
         of_a_run = "data_preprocessor.channels" in own
         if not of_a_run:
-            native = find_backbone(content.tensors, swapped=content.swapped).native
+            native = find_backbone(content.tensors, from_mmengine=content.from_mmengine).native
             own = {name: native[name] for name in ("fc.weight", "fc.bias") if name in native}
         self._check_fit(own, source, whole=of_a_run)
         if not of_a_run:

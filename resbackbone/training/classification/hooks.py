@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.hooks import Hook
 
-from resbackbone.checkpoints.loading import class_names
+from resbackbone.checkpoints.tensors import class_names
 from resbackbone.registry import HOOKS
 
 

@@ -16,7 +16,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.utils import apply_to
 from torch import Tensor
 
-from resbackbone.checkpoints.readers.files import not_loaded, read_file
+from resbackbone.checkpoints.readers import describe_placeholders, read_file
 from resbackbone.registry import HOOKS
 from resbackbone.training.engine.distributed import fail_together
 from resbackbone.utils.atomic_write import atomic_write
@@ -110,7 +110,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         content = read_file(path)
     except ValueError as error:
         raise CheckpointDoesNotFit(str(error)) from error
-    if left := not_loaded(content):
+    if left := describe_placeholders(content):
         raise CheckpointDoesNotFit(
             f"{str(path)!r} holds more than tensors and plain values, which nothing here runs: {left[0]}"
         )
