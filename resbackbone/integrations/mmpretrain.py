@@ -46,7 +46,8 @@ class MmpretrainDefaults(backbones.ResNet):
                 the head.
 
         Returns:
-            The depth as in :func:`~resbackbone.backbones.layer_depth.layer_depth`, and the number of depths.
+            The parameter's depth, as :func:`~resbackbone.backbones.layer_depth.layer_depth` has it, and the number of
+            depths.
         """
         depth, head = layer_depth(self, param_name[len(prefix) :])
         return (depth if param_name.startswith(prefix) else head), head + 1
