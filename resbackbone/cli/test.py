@@ -22,7 +22,7 @@ def measure(
     cfg_options: Overrides = None,
     imports: Imports = None,
 ) -> None:
-    """Measure a classifier's accuracy: one of `resbackbone train`, or a third-party checkpoint with an fc."""
+    """Measure the accuracy of a checkpoint of `resbackbone train`, or of a third-party one with a classifier."""
     from mmengine.dist import is_main_process
 
     from resbackbone.training.classification import ClassesHook, ImageClassifier

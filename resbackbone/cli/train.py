@@ -1,4 +1,4 @@
-"""``resbackbone train``: a training from a config."""
+"""``resbackbone train``: training from a config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from resbackbone.cli.console import Imports, check_folder, echo, import_user_mod
 
 
 class Launcher(str, Enum):
-    """Who started the processes."""
+    """Launcher of the processes."""
 
     NONE = "none"
     PYTORCH = "pytorch"
@@ -22,15 +22,16 @@ class Launcher(str, Enum):
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A .py file in OpenMMLab's format.")]
 MoreOverrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Further --cfg-options.", show_default=False)
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="More --cfg-options.", show_default=False)
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--cfg-options", metavar="KEY=VALUE...", help="Changes of the config: train_cfg.max_epochs=5"),
+    typer.Option("--cfg-options", metavar="KEY=VALUE...", help="Config overrides, such as train_cfg.max_epochs=5."),
 ]
-Started = Annotated[Launcher, typer.Option(help="Who started the processes; pytorch is torchrun.")]
+Started = Annotated[Launcher, typer.Option(help="Launcher of the processes; pytorch means torchrun.")]
 WorkFolder = Annotated[
-    Path | None, typer.Option(help="Folder for checkpoints, logs, curves.", show_default="work_dirs/ and CONFIG's name")
+    Path | None,
+    typer.Option(help="Folder for checkpoints, logs and curves.", show_default="work_dirs/ and CONFIG's name"),
 ]
 
 
@@ -40,19 +41,17 @@ def train(
     *,
     work_dir: WorkFolder = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in the work folder, if there is one.")
+        bool, typer.Option("--resume", help="Resume from the last checkpoint in the work folder, if any.")
     ] = False,
     launcher: Started = Launcher.NONE,
     cfg_options: Overrides = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of all random numbers.", show_default="the config's, else 0")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.", show_default="the config's, else 0")] = None,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Only operators that give the same result in every run.")
+        bool, typer.Option("--deterministic", help="Use only operators with reproducible results.")
     ] = False,
     imports: Imports = None,
 ) -> None:
-    """Train by a config, which is Python and runs: use only one that you trust.
+    """Train from a config; it is a Python file that is run, so use only configs that you trust.
 
     Several processes: torchrun --nproc-per-node 2 -m resbackbone train CONFIG --launcher pytorch
     """
