@@ -14,7 +14,7 @@ default_hooks = dict(
     logger=dict(type="LoggerHook", interval=50),
 )
 custom_hooks = [
-    dict(type="ClassesHook"),
+    dict(type="ClassCheckHook"),
     dict(type="FiniteLossHook"),
     dict(type="SyncBatchNormHook"),  # plain batch norms on a single process
     dict(type="CurvesHook"),

@@ -6,7 +6,7 @@ model = dict(backbone=dict(frozen_stages=-1, init_cfg=None))
 load_from = "work_dirs/digits_finetune_head/epoch_20.pth"  # backbone and `fc`
 
 optim_wrapper = dict(
-    constructor="LayerDecayConstructor",
+    constructor="LayerDecayOptimWrapperConstructor",
     optimizer=dict(lr=0.02, weight_decay=5e-4),
     paramwise_cfg=dict(layer_decay=0.7),
 )

@@ -7,12 +7,12 @@ _base_ = ["imagenet_resnet50_a3.py"]
 
 model = dict(backbone=dict(drop_path_rate=0.05))
 train_dataloader = dict(
-    sampler=dict(repeats=3),  # repeated augmentation
+    sampler=dict(num_repeats=3),  # repeated augmentation
     dataset=dict(
         transforms=[
             dict(type="RandomResizedCrop", size=224, interpolation="bicubic"),
             dict(type="RandomHorizontalFlip"),
-            dict(type="RandAugment", operations=2, magnitude=7, deviation=0.5),
+            dict(type="RandAugment", num_ops=2, magnitude=7, magnitude_std=0.5),
         ],
     ),
 )

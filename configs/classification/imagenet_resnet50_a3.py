@@ -16,7 +16,7 @@ model = dict(
     backbone=dict(type="ResNet", depth=50),
     num_classes=1000,
     loss=dict(type="BinaryCrossEntropy", threshold=0.2),  # a mixed image has both classes as targets
-    mixing=dict(mixup=0.1, cutmix=1.0),
+    mixup_cutmix=dict(mixup_alpha=0.1, cutmix_alpha=1.0),
 )
 
 train_dataloader = dict(
@@ -33,7 +33,7 @@ train_dataloader = dict(
         transforms=[
             dict(type="RandomResizedCrop", size=160, interpolation="bicubic"),
             dict(type="RandomHorizontalFlip"),
-            dict(type="RandAugment", operations=2, magnitude=6, deviation=0.5),
+            dict(type="RandAugment", num_ops=2, magnitude=6, magnitude_std=0.5),
         ],
     ),
 )

@@ -25,8 +25,8 @@ def measure(
     """Measure the accuracy of a checkpoint of `resbackbone train`, or of a third-party one with a classifier."""
     from mmengine.dist import is_main_process
 
-    from resbackbone.training.classification import ClassesHook, ImageClassifier
-    from resbackbone.training.engine import build_runner, leave_processes
+    from resbackbone.training.classification import ClassCheckHook, ImageClassifier
+    from resbackbone.training.engine import build_runner, leave_process_group
 
     with user_errors():
         import_user_modules(imports)
@@ -39,11 +39,11 @@ def measure(
             overrides=[*(cfg_options or ()), *(more_options or ())],
             training=False,
         )
-        load = getattr(runner.bare_model, "load_weights", runner.load_checkpoint)
+        load = getattr(runner.unwrapped_model, "load_weights", runner.load_checkpoint)
         load(checkpoint)
-        if isinstance(runner.bare_model, ImageClassifier) and not any(isinstance(h, ClassesHook) for h in runner.hooks):
-            runner.register_hook(ClassesHook())  # whatever the config says: accuracy means nothing without
+        if isinstance(runner.unwrapped_model, ImageClassifier) and not any(isinstance(h, ClassCheckHook) for h in runner.hooks):
+            runner.register_hook(ClassCheckHook())  # whatever the config says: accuracy means nothing without
         metrics = runner.test()
     if is_main_process():
         echo(", ".join(f"{name} {value:.2f}" for name, value in metrics.items()), style="green")
-    leave_processes()
+    leave_process_group()

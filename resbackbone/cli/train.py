@@ -57,8 +57,8 @@ def train(
     """
     from mmengine.dist import is_main_process
 
-    from resbackbone.training.classification import ClassesDoNotFit, UnreadablePicture
-    from resbackbone.training.engine import BatchTooSmall, CheckpointDoesNotFit, build_runner, leave_processes
+    from resbackbone.training.classification import ClassMismatchError, UnreadablePictureError
+    from resbackbone.training.engine import BatchTooSmallError, CheckpointMismatchError, build_runner, leave_process_group
 
     with user_errors():
         import_user_modules(imports)
@@ -74,11 +74,11 @@ def train(
             deterministic=deterministic,
         )
         runner.prepare()
-    with user_errors(OSError, ArithmeticError, BatchTooSmall, CheckpointDoesNotFit, ClassesDoNotFit, UnreadablePicture):
+    with user_errors(OSError, ArithmeticError, BatchTooSmallError, CheckpointMismatchError, ClassMismatchError, UnreadablePictureError):
         runner.train()
     if is_main_process():
         echo(f"trained: {runner.message_hub.get_info('last_ckpt')}", style="green")
         if (best := runner.message_hub.get_info("best_score")) is not None:
             echo(f"best: {best:.2f} of {runner.message_hub.get_info('best_ckpt')}")
         echo(f"curves: {Path(runner.work_dir) / 'curves.png'}")
-    leave_processes()
+    leave_process_group()

@@ -14,10 +14,10 @@ from torch import nn
 
 from resbackbone import backbones
 from resbackbone.backbones.feature_info import OutIndex
-from resbackbone.backbones.layer_depth import layer_depth
 from resbackbone.checkpoints.layouts.mmpretrain import MMPRETRAIN
 from resbackbone.integrations._hosts import replace_in_registry
 from resbackbone.integrations._mmcv import guard_operators
+from resbackbone.training.layer_depth import layer_depth
 from resbackbone.utils.validation import check_int
 
 
@@ -46,7 +46,7 @@ class MmpretrainDefaults(backbones.ResNet):
                 the head.
 
         Returns:
-            The parameter's depth, as :func:`~resbackbone.backbones.layer_depth.layer_depth` has it, and the number of
+            The parameter's depth, as :func:`~resbackbone.training.layer_depth.layer_depth` has it, and the number of
             depths.
         """
         depth, head = layer_depth(self, param_name[len(prefix) :])

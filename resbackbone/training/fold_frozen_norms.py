@@ -1,4 +1,4 @@
-"""Frozen batch norms folded into convolutions while training: half the memory, faster steps, the same gradients."""
+"""Fold frozen batch norms into convolutions during training: half the memory, faster steps, the same gradients."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def fold_frozen_norms(net: Net, enabled: bool = True) -> Net:
-    """Run every convolution that a frozen norm follows as one convolution, also while training.
+    """Compute each convolution and the frozen batch norm after it as one convolution, in training too.
 
     A batch norm in eval mode (``norm_eval=True``, frozen stages, ``net.eval()``) and :class:`FrozenBatchNorm2d
-    <resbackbone.layers.FrozenBatchNorm2d>` are affine maps. Folded into the convolution they cost nothing, and what
-    goes in between is not kept for the backward pass. Gradients of weight, gamma and beta are the same up to rounding.
-    Each norm is asked in each pass: one in train mode normalizes by the batch, as ever.
+    <resbackbone.layers.FrozenBatchNorm2d>` are affine maps. Folded into the convolution they take no time, and no
+    intermediate result is saved for the backward pass. The gradients of weight, gamma and beta are the same up to
+    rounding. The mode of each norm is read in every forward pass: one in train mode uses the statistics of the batch.
 
-    Modules, parameters and keys stay what they are, so that optimizers, checkpoints, ``with_cp``, autocast,
-    ``torch.compile`` and wrappers for several processes see the same net. What relies on a layer being called, such as
-    a forward hook or a traced graph, gets plain calls of that layer. So do deformable and switchable atrous
-    convolutions, and forward passes that are not from here.
+    Modules, parameters and state dict keys do not change, so optimizers, checkpoints, ``with_cp``, autocast,
+    ``torch.compile`` and distributed wrappers work as before. A layer with a hook or in a traced graph is called
+    without folding. So are deformable and switchable atrous convolutions, and layers in third-party forward passes.
 
     Args:
-        net: A backbone, or a model with one or several in it. It is changed.
-        enabled: False for plain calls everywhere again.
+        net: A backbone, or a model that contains one or several. Modified in place.
+        enabled: False turns folding off again.
 
     Returns:
-        The net itself.
+        The same net.
 
     Raises:
-        TypeError: If ``enabled`` is no bool.
-        ValueError: If nothing in ``net`` is from here.
+        TypeError: If ``enabled`` is not a bool.
+        ValueError: If ``net`` contains no module of resbackbone.
 
     Source: You et al., Efficient ConvBN Blocks for Transfer Learning and Beyond, arXiv:2305.11624.
 
@@ -45,8 +44,8 @@ def fold_frozen_norms(net: Net, enabled: bool = True) -> Net:
     check_flag("enabled", enabled)
     if not any(isinstance(layer, Module) for layer in net.modules()):
         raise ValueError(
-            f"`net` must be one of resbackbone's backbones or have one in it, got a {type(net).__name__} without; "
-            "build it with resbackbone.build_backbone"
+            f"`net` must be or contain a backbone of resbackbone, got a {type(net).__name__} without; "
+            "build one with resbackbone.build_backbone"
         )
     set_folding(net, enabled)
     return net

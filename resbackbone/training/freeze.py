@@ -1,4 +1,4 @@
-"""Freeze and unfreeze the stages of backbones during training, also inside of ``DistributedDataParallel`` and FSDP2."""
+"""Freeze and unfreeze backbone stages during training, also inside ``DistributedDataParallel`` and FSDP2."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from resbackbone.backbones import Backbone
 
 
 def freeze(model: nn.Module, frozen_stages: int) -> None:
-    """Change ``frozen_stages`` of a model's backbones, between two steps.
+    """Change ``frozen_stages`` of all backbones in a model, between two training steps.
 
-    What it freezes loses its gradient, so that no optimizer moves it. The optimizer must have the parameters that are
-    to train, as one over ``param_groups(model, ..., with_frozen=True)`` has.
+    The gradients of frozen parameters are set to None, so that optimizers skip them. The optimizer must hold every
+    parameter that is trained later: build it over ``param_groups(model, ..., with_frozen=True)``.
 
     Args:
-        model: A backbone, or a model with one or several in it; it may be ``DistributedDataParallel``, which keeps its
-            communication hook, or ``fully_shard``-ed, but not the older ``FullyShardedDataParallel``, which flattens
-            parameters.
+        model: A backbone, or a model that contains one or several. It may be wrapped in ``DistributedDataParallel``,
+            which keeps its communication hook, or be sharded by ``fully_shard``. The older
+            ``FullyShardedDataParallel`` is not supported, as it flattens parameters.
         frozen_stages: As for :meth:`resbackbone.backbones.Backbone.freeze`.
 
     Raises:
-        TypeError, ValueError: If it is no integer from -1 to the number of stages, or there is no backbone.
+        TypeError, ValueError: If it is not an integer from -1 to the number of stages, or there is no backbone.
     """
-    for backbone in backbones_of(model):
+    for backbone in find_backbones(model):
         backbone.freeze(frozen_stages)
         for parameter in backbone.parameters():
             if not parameter.requires_grad:
                 parameter.grad = None
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
-            _collect_parameters(module)
+            _rebuild_reducer(module)
 
 
-def backbones_of(model: nn.Module) -> list[Backbone]:
+def find_backbones(model: nn.Module) -> list[Backbone]:
     """Return the backbones in a model; raise ValueError if there is none."""
     backbones = [module for module in model.modules() if isinstance(module, Backbone)]
     if not backbones:
@@ -41,11 +41,12 @@ def backbones_of(model: nn.Module) -> list[Backbone]:
     return backbones
 
 
-def _collect_parameters(wrapper: DistributedDataParallel) -> None:
-    """Let a wrapper find out again whose gradients it averages, which it does only when it is made, or unpickled."""
-    state = {**wrapper.__getstate__(), "_comm_hooks": []}  # type: ignore[no-untyped-call]
+def _rebuild_reducer(wrapper: DistributedDataParallel) -> None:
+    """Make ``DistributedDataParallel`` collect the parameters with ``requires_grad`` again.
+
+    It collects them in its constructor and when it is unpickled, and has no other way to do so.
+    """
     hooks = wrapper._comm_hooks
-    del wrapper.reducer  # the old one would go on answering for its parameters
-    wrapper.__setstate__(state)  # type: ignore[no-untyped-call]
-    for hook, its_state in hooks:
-        wrapper.register_comm_hook(its_state, hook)
+    wrapper.__setstate__({**wrapper.__getstate__(), "_comm_hooks": []})  # type: ignore[no-untyped-call]
+    for hook, state in hooks:
+        wrapper.register_comm_hook(state, hook)

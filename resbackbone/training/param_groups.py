@@ -1,4 +1,4 @@
-"""Parameter groups for any optimizer: which parameters decay, and how fast each layer learns."""
+"""Optimizer parameter groups: weight decay per parameter and layer-wise learning rate decay."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from resbackbone.backbones import ResNet
-from resbackbone.backbones.layer_depth import layer_depth
 from resbackbone.layers.norm import is_norm
+from resbackbone.training.layer_depth import layer_depth
 from resbackbone.utils.validation import check_sequence, check_type
 
 
@@ -23,25 +23,25 @@ def param_groups(
     *,
     with_frozen: bool = False,
 ) -> list[dict[str, Any]]:
-    """Sort the parameters of a net into groups.
+    """Split the parameters of a model into groups by learning rate and weight decay.
 
     Args:
-        net: A backbone, or a model with one or several in it. What lies outside of them is the head, even if it comes
-            before them.
+        net: A backbone, or a model that contains one or several. Parameters outside of backbones belong to the head.
         lr: Learning rate of the head.
-        layer_decay: What the rate is multiplied by from one depth to the next towards the images, above 0 and up to 1;
-            depths are those of :func:`~resbackbone.backbones.layer_depth.layer_depth`. With 1 all learn at ``lr``.
-        weight_decay: Weight decay of those parameters that have one.
-        no_decay: Which do not: "norm", those of norm layers; "bias", those whose names end so; any other word, those
-            whose names have it in them.
-        with_frozen: Take parameters that do not train, too, for an optimizer under which they are to train later.
+        layer_decay: Factor of the learning rate from one depth to the next, from the head down to the stem, above 0
+            and up to 1. Depths are those of :func:`~resbackbone.training.layer_depth`. With 1 every parameter has
+            ``lr``.
+        weight_decay: Weight decay, except for the parameters that ``no_decay`` selects.
+        no_decay: Parameters without weight decay: "norm" selects those of norm layers, "bias" those with names ending
+            in it, and any other word those with names containing it.
+        with_frozen: Also include parameters with ``requires_grad=False``, for an optimizer that trains them later.
 
     Returns:
-        One dict of ``name``, ``params``, ``lr`` and ``weight_decay`` per group, in the order of the net. Each parameter
-        that trains is in one of them.
+        One dict of ``name``, ``params``, ``lr`` and ``weight_decay`` per group, in the order of the parameters. Every
+        parameter is in exactly one group.
 
     Raises:
-        TypeError, ValueError: If an argument does not fit the others or the net.
+        TypeError, ValueError: If an argument is invalid or does not fit the model.
 
     Source: Howard and Ruder, Universal Language Model Fine-tuning for Text Classification, arXiv:1801.06146, section
     3.2; norms and biases without weight decay as in Goyal et al., arXiv:1706.02677, section 5.1.
@@ -56,8 +56,8 @@ def param_groups(
     depth 4, no decay 10 0.05 0.0
     """
     _check(lr, layer_decay, weight_decay, no_decay)
-    below = _depths_below_head(net) if layer_decay != 1 else {}
-    stem = max(below.values(), default=0)
+    depths_below_head = _depths_below_head(net) if layer_decay != 1 else {}
+    num_depths = max(depths_below_head.values(), default=0)
     groups: dict[str, dict[str, Any]] = {}
     unmatched = set(no_decay) - {"norm", "bias"}
     for name, parameter, owner in _parameters(net):
@@ -65,23 +65,24 @@ def param_groups(
         unmatched -= without_decay
         if not (parameter.requires_grad or with_frozen):
             continue
-        depths = below.get(parameter, 0)
+        depths = depths_below_head.get(parameter, 0)
         group: dict[str, Any] = {
-            "name": f"depth {stem - depths}, " * bool(below) + ("no decay" if without_decay else "decay"),
+            "name": f"depth {num_depths - depths}, " * bool(depths_below_head)
+            + ("no decay" if without_decay else "decay"),
             "params": [],
             "lr": lr * layer_decay**depths,
             "weight_decay": 0.0 if without_decay else weight_decay,
         }
         groups.setdefault(group["name"], group)["params"].append(parameter)
     if unmatched:
-        raise ValueError(f"`no_decay` has {sorted(unmatched)[0]!r}, which is in no parameter's name; misspelt?")
+        raise ValueError(f"`no_decay` has {sorted(unmatched)[0]!r}, which is in no parameter name; check the spelling")
     if not groups:
-        raise ValueError(f"{type(net).__name__} has no parameter that trains; is everything frozen?")
+        raise ValueError(f"{type(net).__name__} has no trainable parameter; is everything frozen?")
     return list(groups.values())
 
 
 def _depths_below_head(net: nn.Module) -> dict[nn.Parameter, int]:
-    """How many depths below the head each parameter of a backbone lies."""
+    """Return the number of depths between each backbone parameter and the head."""
     below = {}
     for backbone in net.modules():
         if isinstance(backbone, ResNet):
@@ -90,14 +91,14 @@ def _depths_below_head(net: nn.Module) -> dict[nn.Parameter, int]:
                 below[parameter] = head - depth
     if not below:
         raise ValueError(
-            f"`layer_decay` must be 1 in a {type(net).__name__} with none of resbackbone's backbones in it, whose "
-            "depths nobody knows"
+            f"`layer_decay` must be 1 for a {type(net).__name__} without a backbone of resbackbone, as only those have "
+            "known depths"
         )
     return below
 
 
 def _parameters(net: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Each parameter once, with its name and the layer that has it."""
+    """Yield each parameter once, with its name and the layer that owns it."""
     seen = set()
     for prefix, layer in net.named_modules():
         for name, parameter in layer.named_parameters(prefix, recurse=False):
@@ -120,4 +121,4 @@ def _check(lr: object, layer_decay: object, weight_decay: object, no_decay: obje
             allowed = "above 0 and at most 1" if argument == "layer_decay" else "finite and not negative"
             raise ValueError(f"`{argument}` must be {allowed}, got {value}")
     for index, word in enumerate(check_sequence("no_decay", no_decay)):
-        check_type(f"no_decay[{index}]", word, str, "'norm', 'bias' or a part of parameters' names")
+        check_type(f"no_decay[{index}]", word, str, "'norm', 'bias' or a part of parameter names")

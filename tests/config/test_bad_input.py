@@ -18,7 +18,7 @@ from resbackbone.layers.arguments import parameters_of
 from resbackbone.layers.dry_run import is_about_meta
 from resbackbone.necks import FPN
 from resbackbone.training.classification import BinaryCrossEntropy, CrossEntropy
-from resbackbone.training.classification.mixup import Mixing
+from resbackbone.training.classification.mixup import MixupCutmix
 
 DCN = {"type": "DCN", "deform_groups": 1}
 STUB = {"type": "Stub"}
@@ -601,7 +601,7 @@ def test_errors_in_a_yaml_file_name_the_argument_as_a_dict_does(tmp_path):
             "`label_smoothing` must be a number, at least 0 and below 1, got 'a'",
         ),
         (lambda: BinaryCrossEntropy(threshold="a"), "`threshold` must be a number, got 'a'"),
-        (lambda: Mixing(mixup="a"), "`mixup` must be a number, from 0 to 1000, got 'a'"),
+        (lambda: MixupCutmix(mixup_alpha="a"), "`mixup_alpha` must be a number, from 0 to 1000, got 'a'"),
         (lambda: ECALayer(8, offset="a"), "`offset` must be a number, got 'a'"),
     ],
 )

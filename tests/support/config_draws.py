@@ -289,7 +289,7 @@ def _classifier(rng: random.Random) -> Config:
             {"type": "CrossEntropy", "label_smoothing": 0.1},
             {"type": "BinaryCrossEntropy", "threshold": 0.2},
         ),
-        "mixing": ({"mixup": 0.2}, {"cutmix": 1.0}, {"mixup": 0.1, "cutmix": 1}),
+        "mixup_cutmix": ({"mixup_alpha": 0.2}, {"cutmix_alpha": 1.0}, {"mixup_alpha": 0.1, "cutmix_alpha": 1}),
         "preprocessing": (
             {"mean": (1.0, 2.0, 3.0), "std": (4.0, 5.0, 6.0)},
             {"mean": [0, 0, 0], "std": [1, 1, 1], "order": "BGR", "size": 64},
@@ -336,7 +336,7 @@ LAYER_KEYS = {
     "upsample_cfg": ("mode", "align_corners", "size", "recompute_scale_factor", "antialias"),
     "init_cfg": ("type", "layer", "val", "std", "gain", "override", "distribution", "mode", "bias", "checkpoint"),
     "loss": ("type", "label_smoothing", "threshold"),
-    "mixing": ("mixup", "cutmix"),
+    "mixup_cutmix": ("mixup_alpha", "cutmix_alpha"),
     "preprocessing": ("mean", "std", "order", "size"),
     "cfg": ("type", "ratio", "kernel_size", "norm_cfg", "divisor", "squeeze_channels", "in_channels", "postfix"),
 }

@@ -1,4 +1,4 @@
-"""What goes wrong in a training process: it is killed, its loss is lost, it holds what cannot be saved."""
+"""Faults injected into a training process: kills, non-finite losses, values that cannot be saved."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ def die():
 
 
 def die_at(target, call, *, after=False):
-    """Be killed when a method is called for that time, before it or after."""
+    """Kill this process at the given call of a method, before or after running it."""
     owner, name = target
     method, calls = getattr(owner, name), 0
 
-    def deadly(*args, **kwargs):
+    def killing(*args, **kwargs):
         nonlocal calls
         calls += 1
         if calls == call and not after:
@@ -26,13 +26,13 @@ def die_at(target, call, *, after=False):
             die()
         return result
 
-    setattr(owner, name, deadly)
+    setattr(owner, name, killing)
 
 
 def die_in_iteration(number):
     from resbackbone.training.classification import ImageClassifier
 
-    die_at((ImageClassifier, "parse_losses"), number)  # which wrappers of the model call, too
+    die_at((ImageClassifier, "parse_losses"), number)  # also called by model wrappers
 
 
 def die_in_validation(number):
@@ -41,34 +41,34 @@ def die_in_validation(number):
     die_at((ImageClassifier, "val_step"), number)
 
 
-def die_before_file_is_there(number):
+def die_before_replacing_file(number):
     die_at((Path, "replace"), number)
 
 
-def die_after_file_is_there(number):
+def die_after_replacing_file(number):
     die_at((Path, "replace"), number, after=True)
 
 
-def lose_the_loss(value, rank=0):
-    """Let the loss of one process be multiplied by a number in the eighth step."""
+def scale_loss(value, rank=0):
+    """Multiply the loss of one rank by a number in the eighth step."""
     from resbackbone.training.classification import CrossEntropy
 
     forward, calls = CrossEntropy.forward, 0
 
-    def poisoned(self, *args):
+    def scaled(self, *args):
         nonlocal calls
         calls += 1
         return forward(self, *args) * (value if calls == 8 else 1.0)
 
     if os.environ.get("RANK", "0") == str(rank):
-        CrossEntropy.forward = poisoned
+        CrossEntropy.forward = scaled
 
 
-def note_an_array():
-    """Let a hook keep what no checkpoint can be resumed with."""
-    from resbackbone.training.classification import ClassesHook
+def add_array_to_message_hub():
+    """Store a NumPy array, which cannot be resumed, in the message hub."""
+    from resbackbone.training.classification import ClassCheckHook
 
     def before_train(self, runner):
         runner.message_hub.update_info("means", {"of classes": np.zeros(3)})
 
-    ClassesHook.before_train = before_train
+    ClassCheckHook.before_train = before_train

@@ -1,4 +1,4 @@
-"""Trainings in processes of their own, which may be killed; they start in no time, as they share what they import."""
+"""Run trainings in subprocesses that can be killed; a fork server with preloaded imports starts them fast."""
 
 import json
 import multiprocessing
@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "classification"
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["resbackbone.training.classification", "resbackbone.training.engine"])
 
-# A net and pictures as small as can be, and everything that draws random numbers.
+# A minimal model and dataset with every source of random numbers.
 CONFIG = f"""
 _base_ = [{str(CONFIGS / "_base_.py")!r}]
 
@@ -33,7 +33,7 @@ model = dict(
         drop_path_rate=0.2,
     ),
     num_classes=2,
-    mixing=dict(mixup=0.5, cutmix=1.0),
+    mixup_cutmix=dict(mixup_alpha=0.5, cutmix_alpha=1.0),
 )
 train_dataloader = dict(
     batch_size=4,
@@ -62,7 +62,7 @@ param_scheduler = [
 train_cfg = dict(max_epochs=3)
 default_hooks = dict(checkpoint=dict(by_epoch=False, interval=2), logger=dict(interval=1))
 custom_hooks = [
-    dict(type="ClassesHook"),
+    dict(type="ClassCheckHook"),
     dict(type="FiniteLossHook"),
     dict(type="CurvesHook"),
     dict(type="EMAHook", momentum=0.1),
@@ -71,7 +71,7 @@ custom_hooks = [
 
 
 def prepare(folder, config=CONFIG):
-    """Write the config and 22 pictures of two classes, darker ones and brighter ones; 6 batches of 4."""
+    """Write the config and 22 pictures of two classes, dark and bright: 6 batches of 4."""
     noise = np.random.default_rng(0)
     for name, low in (("dark", 0), ("bright", 100)):
         (folder / "pictures" / name).mkdir(parents=True)
@@ -82,13 +82,13 @@ def prepare(folder, config=CONFIG):
 
 
 def start(folder, *arguments, before=None, output="output"):
-    """Start the ``resbackbone`` command in a folder.
+    """Start the ``resbackbone`` command in a subprocess.
 
     Args:
-        folder: Where it runs.
-        arguments: The command's.
-        before: What the process does first; it must be a function of a module.
-        output: The file there for what it says.
+        folder: Working directory.
+        arguments: Arguments of the command.
+        before: A function of a module that the process calls first.
+        output: File in the folder for stdout and stderr.
     """
     process = _CONTEXT.Process(target=_command, args=(str(folder), [str(a) for a in arguments], before, output))
     process.start()
@@ -96,7 +96,7 @@ def start(folder, *arguments, before=None, output="output"):
 
 
 def run(folder, *arguments, before=None, status=0):
-    """Run the command to its end; return all that it said."""
+    """Run the command to its end; return its output."""
     process = start(folder, *arguments, before=before)
     process.join()
     output = (Path(folder) / "output").read_text()
@@ -105,13 +105,13 @@ def run(folder, *arguments, before=None, status=0):
 
 
 def train(folder, work_dir, *arguments, **options):
-    """Run ``resbackbone train`` on the config that :func:`prepare` has written."""
+    """Run ``resbackbone train`` on the config written by :func:`prepare`."""
     return run(folder, "train", "config.py", "--work-dir", work_dir, *arguments, **options)
 
 
 def _command(folder, arguments, before, output):
     os.chdir(folder)
-    # Into a file, which outlives a killed process and has what its libraries print, too.
+    # A file keeps the output of a killed process, and of libraries that write to the descriptors.
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -126,12 +126,12 @@ def _command(folder, arguments, before, output):
 
 
 def last_checkpoint(work_dir):
-    """Read the checkpoint that a run would resume from, with nothing but PyTorch's safe loading."""
+    """Read the checkpoint that a run would resume from, by PyTorch's safe loading."""
     return torch.load(Path(work_dir, "last_checkpoint").read_text(), weights_only=True)
 
 
 def state(work_dir):
-    """All that a training has come to: weights, averages, optimizer, schedules and curves; but no times."""
+    """Return the final state of a training without times: weights, averages, optimizer, schedules and curves."""
     checkpoint = last_checkpoint(work_dir)
     logs = checkpoint["message_hub"]["log_scalars"]
     return {
@@ -143,25 +143,25 @@ def state(work_dir):
 
 
 def curves(work_dir):
-    """The curves, without times."""
+    """Return the curves without times."""
     records = [json.loads(line) for line in (Path(work_dir) / "curves.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if not key.endswith("time")} for record in records]
 
 
-def assert_same(found, wanted, note=""):
-    """Assert that two states are alike to the bit."""
-    assert set(found) == set(wanted), note
-    for key in wanted:
+def assert_same(found, expected, note=""):
+    """Assert that two states are bit-identical."""
+    assert set(found) == set(expected), note
+    for key in expected:
         if key in ("param_schedulers", "counts", "curves"):
-            assert found[key] == wanted[key], f"{note}{key}"
+            assert found[key] == expected[key], f"{note}{key}"
         else:
             torch.testing.assert_close(
-                found[key], wanted[key], rtol=0, atol=0, msg=lambda text, key=key: f"{note}{key}: {text}"
+                found[key], expected[key], rtol=0, atol=0, msg=lambda text, key=key: f"{note}{key}: {text}"
             )
 
 
 def free_port():
-    """A port that nobody uses."""
+    """Return an unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

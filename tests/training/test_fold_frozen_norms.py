@@ -1,4 +1,4 @@
-"""``fold_frozen_norms``: a convolution and the frozen norm behind it are one convolution, with the same gradients."""
+"""Folding frozen batch norms into convolutions during training: equal outputs and gradients, less memory."""
 
 import copy
 import pickle
@@ -23,9 +23,9 @@ from resbackbone.necks import FPN
 from resbackbone.training import fold_frozen_norms
 
 CL = torch.channels_last
-# Where norms are left: in front of convolutions (each block's first), behind halves of maps, behind convolutions that
-# are not one (deformable, switchable), and none of a batch. All others are gone.
-LEFT = {
+# Norms that cannot be folded: before convolutions (each block's first), after half of the channels (IBN), and after
+# deformable and switchable atrous convolutions.
+NUM_UNFOLDED = {
     "ResNetV2": 8,
     "ResNetIBN": 6,
     "ResNetIBN-groups": 6,
@@ -57,13 +57,13 @@ def loss(outs):
 
 
 def pair(shake, build=ResNetV1d, *, dtype=torch.float32, **options):
-    """The same net twice, plain and folding."""
+    """Return two copies of a net, without and with folding."""
     net = shake(build(**{"depth": 18, "base_channels": 8, **options})).to(dtype).train()
     return net, fold_frozen_norms(copy.deepcopy(net))
 
 
 def backward(net, images):
-    """Go forward and backward; return the outputs and, by name, the gradients."""
+    """Run a forward and a backward pass; return the outputs, and the gradients by name."""
     net.zero_grad()
     outs = net(images)
     loss(outs).backward()
@@ -71,7 +71,7 @@ def backward(net, images):
 
 
 def assert_close(got, expected, tolerance):
-    """Compare tensor by tensor, relative to the largest number of each."""
+    """Compare each tensor, relative to its largest absolute value."""
     assert list(got) == list(expected)
     for name, reference in expected.items():
         difference = (got[name] - reference).abs().max()
@@ -90,11 +90,11 @@ def numbered(outs):
 @every_case
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=["f64", "f32"])
 @pytest.mark.filterwarnings("ignore:folding has no effect:UserWarning")
-def test_outputs_and_gradients_are_those_of_the_plain_net(shake, images, case, dtype, tolerance):
+def test_outputs_and_gradients_equal_the_plain_net(shake, images, case, dtype, tolerance):
     net, folding = pair(shake, lambda **_: make(case, norm_eval=True), dtype=dtype)
     (expected, gradients), (outs, folded) = (backward(n, images.to(dtype)) for n in (net, folding))
     assert_close(numbered(outs), numbered(expected), tolerance)
-    if case == "ResNetIBN-b":  # a bias in front of instance norm has no effect; its gradients are nothing but rounding
+    if case == "ResNetIBN-b":  # a bias before instance norm has no effect; its gradients are rounding errors
         vain = [results.pop(f"layer{i}.1.bn2.bias") for i in (1, 2) for results in (gradients, folded)]
         assert all(gradient.abs().max() < 1e-6 for gradient in vain)
     assert_close(folded, gradients, tolerance)
@@ -104,11 +104,11 @@ def test_outputs_and_gradients_are_those_of_the_plain_net(shake, images, case, d
 
 @every_case
 @pytest.mark.filterwarnings("ignore:folding has no effect:UserWarning")
-def test_no_norm_behind_a_convolution_is_left(images, case):
+def test_every_norm_after_a_convolution_is_folded(images, case):
     net = make(case, norm_eval=True).train()
     before = batch_norms(net, images)
     left = batch_norms(fold_frozen_norms(net), images)
-    assert left == LEFT.get(case, 0)
+    assert left == NUM_UNFOLDED.get(case, 0)
     assert (before > left) is (case not in NO_BATCH_NORM)
 
 
@@ -133,8 +133,8 @@ def unit(shake, conv_class=nn.Conv2d, norm_class=nn.BatchNorm2d, **options):
     return both
 
 
-def differentiate(check, both, x):
-    """Let ``check`` differentiate a layer by its input and by every parameter."""
+def check_gradients(check, both, x):
+    """Check the gradients of a layer with respect to its input and all parameters."""
     parameters = dict(both.named_parameters())
 
     def function(x, *values):
@@ -146,9 +146,9 @@ def differentiate(check, both, x):
 
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-def test_derivatives_are_those_of_finite_differences(shake, options, check):
+def test_gradients_equal_finite_differences(shake, options, check):
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
-    assert differentiate(check, unit(shake, **options), x)
+    assert check_gradients(check, unit(shake, **options), x)
 
 
 @pytest.mark.parametrize(
@@ -162,14 +162,14 @@ def test_derivatives_are_those_of_finite_differences(shake, options, check):
         (nn.Conv2d, lambda channels: nn.BatchNorm2d(channels, affine=False)),
     ],
 )
-def test_derivatives_of_other_layers(shake, conv_class, norm_class):
+def test_gradients_of_other_layers(shake, conv_class, norm_class):
     both = unit(shake, conv_class, norm_class, kernel_size=3, bias=True)
-    assert differentiate(torch.autograd.gradcheck, both, torch.randn(2, 4, 5, 6, dtype=torch.float64))
+    assert check_gradients(torch.autograd.gradcheck, both, torch.randn(2, 4, 5, 6, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("trains", ["0.weight", "0.bias", "1.weight", "1.bias"])
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_one_parameter_alone_trains(shake, trains, kernel_size):
+def test_one_trainable_parameter(shake, trains, kernel_size):
     both = unit(shake, kernel_size=kernel_size, bias=True)
     plain = copy.deepcopy(both)
     set_folding(plain, False)
@@ -183,12 +183,12 @@ def test_one_parameter_alone_trains(shake, trains, kernel_size):
     assert_close(gradients[1], gradients[0], 1e-11)
 
 
-def kept_bytes(net, images, dtype):
-    """What lies in memory behind the forward pass that was not there before it, the outputs with it."""
+def saved_bytes(net, images, dtype):
+    """Return the memory that a forward pass allocates and keeps, including its outputs."""
     autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events, autocast:
         outs = net(images)
-    del outs  # only now
+    del outs  # after the measurement
     return sum(event.self_cpu_memory_usage for event in events.key_averages())
 
 
@@ -196,14 +196,14 @@ def kept_bytes(net, images, dtype):
     "size", [(128, 192), pytest.param((800, 1216), marks=pytest.mark.slow)], ids=lambda size: "x".join(map(str, size))
 )
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
-def test_at_most_055_of_the_memory_is_kept(size, dtype):
+def test_saves_at_most_055_of_the_memory_for_backward(size, dtype):
     images = torch.randn(2, 3, *size)
     net = ResNet(50, frozen_stages=1, norm_eval=True).train()
-    plain, folding = kept_bytes(net, images, dtype), kept_bytes(fold_frozen_norms(net), images, dtype)
+    plain, folding = saved_bytes(net, images, dtype), saved_bytes(fold_frozen_norms(net), images, dtype)
     assert 0.1 * plain < folding <= 0.55 * plain
 
 
-def test_what_is_kept_are_inputs_and_parameters_themselves(shake):
+def test_saves_only_inputs_and_parameters_for_backward(shake):
     both = unit(shake, kernel_size=3, padding=1)
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64).contiguous(memory_format=CL)
     kept = []
@@ -213,7 +213,7 @@ def test_what_is_kept_are_inputs_and_parameters_themselves(shake):
     assert sorted(kept) == sorted(tensor.data_ptr() for tensor in own)
 
 
-def test_a_norm_in_train_mode_normalises_by_the_batch_at_once(shake, images):
+def test_norm_in_train_mode_uses_batch_statistics(shake, images):
     net, folding = pair(shake, norm_eval=False, frozen_stages=1)
     frozen = sum(isinstance(m, nn.BatchNorm2d) and not m.training for m in net.modules())
     assert 0 < frozen == batch_norms(net, images)
@@ -239,7 +239,7 @@ def test_a_norm_in_train_mode_normalises_by_the_batch_at_once(shake, images):
             n.train()
 
 
-def test_with_every_norm_in_train_mode_all_is_as_without_folding(shake, images):
+def test_all_norms_in_train_mode(shake, images):
     net, folding = pair(shake, norm_eval=False)
     results = [backward(n, images) for n in (net, folding)]
     assert all(torch.equal(*outs) for outs in zip(*(outs for outs, _ in results), strict=True))
@@ -247,14 +247,14 @@ def test_with_every_norm_in_train_mode_all_is_as_without_folding(shake, images):
     assert_same(folding.state_dict(), net.state_dict())
 
 
-def test_a_norm_without_statistics_stays_a_norm(images):
+def test_norm_without_running_statistics(images):
     net = fold_frozen_norms(ResNet(18, base_channels=8, norm_cfg={"type": "BN", "track_running_stats": False}))
     plain = copy.deepcopy(net)
     set_folding(plain, False)
     assert all(torch.equal(*outs) for outs in zip(net.eval()(images), plain.eval()(images), strict=True))
 
 
-def test_parameters_keys_and_training_stay_what_they_are(shake, images):
+def test_parameters_and_keys_do_not_change(shake, images):
     net, _ = pair(shake, frozen_stages=0)
     folding = copy.deepcopy(net)
     before = dict(folding.named_parameters()), list(folding.state_dict()), str(folding)
@@ -273,7 +273,7 @@ def test_parameters_keys_and_training_stay_what_they_are(shake, images):
 
 
 @pytest.mark.parametrize("layer", ["layer2.0.conv1", "layer2.0.bn1", "layer2.0.downsample.1", "stem.3"])
-def test_hooks_of_a_layer_run_and_see_what_they_always_saw(shake, images, layer):
+def test_hooks_of_a_layer(shake, images, layer):
     net, folding = pair(shake)
     seen = {}
     for n in (net, folding):
@@ -281,7 +281,7 @@ def test_hooks_of_a_layer_run_and_see_what_they_always_saw(shake, images, layer)
         watched = n.get_submodule(layer)
         watched.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(args[0].detach().clone()))
         watched.register_forward_hook(lambda module, args, out, calls=calls: calls.append(out.detach().clone()))
-        if isinstance(watched, nn.Conv2d):  # behind others comes what works in place, which torch refuses
+        if isinstance(watched, nn.Conv2d):  # other layers are followed by in-place operations, which such hooks do not allow
             watched.register_full_backward_hook(lambda module, _, grads, calls=calls: calls.append(grads[0]))
         backward(n, images)
     assert len(seen[net]) == 2 + isinstance(watched, nn.Conv2d)
@@ -289,7 +289,7 @@ def test_hooks_of_a_layer_run_and_see_what_they_always_saw(shake, images, layer)
     assert batch_norms(folding, images) == 1
 
 
-def test_hooks_of_all_modules_run(shake, images):
+def test_global_module_hooks(shake, images):
     _, folding = pair(shake)
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
@@ -298,7 +298,7 @@ def test_hooks_of_all_modules_run(shake, images):
     assert seen.count(nn.BatchNorm2d) == sum(isinstance(module, nn.BatchNorm2d) for module in folding.modules())
 
 
-def test_a_forward_pass_put_in_a_layers_place_runs(shake, images):
+def test_replaced_forward_of_a_layer(shake, images):
     net, folding = pair(shake)
     for n in (net, folding):
         block = n.layer1[0]
@@ -309,7 +309,7 @@ def test_a_forward_pass_put_in_a_layers_place_runs(shake, images):
     assert batch_norms(folding, images) == 1
 
 
-def test_parametrised_weights_are_folded(shake, images):
+def test_parametrized_weights(shake, images):
     net, _ = pair(shake)
     weight_norm(net.layer1[0].conv1)
     folding = fold_frozen_norms(copy.deepcopy(net))
@@ -318,7 +318,7 @@ def test_parametrised_weights_are_folded(shake, images):
     assert batch_norms(folding, images) == 0
 
 
-def test_a_subclass_with_a_forward_pass_of_its_own_is_called(shake):
+def test_subclass_with_its_own_forward(shake):
     class Activated(nn.BatchNorm2d):
         def forward(self, x):
             return super().forward(x).relu()
@@ -331,7 +331,7 @@ def test_a_subclass_with_a_forward_pass_of_its_own_is_called(shake):
 @pytest.mark.parametrize("norm_eval", [True, False])
 def test_with_checkpointing(shake, images, with_cp, norm_eval):
     net, folding = pair(shake, with_cp=with_cp, norm_eval=norm_eval, drop_path_rate=0.2)
-    if not norm_eval:  # some of each
+    if not norm_eval:  # norms in both modes
         for n in (net, folding):
             n.layer2.eval()
     results = []
@@ -343,7 +343,7 @@ def test_with_checkpointing(shake, images, with_cp, norm_eval):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_bfloat16_autocast_is_as_exact_as_without_folding(shake, images, channels_last):
+def test_bfloat16_autocast_is_as_accurate_as_without_folding(shake, images, channels_last):
     net, folding = pair(shake)
     if channels_last:
         net, folding, images = (thing.to(memory_format=CL) for thing in (net, folding, images))
@@ -363,7 +363,7 @@ def test_bfloat16_autocast_is_as_exact_as_without_folding(shake, images, channel
     assert errors[1].max() < 1.5 * errors[0].max()
 
 
-def test_going_backward_under_autocast_changes_nothing(shake, images):
+def test_backward_under_autocast(shake, images):
     _, folding = pair(shake, ResNet, depth=50)
     _, expected = backward(folding, images)
     folding.zero_grad(set_to_none=True)
@@ -403,7 +403,7 @@ def test_a_compiled_training_step(monkeypatch, shake, images, dtype):
         assert torch.equal(out, expected)
 
 
-def test_recorded_graphs_are_those_of_the_plain_net(shake, images):
+def test_exported_and_traced_graphs(shake, images):
     net, folding = (n.eval() for n in pair(shake))
     expected = net(images)
     dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
@@ -437,7 +437,7 @@ def test_functional_transforms(shake, images):
     torch.testing.assert_close(slope, x.grad.sum(), rtol=1e-3, atol=1e-6)
 
 
-def test_a_net_without_memory(shake, images):
+def test_meta_device(shake, images):
     _, folding = pair(shake)
     shapes = [out.shape for out in folding(images)]
     assert [out.shape for out in folding.to("meta")(images.to("meta"))] == shapes
@@ -448,10 +448,10 @@ class Double(nn.Module):
         return x.double()
 
 
-@pytest.mark.parametrize("shortcut", [None, nn.AdaptiveAvgPool2d(1), Double()], ids=["same", "spread", "double"])
+@pytest.mark.parametrize("shortcut", [None, nn.AdaptiveAvgPool2d(1), Double()], ids=["same", "broadcast", "double"])
 @pytest.mark.parametrize("trains", [True, False])
-def test_the_sum_with_a_shortcut(shake, shortcut, trains):
-    """The operator of oneDNN adds only what is of the same size and precision."""
+def test_shortcut_addition(shake, shortcut, trains):
+    """The fused addition of oneDNN requires equal shapes and dtypes."""
     block = shake(Bottleneck(16, 4, downsample=shortcut)).eval().requires_grad_(trains)
     folding = fold_frozen_norms(copy.deepcopy(block))
     x = torch.randn(2, 16, 6, 5)
@@ -467,7 +467,7 @@ def test_the_sum_with_a_shortcut(shake, shortcut, trains):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
-def test_copies_fold_too(shake, images, copied):
+def test_copies(shake, images, copied):
     _, folding = pair(shake)
     twin = copied(folding)
     assert batch_norms(twin, images) == 0
@@ -475,7 +475,7 @@ def test_copies_fold_too(shake, images, copied):
     assert batch_norms(fold_frozen_norms(twin, False), images) > 0
 
 
-def test_a_graph_goes_backward_twice_and_its_input_has_a_gradient(shake, images):
+def test_backward_twice_and_input_gradient(shake, images):
     gradients = []
     for net in pair(shake, ResNet, depth=50):
         x = images.clone().requires_grad_()
@@ -486,14 +486,14 @@ def test_a_graph_goes_backward_twice_and_its_input_has_a_gradient(shake, images)
     assert_close(gradients[1], gradients[0], 1e-5)
 
 
-def test_what_is_frozen_has_no_graph(shake, images):
+def test_frozen_stages_have_no_graph(shake, images):
     _, folding = pair(shake, frozen_stages=2)
     outs = folding(images)
     assert [out.requires_grad for out in outs] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("where", ["image", "weight", "shift"])
-def test_nan_comes_through(shake, images, where):
+def test_nan_propagates(shake, images, where):
     _, folding = pair(shake, frozen_stages=1)
     if where == "image":
         images[1, 0, 30, 30] = torch.nan
@@ -504,7 +504,7 @@ def test_nan_comes_through(shake, images, where):
     assert folding(images)[-1].isnan().any()
 
 
-def test_no_region_at_all():
+def test_empty_batch():
     head = fold_frozen_norms(SharedHead(50)).train()
     x = torch.zeros(0, 1024, 14, 14, requires_grad=True)
     out = head(x)
@@ -515,14 +515,14 @@ def test_no_region_at_all():
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_a_net_of_half_precision_stays_one(shake, images, half):
+def test_half_precision(shake, images, half):
     _, folding = pair(shake)
     outs = folding.to(half)(images.to(half))
     loss(outs).backward()
     assert {out.dtype for out in outs} == {parameter.grad.dtype for parameter in folding.parameters()} == {half}
 
 
-def test_an_image_of_another_precision_is_refused_as_ever(images):
+def test_input_dtype_mismatch(images):
     net = fold_frozen_norms(ResNet(18, base_channels=8)).train()
     with pytest.raises(RuntimeError, match="type"):
         net(images.double())
@@ -530,7 +530,7 @@ def test_an_image_of_another_precision_is_refused_as_ever(images):
         net(images.bfloat16())
 
 
-def test_necks_and_layers_of_their_own_fold_too(shake):
+def test_necks_and_single_layers(shake):
     fpn = fold_frozen_norms(shake(FPN([8, 16], 8, 3, norm_cfg={"type": "BN"})).eval())
     maps = [torch.randn(1, 8, 16, 16), torch.randn(1, 16, 8, 8)]
     folded = fpn(maps)
@@ -560,36 +560,36 @@ def test_without_folding_the_layers_are_called():
         lambda: build_backbone({"type": "ResNetV1d", "depth": 18, "fold_frozen_norms": True}),
     ],
 )
-def test_a_config_may_ask_for_it(images, net):
+def test_config_option(images, net):
     folding = net().train()
     assert batch_norms(folding, images) == 0 < batch_norms(fold_frozen_norms(folding, False), images)
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_class_has_the_option(images, name):
-    assert batch_norms(make(name, fold_frozen_norms=True, norm_eval=True).train(), images) == LEFT.get(name, 0)
+    assert batch_norms(make(name, fold_frozen_norms=True, norm_eval=True).train(), images) == NUM_UNFOLDED.get(name, 0)
 
 
-def test_a_shared_head_may_be_asked_for_it():
+def test_shared_head_option():
     head = SharedHead(18, fold_frozen_norms=True).train()
     assert batch_norms(head, torch.randn(2, 256, 4, 4)) == 0
 
 
-def test_a_net_that_is_not_from_here_is_refused():
-    with pytest.raises(ValueError, match="`net` must be one of resbackbone's backbones or have one in it, got a Conv"):
+def test_net_without_resbackbone_modules():
+    with pytest.raises(ValueError, match="`net` must be or contain a backbone of resbackbone, got a Conv"):
         fold_frozen_norms(nn.Conv2d(3, 4, 1))
     with pytest.raises(TypeError, match="`enabled` must be True or False, got 1"):
         fold_frozen_norms(ResNet(18), 1)
 
 
-def test_a_net_without_batch_norms_is_named():
+def test_warns_without_batch_norms():
     norm_cfg = {"type": "GN", "num_groups": 4}
     with pytest.warns(UserWarning, match="folding has no effect in a ResNet without batch norms"):
         ResNet(18, norm_cfg=norm_cfg, fold_frozen_norms=True)
 
 
-def test_narrow_nets_train_behind_a_folded_stem():
-    # In a process of its own: PyTorch 2.13 may crash where it gets so few channels in channels_last.
+def test_narrow_net_trains_after_a_folded_stem():
+    # In a subprocess: PyTorch 2.13 may crash with so few channels in channels_last.
     code = """
 import torch
 from resbackbone import ResNet_CIFAR

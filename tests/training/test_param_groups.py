@@ -1,4 +1,4 @@
-"""Parameter groups: each parameter that trains is in one, with the learning rate and the decay that are its own."""
+"""Parameter groups: learning rate and weight decay of each parameter."""
 
 import re
 from collections import Counter
@@ -9,10 +9,10 @@ from cases import every_case, make, small
 from torch import nn
 
 from resbackbone import ResNet, ResNetV2, build_backbone
-from resbackbone.backbones.layer_depth import layer_depth
 from resbackbone.layers import IBN, FrozenBatchNorm2d
 from resbackbone.necks import FPN
 from resbackbone.training import param_groups
+from resbackbone.training.layer_depth import layer_depth
 
 NORM = re.compile(r"\bbn\d|^norm\b|downsample\.1")  # in a ResNet and in this detector
 
@@ -31,7 +31,7 @@ def tiny(**options):
 
 
 def settings(net, groups):
-    """Name, learning rate and weight decay of each parameter's group."""
+    """Return group name, learning rate and weight decay of each parameter."""
     found = {
         parameter: (group["name"], group["lr"], group["weight_decay"])
         for group in groups
@@ -42,7 +42,7 @@ def settings(net, groups):
 
 @every_case
 @pytest.mark.parametrize("frozen_stages", [-1, 2])
-def test_each_parameter_that_trains_is_in_one_group(case, frozen_stages):
+def test_each_trainable_parameter_is_in_one_group(case, frozen_stages):
     net = make(case, frozen_stages=frozen_stages)
     groups = param_groups(net, 0.1, 0.9, 0.01)
     assert len({group["name"] for group in groups}) == len(groups)
@@ -57,7 +57,7 @@ def test_each_parameter_that_trains_is_in_one_group(case, frozen_stages):
         assert weight_decay == (0 if without else 0.01), name
 
 
-def test_rates_fall_from_the_head_to_the_stem_whatever_stands_beside():
+def test_learning_rates_decrease_from_head_to_stem():
     detector = Detector(tiny(norm_eval=False))
     found = settings(detector, param_groups(detector, 0.1, 0.5, 0.01))
     rates = {name: lr for name, (_, lr, _) in found.items()}
@@ -71,14 +71,14 @@ def test_rates_fall_from_the_head_to_the_stem_whatever_stands_beside():
     assert alone == {name.removeprefix("backbone."): setting for name, setting in found.items() if "backbone" in name}
 
 
-def test_two_backbones_each_end_at_the_head():
+def test_two_backbones():
     pair = nn.ModuleDict({"short": tiny(), "long": build_backbone("resnet50", base_channels=8)})
     found = settings(pair, param_groups(pair, 1.0, 0.5, 0.0))
     assert found["short.layer4.0.conv1.weight"] == found["long.layer4.0.conv1.weight"] == ("depth 6, decay", 0.5, 0.0)
     assert (found["short.conv1.weight"][1], found["long.conv1.weight"][1]) == (0.5**5, 0.5**7)
 
 
-def test_without_layer_decay_there_are_two_groups_for_any_model():
+def test_two_groups_without_layer_decay():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), IBN(4), nn.Conv2d(4, 4, 1), FrozenBatchNorm2d(4))
     decay, no_decay = param_groups(net, lr=0.1, weight_decay=0.01)
     assert (decay["name"], no_decay["name"]) == ("decay", "no decay")
@@ -86,7 +86,7 @@ def test_without_layer_decay_there_are_two_groups_for_any_model():
     assert list(map(id, decay["params"])) == [id(net[0].weight), id(net[2].weight)]
 
 
-def test_no_decay_says_which():
+def test_no_decay():
     detector = Detector(tiny())
     for no_decay, expected in {
         (): set(),
@@ -98,33 +98,33 @@ def test_no_decay_says_which():
         assert {name for name, (group, _, _) in found.items() if group == "no decay"} == expected
 
 
-def test_norms_of_any_make_have_no_decay():
+def test_third_party_norms_have_no_decay():
     class MyRMSNorm2d(nn.Module):
         def __init__(self):
             super().__init__()
             self.gain = nn.Parameter(torch.ones(3))
 
     class NormedConv(nn.Conv2d):
-        """No norm, only called after one."""
+        """A convolution, despite its name."""
 
     net = nn.Sequential(MyRMSNorm2d(), nn.SyncBatchNorm(3), nn.RMSNorm(3), NormedConv(3, 3, 1, bias=False))
     decay = param_groups(net, lr=0.1, weight_decay=0.01)[-1]
     assert (decay["name"], list(map(id, decay["params"]))) == ("decay", [id(net[3].weight)])
 
 
-def test_tied_parameters_come_once():
+def test_tied_parameters_are_in_one_group():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[1].weight = net[0].weight
     assert sum(len(group["params"]) for group in param_groups(net, 0.1)) == 3
 
 
-def test_the_norm_behind_the_last_stage_learns_as_the_head():
+def test_final_norm_has_the_learning_rate_of_the_head():
     net = ResNetV2(18, base_channels=8, final_norm=True, out_indices=(-1,))
     found = settings(net, param_groups(net, 0.1, 0.5))
     assert (found["bn.weight"][1], found["layer4.1.conv1.weight"][1]) == (0.1, 0.05)
 
 
-def test_frozen_parameters_come_on_demand_and_do_not_move_until_they_train():
+def test_with_frozen():
     net = tiny(frozen_stages=2)
     groups = param_groups(net, 0.1, 0.5, 0.1, with_frozen=True)
     assert {p for group in groups for p in group["params"]} == set(net.parameters())
@@ -136,8 +136,8 @@ def test_frozen_parameters_come_on_demand_and_do_not_move_until_they_train():
         optimizer.step()
         optimizer.zero_grad()
         for name, parameter in net.named_parameters():
-            stands = frozen_stages == 2 and name.startswith(("conv1", "bn1", "layer1", "layer2"))
-            assert torch.equal(parameter, before[name]) is stands, name
+            is_frozen = frozen_stages == 2 and name.startswith(("conv1", "bn1", "layer1", "layer2"))
+            assert torch.equal(parameter, before[name]) is is_frozen, name
 
 
 @pytest.mark.parametrize(
@@ -149,17 +149,17 @@ def test_frozen_parameters_come_on_demand_and_do_not_move_until_they_train():
         ({"layer_decay": 1.5}, ValueError, "`layer_decay` must be above 0 and at most 1, got 1.5"),
         ({"weight_decay": -1}, ValueError, "`weight_decay` must be finite and not negative, got -1"),
         ({"no_decay": "bias"}, TypeError, "`no_decay` must be a list or tuple, got 'bias'"),
-        ({"no_decay": (1,)}, TypeError, r"`no_decay\[0\]` must be 'norm', 'bias' or a part of parameters' names"),
-        ({"no_decay": ("norm", "bais")}, ValueError, "`no_decay` has 'bais', which is in no parameter's name"),
+        ({"no_decay": (1,)}, TypeError, r"`no_decay\[0\]` must be 'norm', 'bias' or a part of parameter names"),
+        ({"no_decay": ("norm", "bais")}, ValueError, "`no_decay` has 'bais', which is in no parameter name"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(arguments, error, words):
+def test_invalid_arguments(arguments, error, words):
     with pytest.raises(error, match=words):
         param_groups(tiny(), **{"lr": 0.1, **arguments})
 
 
-def test_a_net_without_backbone_or_without_anything_to_train_is_refused():
-    with pytest.raises(ValueError, match="`layer_decay` must be 1 in a Conv2d with none of resbackbone's backbones"):
+def test_net_without_backbone_or_trainable_parameters():
+    with pytest.raises(ValueError, match="`layer_decay` must be 1 for a Conv2d without a backbone of resbackbone"):
         param_groups(nn.Conv2d(3, 3, 1), lr=0.1, layer_decay=0.5)
-    with pytest.raises(ValueError, match="ResNet has no parameter that trains; is everything frozen"):
+    with pytest.raises(ValueError, match="ResNet has no trainable parameter; is everything frozen"):
         param_groups(tiny(frozen_stages=4), lr=0.1)

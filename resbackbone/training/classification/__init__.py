@@ -1,11 +1,11 @@
-"""Image classification, to train backbones and to see that they work."""
+"""Image classification: model, dataset, augmentation, losses and metric for mmengine's runner."""
 
 from resbackbone.training.classification.classifier import ImageClassifier
-from resbackbone.training.classification.datasets import ImageFolder, UnreadablePicture
-from resbackbone.training.classification.hooks import ClassesDoNotFit, ClassesHook
+from resbackbone.training.classification.datasets import ImageFolder, UnreadablePictureError
+from resbackbone.training.classification.hooks import ClassCheckHook, ClassMismatchError
 from resbackbone.training.classification.losses import BinaryCrossEntropy, CrossEntropy
 from resbackbone.training.classification.metrics import Accuracy
-from resbackbone.training.classification.mixup import Mixing
+from resbackbone.training.classification.mixup import MixupCutmix
 from resbackbone.training.classification.rand_augment import RandAugment
 from resbackbone.training.classification.transforms import (
     CenterCrop,
@@ -19,16 +19,16 @@ __all__ = [
     "Accuracy",
     "BinaryCrossEntropy",
     "CenterCrop",
-    "ClassesDoNotFit",
-    "ClassesHook",
+    "ClassCheckHook",
+    "ClassMismatchError",
     "CrossEntropy",
     "ImageClassifier",
     "ImageFolder",
-    "Mixing",
+    "MixupCutmix",
     "RandAugment",
     "RandomCrop",
     "RandomHorizontalFlip",
     "RandomResizedCrop",
     "Resize",
-    "UnreadablePicture",
+    "UnreadablePictureError",
 ]

@@ -1,4 +1,4 @@
-"""Pictures in folders, one folder for each class."""
+"""Image classification dataset in folders, one per class."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from torch.utils.data import Dataset
 from resbackbone.data.pictures import describe_skipped, find_pictures, read_picture, readable_suffixes
 from resbackbone.registry import DATASETS
 from resbackbone.training.classification.transforms import Transform, build_transforms
-from resbackbone.training.engine.sampler import Draw
+from resbackbone.training.engine.sampler import SeededIndex
 from resbackbone.utils.validation import UnknownKeyError, check_choice, check_flag, nearest
 
 
-class UnreadablePicture(ValueError):
-    """A picture of a dataset cannot be read; the message has its name and why."""
+class UnreadablePictureError(ValueError):
+    """A picture of a dataset cannot be read; the message has its path and the reason."""
 
 
 @DATASETS.register_module()
 class ImageFolder(Dataset[dict[str, Any]]):
-    """The pictures below a folder, whose subfolders are the classes.
+    """Classification dataset of pictures in one subfolder per class.
 
     Args:
         root: The folder: ``root/cat/1.jpg``, ``root/cat/more/2.png``, ``root/dog/3.webp``, ...
-        transforms: Configs of transforms, or callables of a picture and a ``random.Random``. They must make all
-            pictures of one size.
-        classes: The subfolders that count, in the order of their labels; None for all, sorted by name.
+        transforms: Configs of transforms, or callables of a picture and a ``random.Random``. Their outputs must
+            all have the same size.
+        classes: The subfolders to use, in the order of their labels; None for all, sorted by name.
         channels: 3 for color, 1 for grayscale.
-        allow_empty: Whether those of ``classes`` without a folder or pictures keep their labels, and have no pictures.
-        unreadable: What becomes of a picture that cannot be read: "raise" ends the run with its name; "replace" warns
-            with its name and shows the next one that can be read.
+        allow_empty: Whether entries of ``classes`` may have no folder or no pictures; they keep their labels.
+        unreadable: How to handle unreadable pictures: "raise" stops the run with the path; "replace" warns with the
+            path and uses the next readable picture.
 
     Attributes:
-        metainfo: ``classes``, the names in the order of their labels.
+        metainfo: ``classes``, the class names in the order of their labels.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
+        FileNotFoundError: If the folder does not exist.
         KeyError: If it lacks one of ``classes``.
-        ValueError: If there are no classes or one has no pictures.
+        ValueError: If there are no classes, or one has no pictures.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         self.metainfo = {"classes": names}
         self.items: list[tuple[str, int]] = []
         for label, name in enumerate(names):
-            # As strings: a million paths would take a gigabyte.
+            # Strings, as a million Path objects take a gigabyte.
             try:
                 found = find_pictures([self.root / name], on_skipped=skipped.__setitem__)
             except (FileNotFoundError, ValueError):
@@ -80,33 +80,33 @@ class ImageFolder(Dataset[dict[str, Any]]):
             else:
                 self.items += [(str(path), label) for path in found]
         if not self.items:
-            raise ValueError(f"no pictures in {str(self.root)!r}, in folders called {', '.join(names[:5])}, ...")
+            raise ValueError(f"no pictures in {str(self.root)!r}, in the folders {', '.join(names[:5])}, ...")
         for line in describe_skipped(skipped):
             print_log(line, logger="current", level=logging.WARNING)
 
     def relabel(self, classes: Sequence[str]) -> None:
-        """Number the labels in the order of other classes, such as a model's, among which all of its own must be."""
+        """Renumber the labels by another list of classes, such as the model's, which must contain all classes."""
         numbers = [classes.index(name) for name in self.metainfo["classes"]]
         self.items = [(path, numbers[label]) for path, label in self.items]
         self.metainfo = {"classes": tuple(classes)}
 
     def __len__(self) -> int:
-        """How many pictures there are."""
+        """Return the number of pictures."""
         return len(self.items)
 
-    def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
-        """Read and change one picture.
+    def __getitem__(self, index: SeededIndex | int) -> dict[str, Any]:
+        """Read and augment one picture.
 
         Args:
-            draw: Which, and the seed of its random changes, without which it is 0.
+            index: Its index, and the seed of its augmentation; 0 for a plain integer.
 
         Returns:
-            ``inputs``, a tensor ``(channels, H, W)`` of 8-bit integers, and ``labels``, an integer.
+            ``inputs``, a uint8 tensor ``(channels, H, W)``, and ``labels``, an integer.
 
         Raises:
-            UnreadablePicture: If it cannot be read; with "replace" if none can.
+            UnreadablePictureError: If it cannot be read; with "replace" if no picture can.
         """
-        index, seed = draw if isinstance(draw, tuple) else (draw, 0)
+        index, seed = index if isinstance(index, tuple) else (index, 0)
         picture, label = self._read(index)
         rng = Random(seed)
         for transform in self.transforms:
@@ -120,31 +120,31 @@ class ImageFolder(Dataset[dict[str, Any]]):
                 return read_picture(path, channels=self.channels), label
             except ValueError as error:
                 if self.unreadable == "raise":
-                    raise UnreadablePicture(str(error)) from error
-                print_log(f"{error}; the next one takes its place", logger="current", level=logging.WARNING)
-        raise UnreadablePicture(f"no picture in {str(self.root)!r} can be read")
+                    raise UnreadablePictureError(str(error)) from error
+                print_log(f"{error}; using the next one instead", logger="current", level=logging.WARNING)
+        raise UnreadablePictureError(f"no picture in {str(self.root)!r} can be read")
 
 
 def _find_classes(
     root: Path, wanted: Sequence[str] | None, skipped: dict[Path, str], allow_empty: bool
 ) -> tuple[str, ...]:
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {str(root)!r}; it should have one subfolder of pictures for each class")
+        raise FileNotFoundError(f"no folder {str(root)!r}; it must have one subfolder of pictures per class")
     entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-    holders = (root.resolve(), *root.resolve().parents)  # a link to one of which is a loop, and no class
-    there = [path.name for path in entries if path.is_dir() and path.resolve() not in holders]
+    ancestors = (root.resolve(), *root.resolve().parents)  # a link to one of them is a loop, not a class
+    found = [path.name for path in entries if path.is_dir() and path.resolve() not in ancestors]
     suffixes = readable_suffixes()
     for path in entries:
         if path.is_symlink() and not path.exists():
             skipped[path] = "a broken link"
         elif path.is_file() and path.suffix.lower() in suffixes:
-            skipped[path] = "as it stands beside the folders of the classes"
-    if not there:
-        raise ValueError(f"{str(root)!r} has no subfolders; it should have one for each class")
+            skipped[path] = "not in a class folder"
+    if not found:
+        raise ValueError(f"{str(root)!r} has no subfolders; it must have one per class")
     for name in () if allow_empty else wanted or ():
-        if str(name) not in there:
-            raise UnknownKeyError(f"{str(root)!r} has no class {name!r}{nearest(name, there)}; or allow_empty=True")
-    return tuple(there if wanted is None else map(str, wanted))
+        if str(name) not in found:
+            raise UnknownKeyError(f"{str(root)!r} has no class {name!r}{nearest(name, found)}; or allow_empty=True")
+    return tuple(found if wanted is None else map(str, wanted))
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:

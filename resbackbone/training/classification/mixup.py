@@ -1,4 +1,4 @@
-"""Mixing the pictures of a batch: mixup and CutMix."""
+"""mixup and CutMix augmentation of a batch."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from torch import Tensor
 
 from resbackbone.utils.validation import check_number
 
-_MOST = 1000  # of a beta distribution that still is one in double precision
+_MAX_ALPHA = 1000  # beyond it, sampling the beta distribution loses precision
 
 
-class Mixing:
-    """Mixes each picture with the one half a batch away, and their targets in the same proportion.
+class MixupCutmix:
+    """Mixes each image with the one half a batch away, by mixup or CutMix, and the targets in the same proportion.
 
-    That is another one also where a sampler shows each several times in a row. Where both kinds are asked for, a coin
-    decides for each batch. Random numbers are PyTorch's global ones.
+    That is a different picture even if the sampler repeats each picture several times in a row. If both are enabled,
+    one is chosen at random for each batch. Random numbers come from PyTorch's global generator.
 
     Args:
-        mixup: Both parameters of the beta distribution that the proportion of mixup comes from; 0 for none. Source:
+        mixup_alpha: Both parameters of the beta distribution of the mixing ratio of mixup; 0 disables mixup. Source:
             Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018.
-        cutmix: The same for the area of CutMix. Source: Yun et al., CutMix, ICCV 2019.
+        cutmix_alpha: The same for the area ratio of CutMix. Source: Yun et al., CutMix, ICCV 2019.
 
     Raises:
-        TypeError, ValueError: If one is no number, negative or above 1000, or both are 0.
+        TypeError, ValueError: If one is not a number from 0 to 1000, or both are 0.
     """
 
-    def __init__(self, *, mixup: float = 0.0, cutmix: float = 0.0) -> None:
-        self.mixup = check_number("mixup", mixup, low=0, high=_MOST)
-        self.cutmix = check_number("cutmix", cutmix, low=0, high=_MOST)
-        if self.mixup == self.cutmix == 0:
-            raise ValueError("`mixup` and `cutmix` must not both be 0; without any mixing, give none")
+    def __init__(self, *, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0) -> None:
+        self.mixup_alpha = check_number("mixup_alpha", mixup_alpha, low=0, high=_MAX_ALPHA)
+        self.cutmix_alpha = check_number("cutmix_alpha", cutmix_alpha, low=0, high=_MAX_ALPHA)
+        if self.mixup_alpha == self.cutmix_alpha == 0:
+            raise ValueError("`mixup_alpha` and `cutmix_alpha` must not both be 0; omit them to disable both")
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mix a batch.
@@ -41,38 +41,38 @@ class Mixing:
             targets: ``(N, K)``.
 
         Returns:
-            Both mixed; the given ones stay as they are.
+            The mixed images and targets, as new tensors.
         """
         coin = torch.rand(()).item()
-        if self.cutmix and (not self.mixup or coin < 0.5):
-            images, share = _cutmix(images, _beta(self.cutmix))
+        if self.cutmix_alpha and (not self.mixup_alpha or coin < 0.5):
+            images, ratio = _cutmix(images, _sample_beta(self.cutmix_alpha))
         else:
-            share = _beta(self.mixup)
-            images = images.lerp(_partners(images), share)
-        return images, targets.lerp(_partners(targets), share)
+            ratio = _sample_beta(self.mixup_alpha)
+            images = images.lerp(_partners(images), ratio)
+        return images, targets.lerp(_partners(targets), ratio)
 
 
 def _partners(batch: Tensor) -> Tensor:
     return batch.roll(len(batch) // 2, 0)
 
 
-def _beta(alpha: float) -> float:
+def _sample_beta(alpha: float) -> float:
     parameter = torch.tensor(alpha, dtype=torch.float64)
     return float(torch.distributions.Beta(parameter, parameter).sample())
 
 
-def _cutmix(images: Tensor, share: float) -> tuple[Tensor, float]:
-    """Put a rectangle of the other picture, with that share of the area, where its center falls; cut at the border."""
+def _cutmix(images: Tensor, ratio: float) -> tuple[Tensor, float]:
+    """Paste a random box of the partner image; return the images and the box's share of the area after clipping."""
     height, width = images.shape[2:]
-    side = math.sqrt(share)
-    top, bottom = _span(height, side)
-    left, right = _span(width, side)
+    side = math.sqrt(ratio)
+    top, bottom = _random_span(height, side)
+    left, right = _random_span(width, side)
     mixed = images.clone()
     mixed[:, :, top:bottom, left:right] = _partners(images)[:, :, top:bottom, left:right]
     return mixed, (bottom - top) * (right - left) / (height * width)
 
 
-def _span(length: int, share: float) -> tuple[int, int]:
-    centre = int(torch.randint(length, ()))
-    half = round(length * share) // 2
-    return max(centre - half, 0), min(centre + half, length)
+def _random_span(length: int, ratio: float) -> tuple[int, int]:
+    center = int(torch.randint(length, ()))
+    half = round(length * ratio) // 2
+    return max(center - half, 0), min(center + half, length)

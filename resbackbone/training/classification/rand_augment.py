@@ -1,4 +1,4 @@
-"""RandAugment: a few strong changes of geometry and color, drawn from a list."""
+"""RandAugment: random geometric and color operations of random strength."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 from PIL import Image, ImageEnhance, ImageOps
 
 from resbackbone.registry import TRANSFORMS
-from resbackbone.training.classification.transforms import Interpolation, resampling
+from resbackbone.training.classification.transforms import Interpolation, resampling_filter
 from resbackbone.utils.validation import check_int
 
-_FILL = 124, 116, 104  # of what a shifted picture uncovers: ImageNet's mean
-_STRONGEST = 10.0
+_FILL = 124, 116, 104  # color of uncovered pixels: the mean of ImageNet
+_MAX_MAGNITUDE = 10.0
 
-_Pair = tuple[float, float]  # along x and y
+_Pair = tuple[float, float]  # x, y
 Operation = Callable[[Image.Image, float, Image.Resampling], Image.Image]
 
 
 @TRANSFORMS.register_module()
 class RandAugment:
-    """Applies operations that are drawn anew for every picture.
+    """Applies random operations to each picture.
 
-    Each operation comes with a strength from 0 to 10: most by their sign change direction at random, and the enhancing
-    ones leave the picture as it is at 0.
+    The strength of each is drawn from a normal distribution and clipped to 0-10. Geometric operations and enhancements
+    have a random sign; enhancements with strength 0 leave the picture unchanged.
 
     Args:
-        operations: How many are drawn; the same one may come twice.
-        magnitude: Mean strength.
-        deviation: Standard deviation of the strength.
-        probability: How often a drawn operation is carried out.
-        interpolation: Pillow's filter where pixels move; "lanczos" is none for that.
+        num_ops: Number of operations, drawn with replacement.
+        magnitude: Mean strength, 0-10.
+        magnitude_std: Standard deviation of the strength.
+        probability: Probability of applying each drawn operation.
+        interpolation: Pillow's filter for geometric operations; "lanczos" is not supported by Pillow there.
 
     Source: Cubuk et al., RandAugment, CVPR 2020; operations, ranges and ``probability`` as in timm's "increasing" set,
     which the recipes of ResNet strikes back use.
@@ -39,29 +39,29 @@ class RandAugment:
 
     def __init__(
         self,
-        operations: int = 2,
+        num_ops: int = 2,
         magnitude: float = 9.0,
-        deviation: float = 0.5,
+        magnitude_std: float = 0.5,
         probability: float = 0.5,
         interpolation: Interpolation = "bicubic",
     ) -> None:
-        check_int("operations", operations, low=0)
-        if not 0 <= magnitude <= _STRONGEST or deviation < 0 or not 0 <= probability <= 1:
+        check_int("num_ops", num_ops, low=0)
+        if not 0 <= magnitude <= _MAX_MAGNITUDE or magnitude_std < 0 or not 0 <= probability <= 1:
             raise ValueError(
-                "`magnitude` must be from 0 to 10, `deviation` not negative and `probability` from 0 to 1, got "
-                f"{magnitude}, {deviation} and {probability}"
+                "`magnitude` must be from 0 to 10, `magnitude_std` not negative and `probability` from 0 to 1, got "
+                f"{magnitude}, {magnitude_std} and {probability}"
             )
-        self.operations = operations
+        self.num_ops = num_ops
         self.magnitude = magnitude
-        self.deviation = deviation
+        self.magnitude_std = magnitude_std
         self.probability = probability
-        self.resample = resampling(interpolation)
+        self.resample = resampling_filter(interpolation)
 
     def __call__(self, picture: Image.Image, rng: Random) -> Image.Image:
-        """Change a picture of mode "RGB" or "L"."""
-        for operation in rng.choices(tuple(OPERATIONS.values()), k=self.operations):
+        """Augment a picture of mode "RGB" or "L"."""
+        for operation in rng.choices(tuple(OPERATIONS.values()), k=self.num_ops):
             if rng.random() < self.probability:
-                strength = min(max(rng.gauss(self.magnitude, self.deviation), 0.0), _STRONGEST) / _STRONGEST
+                strength = min(max(rng.gauss(self.magnitude, self.magnitude_std), 0.0), _MAX_MAGNITUDE) / _MAX_MAGNITUDE
                 picture = operation(picture, rng.choice((-1, 1)) * strength, self.resample)
         return picture
 

@@ -1,4 +1,4 @@
-"""Changing pictures at random: each transform takes a Pillow picture and the source of its random numbers."""
+"""Transforms of Pillow pictures: resizing, cropping and flipping, with an explicit random generator."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("nearest", "bil
 
 
 class Transform(Protocol):
-    """What may stand in a dataset's ``transforms``."""
+    """Interface of the entries of a dataset's ``transforms``."""
 
     def __call__(self, picture: Image.Image, rng: Random) -> Image.Image:
-        """Return the picture, changed; all randomness comes from ``rng``."""
+        """Return the transformed picture; random numbers come from ``rng`` only."""
 
 
 def build_transforms(configs: Iterable[Mapping[str, Any] | Transform]) -> list[Transform]:
-    """Build transforms from configs, in their order; what is built already is taken as it is.
+    """Build transforms from configs; callables are used as they are.
 
     Raises:
-        TypeError: If they are no sequence of configs and callables.
+        TypeError: If ``configs`` is not a sequence of configs and callables.
     """
     if isinstance(configs, (str, Mapping)) or not isinstance(configs, Iterable):
         raise TypeError(f"`transforms` must be a list of configs or callables, got {configs!r}")
@@ -39,10 +39,10 @@ def build_transforms(configs: Iterable[Mapping[str, Any] | Transform]) -> list[T
 
 
 def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
-    """Return a size in pixels, one side of a square or (height, width), as the latter.
+    """Return (height, width) in pixels from that or from the side of a square.
 
     Raises:
-        TypeError, ValueError: If it is neither.
+        TypeError, ValueError: If ``size`` is neither.
     """
     height, width = (size, size) if isinstance(size, int) else check_sequence("size", size, length=2)
     check_int("height", height, low=1)
@@ -50,11 +50,11 @@ def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def resampling(interpolation: str) -> Image.Resampling:
-    """Return Pillow's filter of that name; all but "nearest" are antialiased.
+def resampling_filter(interpolation: str) -> Image.Resampling:
+    """Return Pillow's resampling filter of a name; all but "nearest" are antialiased.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the name is unknown.
     """
     check_choice("interpolation", interpolation, tuple(_RESAMPLING))
     return _RESAMPLING[interpolation]
@@ -62,7 +62,7 @@ def resampling(interpolation: str) -> Image.Resampling:
 
 @TRANSFORMS.register_module()
 class Resize:
-    """Resizes.
+    """Resizes pictures.
 
     Args:
         size: The shorter side in pixels, keeping the aspect ratio, or (height, width).
@@ -72,7 +72,7 @@ class Resize:
     def __init__(self, size: int | Sequence[int], interpolation: Interpolation = "bilinear") -> None:
         self.height, self.width = height_and_width(size)
         self.keep_ratio = isinstance(size, int)
-        self.resample = resampling(interpolation)
+        self.resample = resampling_filter(interpolation)
 
     def __call__(self, picture: Image.Image, rng: Random) -> Image.Image:
         """Resize a picture."""
@@ -85,7 +85,7 @@ class Resize:
 
 @TRANSFORMS.register_module()
 class CenterCrop:
-    """Cuts out the middle; around a picture that is smaller it is black.
+    """Crops the center; pads smaller pictures with black.
 
     Args:
         size: Side in pixels, or (height, width).
@@ -97,18 +97,18 @@ class CenterCrop:
     def __call__(self, picture: Image.Image, rng: Random) -> Image.Image:
         """Crop a picture."""
         spare = picture.width - self.width, picture.height - self.height
-        # Rounded as torchvision does, for the accuracy that others publish.
+        # Rounded as in torchvision, to reproduce published accuracies.
         left, top = (round(pixels / 2) if pixels > 0 else int(pixels / 2) for pixels in spare)
         return _crop(picture, left, top, self)
 
 
 @TRANSFORMS.register_module()
 class RandomCrop:
-    """Cuts out a part, anywhere.
+    """Crops at a random position.
 
     Args:
         size: Side in pixels, or (height, width).
-        padding: Black pixels that are added on every side first.
+        padding: Black pixels added on every side first.
     """
 
     def __init__(self, size: int | Sequence[int], padding: int = 0) -> None:
@@ -130,18 +130,18 @@ def _crop(picture: Image.Image, left: int, top: int, size: CenterCrop | RandomCr
 
 @TRANSFORMS.register_module()
 class RandomResizedCrop:
-    """Cuts out a part of random area and aspect ratio, and resizes it.
+    """Crops a random area and aspect ratio, and resizes the crop.
 
     Args:
-        size: Side of the result in pixels, or (height, width).
-        scale: Least and greatest area, as a share of the picture's.
-        ratio: Least and greatest width divided by height; its logarithm is uniform.
+        size: Side of the output in pixels, or (height, width).
+        scale: Minimum and maximum area, as a fraction of the picture's.
+        ratio: Minimum and maximum aspect ratio, width / height, sampled log-uniformly.
         interpolation: Pillow's filter.
 
     Source: Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 6.
     """
 
-    attempts = 10  # to find a part that lies inside; then the largest in the middle is taken
+    attempts = 10  # to find a crop inside the picture; then the largest one at the center is used
 
     def __init__(
         self,
@@ -153,13 +153,13 @@ class RandomResizedCrop:
         self.height, self.width = height_and_width(size)
         self.scale = _range("scale", scale, high=1.0)
         self.ratio = _range("ratio", ratio)
-        self.resample = resampling(interpolation)
+        self.resample = resampling_filter(interpolation)
 
     def __call__(self, picture: Image.Image, rng: Random) -> Image.Image:
         """Crop and resize a picture."""
         left, top, width, height = self._box(picture, rng)
-        part = picture.crop((left, top, left + width, top + height))
-        return part.resize((self.width, self.height), self.resample)
+        crop = picture.crop((left, top, left + width, top + height))
+        return crop.resize((self.width, self.height), self.resample)
 
     def _box(self, picture: Image.Image, rng: Random) -> tuple[int, int, int, int]:
         low, high = (math.log(bound) for bound in self.ratio)
@@ -177,18 +177,18 @@ class RandomResizedCrop:
 
 
 def _range(name: str, value: Sequence[float], high: float = math.inf) -> tuple[float, float]:
-    low, most = check_sequence(name, value, length=2, why="the least and the greatest")
+    low, most = check_sequence(name, value, length=2, why="the minimum and the maximum")
     if not 0 < low <= most <= high:
-        raise ValueError(f"`{name}` must rise from above 0 to at most {high}, got {tuple(value)}")
+        raise ValueError(f"`{name}` must increase from above 0 to at most {high}, got {tuple(value)}")
     return low, most
 
 
 @TRANSFORMS.register_module()
 class RandomHorizontalFlip:
-    """Mirrors left and right.
+    """Flips pictures horizontally at random.
 
     Args:
-        probability: How often.
+        probability: Probability of flipping.
     """
 
     def __init__(self, probability: float = 0.5) -> None:
@@ -197,5 +197,5 @@ class RandomHorizontalFlip:
         self.probability = probability
 
     def __call__(self, picture: Image.Image, rng: Random) -> Image.Image:
-        """Flip a picture, or not."""
+        """Flip a picture at random."""
         return ImageOps.mirror(picture) if rng.random() < self.probability else picture

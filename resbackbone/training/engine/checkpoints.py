@@ -1,4 +1,4 @@
-"""Write checkpoints atomically, of plain values and tensors only, and find them again after a crash."""
+"""Checkpoint files of training runs: written atomically, with tensors and plain Python values only, read safely."""
 
 from __future__ import annotations
 
@@ -10,79 +10,77 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import is_main_process
-from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import apply_to
 from torch import Tensor
 
 from resbackbone.checkpoints.readers import describe_placeholders, read_file
-from resbackbone.registry import HOOKS
-from resbackbone.training.engine.distributed import fail_together
 from resbackbone.utils.atomic_write import atomic_write
 
-_LAST = "last_checkpoint"  # the file's name is mmengine's
+_LAST = "last_checkpoint"  # file name as in mmengine
 _CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
-_LONGEST_PATH = 1 << 16  # bytes
-ADVICE = (
-    "Try a lower learning rate, a longer warm-up, optim_wrapper.clip_grad=dict(max_norm=1.0), bfloat16 in place of "
-    "float16, or look for labels and pictures that are wrong"
+_MAX_PATH_BYTES = 1 << 16
+DIVERGENCE_ADVICE = (
+    "Try a lower learning rate, a longer warm-up, optim_wrapper.clip_grad=dict(max_norm=1.0), or bfloat16 instead of "
+    "float16, and check the data for wrong labels and pictures"
 )
-_VALUES = (str, bytes, bool, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)
+_PLAIN_VALUES = (str, bytes, bool, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)
 
 
-class CheckpointNotSaved(OSError):
-    """A checkpoint could not be written; those that were there before are as they were."""
+class CheckpointSaveError(OSError):
+    """A checkpoint could not be written; earlier checkpoints are unchanged."""
 
 
-class NonFiniteWeights(ArithmeticError):
-    """A weight is NaN or infinite, which no checkpoint may have; those that were there before are as they were."""
+class NonFiniteWeightsError(ArithmeticError):
+    """A weight is NaN or infinite, so no checkpoint was written; earlier checkpoints are unchanged."""
 
 
-class CheckpointDoesNotFit(ValueError):
-    """A checkpoint cannot be resumed: it is damaged, of something else, or the config has changed."""
+class CheckpointMismatchError(ValueError):
+    """A checkpoint cannot be loaded: it is damaged, is not one of a training run, or does not fit the config."""
 
 
 def save_checkpoint(content: Any, path: Path) -> None:
     """Write a checkpoint atomically.
 
     Args:
-        content: What ``torch.save`` takes.
+        content: The nested containers to save, with tensors and plain Python values.
         path: The file.
 
     Raises:
-        CheckpointNotSaved: If the disk is full or cannot be written to, or there is a value in it that
-            :func:`read_checkpoint` would refuse.
-        NonFiniteWeights: If a tensor of a ``state_dict`` in it is not finite.
+        CheckpointSaveError: If the disk is full or not writable, or a value in ``content`` would be rejected by
+            :func:`read_checkpoint`.
+        NonFiniteWeightsError: If a tensor of a ``state_dict`` in it is not finite.
     """
     _check(content, path)
-    buffer = io.BytesIO()  # written to a file that breaks off, torch.save would raise whatever it stumbles over
+    buffer = io.BytesIO()  # on a full disk, torch.save to a file raises errors of many types
     torch.save(content, buffer)
-    _replace(path, buffer.getbuffer())
+    _write(path, buffer.getbuffer())
 
 
 def _check(content: Any, path: Path) -> None:
-    """Raise unless everything in it can be read again and resumed."""
+    """Raise unless every value can be read again when resuming."""
     for keys, value in _entries(content):
         name = ".".join(map(str, keys))
         if isinstance(value, Tensor):
             if keys[0] in ("state_dict", "ema_state_dict") and not value.isfinite().all():
-                raise NonFiniteWeights(
-                    f"{name} is not finite, so {path} was not saved and training has ended; checkpoints that were "
-                    f"saved before are as they were. {ADVICE}"
+                raise NonFiniteWeightsError(
+                    f"{name} is not finite, so {path} was not saved and training was stopped; earlier checkpoints are "
+                    f"unchanged. {DIVERGENCE_ADVICE}"
                 )
             if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_conj():
-                raise CheckpointNotSaved(f"cannot save {path}: {name} is no plain tensor, which alone can be resumed")
-        elif type(value) not in _VALUES:
+                raise CheckpointSaveError(
+                    f"cannot save {path}: {name} is not a plain dense tensor, so it cannot be resumed"
+                )
+        elif type(value) not in _PLAIN_VALUES:
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
-            raise CheckpointNotSaved(
-                f"cannot save {path}: {name} is of type {kind}, and only tensors and Python's plain values can be "
-                "resumed; make it one, or keep it out (message_hub.update_info(..., resumed=False))"
+            raise CheckpointSaveError(
+                f"cannot save {path}: {name} is of type {kind}, but only tensors and plain Python values can be "
+                "resumed; convert it, or exclude it by message_hub.update_info(..., resumed=False)"
             )
 
 
 def _entries(content: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Everything in nested containers, and where it is."""
+    """Yield every key and value in nested containers, with its path."""
     if type(content) not in _CONTAINERS:
         yield keys, content
         return
@@ -92,63 +90,63 @@ def _entries(content: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[A
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint that :class:`~resbackbone.training.engine.ResumableRunner` wrote; nothing in it runs.
+    """Read a checkpoint of :class:`~resbackbone.training.engine.ResumableRunner`, without executing code from it.
 
     Args:
         path: The file.
 
     Returns:
-        ``meta``, ``state_dict``, ``message_hub``, ``optimizer``, ``param_schedulers`` and what hooks added; tensors on
-        the CPU.
+        ``meta``, ``state_dict``, ``message_hub``, ``optimizer``, ``param_schedulers`` and entries of hooks; tensors are
+        on the CPU.
 
     Raises:
-        FileNotFoundError: If there is none.
-        CheckpointDoesNotFit: If it is damaged, holds anything but tensors and plain values, or is no checkpoint of a
-            run. What is damaged costs no more than by :func:`~resbackbone.checkpoints.load_checkpoint`.
+        FileNotFoundError: If it does not exist.
+        CheckpointMismatchError: If it is damaged, contains anything but tensors and plain values, or is not a
+            checkpoint of a run. Time and memory are bounded as in :func:`~resbackbone.checkpoints.load_checkpoint`.
     """
     try:
         content = read_file(path)
     except ValueError as error:
-        raise CheckpointDoesNotFit(str(error)) from error
+        raise CheckpointMismatchError(str(error)) from error
     if left := describe_placeholders(content):
-        raise CheckpointDoesNotFit(
-            f"{str(path)!r} holds more than tensors and plain values, which nothing here runs: {left[0]}"
+        raise CheckpointMismatchError(
+            f"{str(path)!r} contains more than tensors and plain values, which is not loaded: {left[0]}"
         )
     if any(not isinstance(content.get(key), Mapping) for key in ("meta", "state_dict", "message_hub")):
-        raise CheckpointDoesNotFit(
-            f"{str(path)!r} is no checkpoint of a run, which has meta, state_dict and message_hub; weights of other "
-            "origin go into init_cfg=dict(type='Pretrained', checkpoint=...)"
+        raise CheckpointMismatchError(
+            f"{str(path)!r} is not a checkpoint of a training run, which has meta, state_dict and message_hub; load "
+            "other weights by init_cfg=dict(type='Pretrained', checkpoint=...)"
         )
     try:
-        return {**content, "message_hub": _with_histories(content["message_hub"])}
-    except Exception as error:  # what is not as it was saved may be anything
-        raise CheckpointDoesNotFit(
-            f"{str(path)!r} has a message_hub that no run has saved ({type(error).__name__}: {str(error)[:200]})"
+        return {**content, "message_hub": _to_history_buffers(content["message_hub"])}
+    except Exception as error:  # a damaged message_hub raises errors of any type
+        raise CheckpointMismatchError(
+            f"{str(path)!r} has a damaged message_hub ({type(error).__name__}: {str(error)[:200]})"
         ) from error
 
 
 def find_last_checkpoint(folder: str | Path) -> Path | None:
-    """Return the checkpoint that was saved last in a work folder, also after the folder was moved; None without one.
+    """Return the latest checkpoint in a work folder, also after the folder was moved; None if there is none.
 
     Raises:
-        CheckpointDoesNotFit: If the note of it is damaged.
+        CheckpointMismatchError: If the file ``last_checkpoint`` is damaged.
     """
     note = Path(folder) / _LAST
     if not note.is_file():
         return None
     with note.open("rb") as file:
-        path = Path(file.read(_LONGEST_PATH).decode("utf-8", "replace").strip())
+        path = Path(file.read(_MAX_PATH_BYTES).decode("utf-8", "replace").strip())
     try:
-        moved = note.with_name(path.name)  # which comes first, as another run may be in this one's old place
+        moved = note.with_name(path.name)  # preferred, as another run may use the folder's old path
         return path if path.is_file() and not moved.is_file() else moved
-    except (ValueError, OSError) as error:  # empty, too long, or with characters that no path has
-        raise CheckpointDoesNotFit(
+    except (ValueError, OSError) as error:  # empty, too long, or with invalid characters
+        raise CheckpointMismatchError(
             f"{str(note)!r} is damaged: write the path of the checkpoint to resume into it"
         ) from error
 
 
-def plain_state(message_hub: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn the state of mmengine's message hub into what safe loading knows: no ``HistoryBuffer``, no NumPy."""
+def to_plain_values(message_hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert the state of mmengine's message hub to tensors and plain values, from ``HistoryBuffer`` and NumPy."""
     scalars = {
         name: {
             "values": torch.as_tensor(history.data[0]),
@@ -163,7 +161,7 @@ def plain_state(message_hub: Mapping[str, Any]) -> dict[str, Any]:
     return {**message_hub, "log_scalars": scalars, "runtime_info": info}
 
 
-def _with_histories(message_hub: Mapping[str, Any]) -> dict[str, Any]:
+def _to_history_buffers(message_hub: Mapping[str, Any]) -> dict[str, Any]:
     scalars = {
         name: HistoryBuffer(log["values"].numpy(), log["counts"].numpy(), log["max_length"])
         for name, log in message_hub["log_scalars"].items()
@@ -171,77 +169,18 @@ def _with_histories(message_hub: Mapping[str, Any]) -> dict[str, Any]:
     return {**message_hub, "log_scalars": scalars}
 
 
-@HOOKS.register_module()
-class ResumableCheckpointHook(CheckpointHook):
-    """Saves checkpoints in turn: the new one, then the note of which is the last, then old ones are deleted.
-
-    mmengine's hook deletes first, and writes the note such that a crash can leave it empty. The rest is as there:
-    ``interval`` epochs, or iterations with ``by_epoch=False``; ``max_keep_ckpts``, ``save_best``, ...
-
-    Raises:
-        TypeError: If ``save_best`` is a list; one metric decides.
-    """
-
-    best_ckpt_path: Any
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.save_best is not None and len(self.save_best) > 1:
-            raise TypeError(f"`save_best` must be the name of one metric, got {self.save_best}")
-
-    def before_train(self, runner: Any) -> None:
-        """Take over from the checkpoint which ones are kept, and which is the best, also after the folder was moved."""
-        super().before_train(runner)
-        for name in ("last_ckpt", "best_ckpt"):
-            if (path := runner.message_hub.get_info(name)) is not None:
-                runner.message_hub.update_info(name, str(Path(self.out_dir) / Path(path).name))
-        if self.save_best:
-            self.best_ckpt_path = runner.message_hub.get_info("best_ckpt")
-
-    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
-        folder, name = Path(self.out_dir), self.filename_tmpl.format(step)
-        expired = []
-        if self.max_keep_ckpts > 0:
-            kept = [*(earlier for earlier in self.keep_ckpt_ids if earlier != step), step]
-            expired = kept[: -self.max_keep_ckpts]
-            self.keep_ckpt_ids.clear()
-            self.keep_ckpt_ids.extend(kept)  # a deque, which drops the expired ones
-            runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
-        self.last_ckpt = str(folder / name)
-        runner.message_hub.update_info("last_ckpt", self.last_ckpt)
-        runner.save_checkpoint(
-            str(folder),
-            name,
-            save_optimizer=self.save_optimizer,
-            save_param_scheduler=self.save_param_scheduler,
-            meta=meta,
-            by_epoch=self.by_epoch,
-        )
-        with fail_together(OSError):
-            if is_main_process():
-                _replace(Path(runner.work_dir) / _LAST, self.last_ckpt.encode())
-                for earlier in expired:
-                    (folder / self.filename_tmpl.format(earlier)).unlink(missing_ok=True)
-
-    def _save_best_checkpoint(self, runner: Any, metrics: dict[str, Any]) -> None:
-        if not self.save_best:
-            return
-        previous = self.best_ckpt_path
-        self.best_ckpt_path = None  # or mmengine would delete it before it saves the next
-        super()._save_best_checkpoint(runner, metrics)
-        if self.best_ckpt_path is None:
-            self.best_ckpt_path = previous
-        elif previous not in (None, self.best_ckpt_path) and is_main_process():
-            Path(previous).unlink(missing_ok=True)
+def note_last_checkpoint(folder: Path, checkpoint: str) -> None:
+    """Record the path of the latest checkpoint in a work folder, for :func:`find_last_checkpoint`."""
+    _write(folder / _LAST, checkpoint.encode())
 
 
-def _replace(path: Path, content: bytes | memoryview) -> None:
-    """Put a file in another's place in one step, once its bytes are on the disk."""
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """Write a file atomically and durably."""
     try:
         with atomic_write(path, sync=True) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
-        raise CheckpointNotSaved(
-            f"cannot save {path}: {error.strerror}; checkpoints that were saved before are whole: make room and go on "
+        raise CheckpointSaveError(
+            f"cannot save {path}: {error.strerror}; earlier checkpoints are intact: free disk space and continue "
             "with --resume"
         ) from error

@@ -1,4 +1,4 @@
-"""What the processes of a run must do all or none: fail."""
+"""Propagate exceptions to all ranks."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from mmengine.dist import all_gather_object, all_reduce
 
 
 @contextmanager
-def fail_together(*kinds: type[Exception]) -> Iterator[None]:
-    """Let every process fail in this block if one does, so that none waits for another that has ended.
+def raise_on_all_ranks(*exceptions: type[Exception]) -> Iterator[None]:
+    """Raise on every rank if one rank raises in this block, so that no rank waits for one that has ended.
 
-    Every process must come to it. Each raises its own error, or else that of the first process that has one.
+    Every rank must enter the block. A rank raises its own exception, or else that of the first rank that has one.
 
     Args:
-        kinds: The exceptions that are told to the others. They must take a message alone.
+        exceptions: The exceptions to propagate. They must be constructible from a message alone.
     """
     own: Exception | None = None
     try:
         yield
-    except kinds as error:
+    except exceptions as error:
         own = error
     failed = torch.tensor(float(own is not None))
     all_reduce(failed, op="max")
@@ -31,4 +31,4 @@ def fail_together(*kinds: type[Exception]) -> Iterator[None]:
     if own is not None:
         raise own
     rank, other = next((rank, error) for rank, error in enumerate(errors) if error is not None)
-    raise type(other)(f"process {rank}: {other}")
+    raise type(other)(f"rank {rank}: {other}")

@@ -1,4 +1,4 @@
-"""Sharding a model over processes with PyTorch's ``fully_shard``, behind the interface of mmengine's wrappers."""
+"""FSDP2 model wrapper for mmengine, on PyTorch's ``fully_shard``."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from resbackbone.registry import MODEL_WRAPPERS
 
 @MODEL_WRAPPERS.register_module()
 class FSDP2(nn.Module):
-    """Gives each process its share of every parameter, gradient and optimizer state; a stage is put together to run.
+    """Shards parameters, gradients and optimizer state over all processes; each stage is gathered when it runs.
 
-    For ``model_wrapper_cfg = dict(type="FSDP2")``. Checkpoints are the same as without it.
+    For ``model_wrapper_cfg = dict(type="FSDP2")``. Checkpoints are the same as without sharding.
 
     Args:
-        module: The model. Its weights are initialized, as tensors that are spread out cannot be drawn.
-        **options: As for ``torch.distributed.fsdp.fully_shard``.
+        module: The model. Its weights are initialized here, before they are sharded.
+        **options: Options of ``torch.distributed.fsdp.fully_shard``.
 
     Source: Zhao et al., PyTorch FSDP, VLDB 2023.
     """
@@ -48,33 +48,33 @@ class FSDP2(nn.Module):
         return self.module(*args, **kwargs)
 
     def train_step(self, data: Any, optim_wrapper: Any) -> Any:
-        """Take a step, as mmengine's models do."""
+        """Run a training step of the mmengine model."""
         return self.module.train_step(data, optim_wrapper=optim_wrapper)
 
     def val_step(self, data: Any) -> Any:
-        """Predict, as mmengine's models do."""
+        """Predict a batch with the mmengine model."""
         return self.module.val_step(data)
 
     def test_step(self, data: Any) -> Any:
-        """Predict, as mmengine's models do."""
+        """Predict a batch with the mmengine model."""
         return self.module.test_step(data)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether a model has parameters that are spread over processes."""
+    """Return whether a model has sharded parameters."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def gather(tensor: Tensor) -> Tensor:
-    """Return a whole tensor on the CPU; where it is spread out, every process must call this."""
+def to_full_tensor(tensor: Tensor) -> Tensor:
+    """Return a full tensor on the CPU; for a sharded tensor every process must call this."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
-def load_model(model: nn.Module, state: dict[str, Any], *, strict: bool) -> None:
-    """Load whole tensors into a model, spread out or not.
+def load_full_state_dict(model: nn.Module, state: dict[str, Any], *, strict: bool) -> None:
+    """Load full tensors into a model, sharded or not.
 
     Raises:
-        RuntimeError: If they are not those of the model.
+        RuntimeError: If keys or shapes do not match.
     """
     if is_sharded(model):
         set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=strict))
@@ -83,7 +83,7 @@ def load_model(model: nn.Module, state: dict[str, Any], *, strict: bool) -> None
 
 
 def shard_optimizer_state(state: dict[str, Any], optim_wrapper: OptimWrapper | OptimWrapperDict) -> None:
-    """Spread an optimizer's state, of whole tensors, as its parameters are spread, where they are."""
+    """Shard an optimizer state of full tensors like the parameters it belongs to, in place."""
     if isinstance(optim_wrapper, OptimWrapperDict):
         for name, wrapper in optim_wrapper.items():
             shard_optimizer_state(state[name], wrapper)
@@ -94,5 +94,5 @@ def shard_optimizer_state(state: dict[str, Any], optim_wrapper: OptimWrapper | O
         if isinstance(parameter, DTensor):
             for name, value in values.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    whole = value.to(parameter.device)
-                    values[name] = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+                    full = value.to(parameter.device)
+                    values[name] = distribute_tensor(full, parameter.device_mesh, parameter.placements)

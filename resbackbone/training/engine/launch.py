@@ -1,4 +1,4 @@
-"""Build a runner from a config file and the options of the command line."""
+"""Build a runner from a training config and command line options, for any launcher."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from resbackbone.training.engine.runner import ResumableRunner
 from resbackbone.utils.validation import UnknownKeyError, check_choice, message_of, nearest
 
 Launcher = Literal["none", "pytorch", "slurm", "mpi"]
-# What a config may have beside what stands in it, so that an override with a typo is told from one that adds.
-_OPTIONAL = {
+# Keys that an override may add to a config; any other new key is taken for a typo.
+_OPTIONAL_KEYS = {
     "activation_checkpointing",
     "auto_scale_lr",
     "compile",
@@ -43,46 +43,46 @@ _OPTIONAL = {
     "visualizer",
     "work_dir",
 }
-_DICT = re.compile(r"\bdict\(|\{\s*(['\"]?)\w+\1\s*:")  # which mmengine's parser would take for text
-_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-# How processes are started, and by which variables each learns what torchrun says by those.
+_DICT = re.compile(r"\bdict\(|\{\s*(['\"]?)\w+\1\s*:")  # mmengine's parser would read it as a string
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+# For each launcher, its command and the environment variables equivalent to those of torchrun.
 _LAUNCHERS = {
-    "pytorch": ("torchrun --nproc-per-node 2", _RANK),
+    "pytorch": ("torchrun --nproc-per-node 2", _TORCHRUN_VARIABLES),
     "slurm": ("srun --ntasks 2 python", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")),
     "mpi": ("mpirun -n 2 python", tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK"))),
 }
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Load a config in OpenMMLab's format; like every Python file, only one that you trust.
+def load_training_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Load a training config in OpenMMLab's format. It is Python code and is executed: load only trusted files.
 
     Args:
         path: The file.
-        overrides: As ``key=value``, with dots between the keys of dicts within dicts and indices of lists, such as
-            ``train_cfg.max_epochs=5`` or ``train_dataloader.dataset.classes=[cat,dog]``.
+        overrides: Changes as ``key=value``, with dots between the keys of nested dicts and the indices of lists, such
+            as ``train_cfg.max_epochs=5`` or ``train_dataloader.dataset.classes=[cat,dog]``.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        KeyError: If an override begins with a name that no config has.
-        ValueError: If the file is no .py file or does not run, or an override is none.
+        FileNotFoundError: If the file does not exist.
+        KeyError: If an override starts with an unknown key.
+        ValueError: If the file is not a .py file or fails to run, or an override is invalid.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config file at {str(path)!r}")
     if Path(path).suffix != ".py":
         raise ValueError(
-            f"the config of a training is a program, a .py file in OpenMMLab's format; got {str(path)!r}, which "
-            "mmengine would let import and call whatever it names; write it as a .py file"
+            f"a training config must be a .py file in OpenMMLab's format, got {str(path)!r}; from other formats "
+            "mmengine would import and call whatever they name"
         )
     try:
         config = Config.fromfile(path)
-    except Exception as error:  # whatever running somebody's Python raises
-        raise ValueError(f"{str(path)!r} does not run: {type(error).__name__}: {message_of(error)}") from error
+    except Exception as error:  # the config is arbitrary Python
+        raise ValueError(f"{str(path)!r} fails to run: {type(error).__name__}: {message_of(error)}") from error
     allow_imported(config.get("custom_imports"))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ValueError(f"an override is KEY=VALUE, such as train_cfg.max_epochs=5; got {override!r}")
-        known = {*config, *_OPTIONAL}
+            raise ValueError(f"an override must be KEY=VALUE, such as train_cfg.max_epochs=5; got {override!r}")
+        known = {*config, *_OPTIONAL_KEYS}
         if (name := key.partition(".")[0]) not in known:
             raise UnknownKeyError(f"the config has no {name!r}{nearest(name, known)}")
         _override(config, key, value)
@@ -90,21 +90,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _override(config: Config, key: str, value: str) -> None:
-    """Set what an override says.
+    """Apply an override.
 
     Raises:
-        ValueError: If its value cannot be read, or there is nothing at its place to be set.
+        ValueError: If the value cannot be parsed, or the config has no such key.
     """
     try:
         parsed = DictAction._parse_iterable(value)
         if _DICT.search(value):
-            raise ValueError("it has a dict")
+            raise ValueError("the value contains a dict")
         config.merge_from_dict({key: parsed})
-    except Exception as error:  # mmengine's parser raises errors of many kinds, and recurses without end
+    except Exception as error:  # mmengine's parser raises many types, RecursionError too
         raise ValueError(
             f"the override {f'{key}={value}'[:100]!r} cannot be set: {type(error).__name__}: "
-            f"{message_of(error)[:100]}; values are numbers, words, and lists and tuples of these, and what is more "
-            "belongs into the config file"
+            f"{message_of(error)[:100]}; values are numbers, strings, and lists and tuples of them; set others in "
+            "the config file"
         ) from error
 
 
@@ -119,23 +119,23 @@ def build_runner(
     deterministic: bool = False,
     training: bool = True,
 ) -> ResumableRunner:
-    """Build the runner of a config; ``.train()`` and ``.test()`` are what it does.
+    """Build the runner of a training config; then call its ``train()`` or ``test()``.
 
     Args:
-        config: The file, or what :func:`load_recipe` made of it.
-        work_dir: Where checkpoints, logs and curves go; None for what the config says, else ``work_dirs/`` and its
-            name.
-        resume: Whether to go on from the last checkpoint there, if there is one.
-        launcher: Who started the processes: nobody, torchrun, Slurm or MPI.
-        overrides: As for :func:`load_recipe`.
-        seed: Of all random numbers; None for what the config says.
-        deterministic: Whether PyTorch may use only operators that give the same result in every run.
-        training: False for a runner that only tests: without a checkpoint to begin with, and no sharded model.
+        config: The file, or a config from :func:`load_training_config`.
+        work_dir: Folder for checkpoints, logs and curves; None for that of the config, else ``work_dirs/`` and the
+            config's name.
+        resume: Whether to resume from the latest checkpoint in the work folder, if there is one.
+        launcher: What started the processes: "pytorch" (torchrun), "slurm" or "mpi"; "none" for a single process.
+        overrides: As for :func:`load_training_config`.
+        seed: Random seed; None for that of the config, else 0.
+        deterministic: Whether to use deterministic operators only.
+        training: False for a runner that only tests, without ``load_from``, ``resume`` and a sharded model.
 
     Raises:
-        FileNotFoundError, KeyError, TypeError, ValueError: If the config or the launcher is not as it should be.
+        FileNotFoundError, KeyError, TypeError, ValueError: If the config or the launcher is invalid.
     """
-    loaded = config if isinstance(config, Config) else load_recipe(config, overrides)
+    loaded = config if isinstance(config, Config) else load_training_config(config, overrides)
     if work_dir is not None or "work_dir" not in loaded:
         loaded.work_dir = str(work_dir or Path("work_dirs") / Path(loaded.filename or "run").stem)
     loaded.resume = resume or loaded.get("resume", False)
@@ -145,43 +145,45 @@ def build_runner(
         randomness["seed"] = seed
     if deterministic:
         randomness["deterministic"] = True
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which PyTorch demands of cuBLAS then
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch requires it for cuBLAS
     loaded.randomness = {"seed": 0, **randomness}
     if not training:
         loaded.update(load_from=None, resume=False, model_wrapper_cfg=None)
-    _join(launcher)
+    _init_processes(launcher)
     runner: ResumableRunner = ResumableRunner.from_cfg(loaded)
     return runner
 
 
-def _join(launcher: str) -> None:
-    """Check that the processes were started as the launcher says; without GPUs, meet them."""
+def _init_processes(launcher: str) -> None:
+    """Check that the launcher started this process; without GPUs, initialize the process group."""
     check_choice("launcher", launcher, ("none", *_LAUNCHERS))
     if launcher == "none":
         if (started := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-            raise ValueError(f"this is one of {started} processes, as the environment says; add --launcher pytorch")
+            raise ValueError(
+                f"WORLD_SIZE={started} in the environment, but no launcher is given; add --launcher pytorch"
+            )
         return
     command, names = _LAUNCHERS[launcher]
     if not all(name in os.environ for name in names):
         raise ValueError(
-            f"--launcher {launcher} is for processes that {command.split()[0]} started: "
+            f"--launcher {launcher} needs processes started by {command.split()[0]}: "
             f"{command} -m resbackbone train CONFIG --launcher {launcher}"
         )
-    os.environ |= {ours: os.environ[name] for ours, name in zip(_RANK, names, strict=True)}
+    os.environ |= {variable: os.environ[name] for variable, name in zip(_TORCHRUN_VARIABLES, names, strict=True)}
     if launcher != "pytorch":
-        os.environ.setdefault("MASTER_PORT", "29500")  # PyTorch's own
+        os.environ.setdefault("MASTER_PORT", "29500")  # PyTorch's default
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = _first_host(launcher)
-    # mmengine's own way begins with choosing a GPU.
+    # mmengine's `init_dist` would select a GPU.
     if not torch.cuda.is_available() and not is_distributed():
         distributed.init_process_group("gloo")
 
 
 def _first_host(launcher: str) -> str:
-    """Find where the processes can meet.
+    """Return the host of rank 0.
 
     Raises:
-        ValueError: If nobody says it.
+        ValueError: If the launcher does not provide it.
     """
     if launcher == "slurm" and (hosts := os.environ.get("SLURM_NODELIST")):
         if not {"[", ","} & set(hosts):
@@ -193,7 +195,7 @@ def _first_host(launcher: str) -> str:
     raise ValueError(f"--launcher {launcher} needs the name of the first host in MASTER_ADDR")
 
 
-def leave_processes() -> None:
-    """Leave the other processes, if there are any."""
+def leave_process_group() -> None:
+    """Destroy the process group, if there is one."""
     if is_distributed():
         distributed.destroy_process_group()

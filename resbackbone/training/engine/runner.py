@@ -1,4 +1,4 @@
-"""mmengine's runner with checkpoints that are atomic, safe to read, and sufficient for an exact resume."""
+"""mmengine's runner with atomic checkpoints that are safe to read and resume exactly."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resbackbone.registry import MODEL_WRAPPERS, RUNNERS
 from resbackbone.training.engine.checkpoints import (
-    CheckpointDoesNotFit,
-    CheckpointNotSaved,
-    NonFiniteWeights,
+    CheckpointMismatchError,
+    CheckpointSaveError,
+    NonFiniteWeightsError,
     find_last_checkpoint,
-    plain_state,
     read_checkpoint,
     save_checkpoint,
+    to_plain_values,
 )
-from resbackbone.training.engine.distributed import fail_together
-from resbackbone.training.engine.fsdp import gather, is_sharded, load_model, shard_optimizer_state
+from resbackbone.training.engine.distributed import raise_on_all_ranks
+from resbackbone.training.engine.fsdp import is_sharded, load_full_state_dict, shard_optimizer_state, to_full_tensor
 from resbackbone.utils.validation import UnknownKeyError, nearest
 
 
 @RUNNERS.register_module()
 class ResumableRunner(Runner):
-    """Trains and tests from a config, as mmengine's ``Runner`` does.
+    """Trains and tests from a config, like mmengine's ``Runner``.
 
-    Differences: checkpoints are written by :func:`save_checkpoint` and read by :func:`read_checkpoint`; loading one is
-    strict; ``resume`` means the last one of the work folder, wherever that is now, and if it has none ``load_from``
-    gives the weights that training begins with; several processes train on CPUs, too.
+    Differences: checkpoints are written by :func:`save_checkpoint` and read by :func:`read_checkpoint`. Loading is
+    strict. ``resume`` continues from the latest checkpoint in the work folder, also after the folder was moved; if
+    there is none, training starts from ``load_from``. Several processes can train on CPUs.
     """
 
     _load_from: str | None
@@ -46,12 +46,12 @@ class ResumableRunner(Runner):
 
     @property
     def resuming(self) -> bool:
-        """Whether an earlier run goes on."""
+        """Whether an earlier run is resumed."""
         return self._resume
 
     @property
-    def bare_model(self) -> nn.Module:
-        """The model without what makes it one of many processes'."""
+    def unwrapped_model(self) -> nn.Module:
+        """The model without its distributed wrapper."""
         model: nn.Module = self.model.module if is_model_wrapper(self.model) else self.model
         return model
 
@@ -69,21 +69,21 @@ class ResumableRunner(Runner):
         """Save a checkpoint, in the main process; every process must call this.
 
         Args:
-            out_dir: A folder of this machine.
-            filename: Its name there.
-            file_client_args: Not used; mmengine's hooks pass it.
-            save_optimizer: Whether the optimizer's state goes with it.
-            save_param_scheduler: Whether the schedules' state does.
-            meta: Goes with it; of its entries ``epoch`` and ``iter`` are what a resumed run begins with.
-            by_epoch: Whether it is the end of an epoch, where ``meta`` does not say.
-            backend_args: Not used, either.
+            out_dir: A local folder.
+            filename: File name in it.
+            file_client_args: Unused; passed by mmengine's hooks.
+            save_optimizer: Whether to save the optimizer's state.
+            save_param_scheduler: Whether to save the state of the parameter schedulers.
+            meta: More metadata; its ``epoch`` and ``iter`` are where a resumed run starts.
+            by_epoch: Whether this is the end of an epoch, if ``meta`` has no ``epoch`` and ``iter``.
+            backend_args: Unused.
 
         Raises:
-            CheckpointNotSaved: If the disk is full or cannot be written to, or something in it cannot be resumed.
-            NonFiniteWeights: If a weight is NaN or infinite.
+            CheckpointSaveError: If the disk is full or not writable, or a value cannot be resumed.
+            NonFiniteWeightsError: If a weight is NaN or infinite.
         """
-        with fail_together(CheckpointNotSaved, NonFiniteWeights):
-            if is_main_process() or is_sharded(self.bare_model):
+        with raise_on_all_ranks(CheckpointSaveError, NonFiniteWeightsError):
+            if is_main_process() or is_sharded(self.unwrapped_model):
                 checkpoint = self._state(meta, by_epoch, save_optimizer, save_param_scheduler)
             if is_main_process():
                 self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
@@ -92,28 +92,28 @@ class ResumableRunner(Runner):
     def _state(
         self, meta: dict[str, Any] | None, by_epoch: bool, save_optimizer: bool, save_param_scheduler: bool
     ) -> dict[str, Any]:
-        """All that a resumed run needs."""
+        """Return the content of a checkpoint."""
         counts = {"epoch": self.epoch + by_epoch, "iter": self.iter + (not by_epoch)}
         checkpoint: dict[str, Any] = {
-            "meta": {**counts, **(meta or {}), **self._about()},
-            "state_dict": _whole(self.bare_model.state_dict()),
-            "message_hub": plain_state(self.message_hub.state_dict()),
+            "meta": {**counts, **(meta or {}), **self._metadata()},
+            "state_dict": _to_full_tensors(self.unwrapped_model.state_dict()),
+            "message_hub": to_plain_values(self.message_hub.state_dict()),
         }
         if save_optimizer:
-            checkpoint["optimizer"] = _whole(self.optim_wrapper.state_dict())
+            checkpoint["optimizer"] = _to_full_tensors(self.optim_wrapper.state_dict())
         if save_param_scheduler and self.param_schedulers is not None:
-            checkpoint["param_schedulers"] = _states(self.param_schedulers)
+            checkpoint["param_schedulers"] = _scheduler_states(self.param_schedulers)
         return checkpoint
 
-    def _about(self) -> dict[str, Any]:
-        about = {
-            "cfg": self.message_hub.get_info("cfg"),  # which is formatted but once
+    def _metadata(self) -> dict[str, Any]:
+        metadata = {
+            "cfg": self.message_hub.get_info("cfg"),  # formatted only once per run
             "seed": self.seed,
             "experiment_name": self.experiment_name,
             "time": time.strftime("%Y%m%d_%H%M%S"),
         }
         metainfo = getattr(self.train_dataloader.dataset, "metainfo", None)
-        return about if metainfo is None else {**about, "dataset_meta": metainfo}
+        return metadata if metainfo is None else {**metadata, "dataset_meta": metainfo}
 
     def load_checkpoint(
         self,
@@ -122,28 +122,28 @@ class ResumableRunner(Runner):
         strict: bool = True,
         revise_keys: list[tuple[str, str]] | None = None,
     ) -> dict[str, Any]:
-        """Load the weights of a checkpoint that this class has saved.
+        """Load the weights of a checkpoint that this class saved.
 
         Args:
             filename: The file.
-            map_location: Not used; tensors are read to the CPU and copied from there.
-            strict: Whether every tensor of the model must be there, and no other.
-            revise_keys: Not used, either.
+            map_location: Unused; tensors are loaded on the CPU and copied to the model.
+            strict: Whether the keys must match those of the model exactly.
+            revise_keys: Unused.
 
         Returns:
-            What the file holds.
+            The content of the file.
 
         Raises:
-            FileNotFoundError: If there is none; of several processes, if one does not find it.
-            CheckpointDoesNotFit: If it is no such checkpoint, or not one of this model.
+            FileNotFoundError: If a rank cannot find the file.
+            CheckpointMismatchError: If it is not such a checkpoint, or does not match the model.
         """
-        with fail_together(OSError, CheckpointDoesNotFit):
+        with raise_on_all_ranks(OSError, CheckpointMismatchError):
             checkpoint = read_checkpoint(filename)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         try:
-            load_model(self.bare_model, checkpoint["state_dict"], strict=strict)
+            load_full_state_dict(self.unwrapped_model, checkpoint["state_dict"], strict=strict)
         except RuntimeError as error:
-            raise CheckpointDoesNotFit(f"{filename!r} does not fit the config's model: {error}") from error
+            raise CheckpointMismatchError(f"{filename!r} does not fit the config's model: {error}") from error
         if self._resume and "optimizer" in checkpoint:
             shard_optimizer_state(checkpoint["optimizer"], self.optim_wrapper)
         self._has_loaded = True
@@ -151,10 +151,10 @@ class ResumableRunner(Runner):
         return checkpoint
 
     def load_or_resume(self) -> None:
-        """Go on from the last checkpoint of the work folder, if that is asked for and there is one, or load weights."""
+        """Resume from the latest checkpoint in the work folder, if requested and found, or load ``load_from``."""
         if self._has_loaded:
             return
-        self._resume = self._last_checkpoint is not None  # which hooks look at
+        self._resume = self._last_checkpoint is not None  # read by hooks
         if self._last_checkpoint is not None:
             self.resume(self._last_checkpoint)
         elif self._load_from is not None:
@@ -162,7 +162,7 @@ class ResumableRunner(Runner):
 
     @cached_property
     def _last_checkpoint(self) -> str | None:
-        """What is resumed. The main process decides: others may see another disk, and must not begin anew alone."""
+        """The checkpoint to resume from, as found by rank 0: other ranks may see another disk."""
         last = find_last_checkpoint(self.work_dir) if self._resume else None
         decision = [None if last is None else str(last)]
         broadcast_object_list(decision)
@@ -170,49 +170,49 @@ class ResumableRunner(Runner):
 
     @staticmethod
     def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> Any:
-        """Build a data loader, as mmengine does.
+        """Build a data loader like mmengine.
 
         Raises:
-            ValueError: If it has no batch.
+            ValueError: If it has no batches.
         """
         loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
         if isinstance(loader.dataset, Sized) and isinstance(loader.sampler, Sized) and len(loader) == 0:
             pictures, share = len(loader.dataset), len(loader.sampler)
-            of_each = "" if share == pictures else f", {share} for each process,"
-            where = getattr(loader.dataset, "root", type(loader.dataset).__name__)
+            per_process = "" if share == pictures else f", {share} per process,"
+            dataset = getattr(loader.dataset, "root", type(loader.dataset).__name__)
             raise ValueError(
-                f"the data loader of {str(where)!r} has {pictures} pictures{of_each} and no batch: batch_size is "
-                f"{loader.batch_size}, and drop_last=True leaves out a last batch with fewer; lower batch_size to at "
-                f"most {share}, or say drop_last=False"
+                f"the data loader of {str(dataset)!r} has {pictures} pictures{per_process} and no batch: batch_size is "
+                f"{loader.batch_size}, and drop_last=True drops a last batch with fewer; lower batch_size to at most "
+                f"{share}, or set drop_last=False"
             )
         return loader
 
     def prepare(self) -> None:
-        """Find the data and initialize the weights: where most mistakes of a config show, before training begins."""
+        """Build the data loaders and initialize the weights, so that most config errors are raised before training."""
         _ = self.train_loop, self.val_loop
         self._init_model_weights()
 
     def _init_model_weights(self) -> None:
-        if getattr(self.bare_model, "is_init", False):
+        if getattr(self.unwrapped_model, "is_init", False):
             return
         if self._last_checkpoint is not None:
-            return  # every weight comes from there
+            return  # it has all weights
         if self._resume:
-            self.logger.info(f"no checkpoint in {self.work_dir} yet: training begins from the start")
+            self.logger.info(f"no checkpoint in {self.work_dir} to resume from: starting a new run")
         super()._init_model_weights()
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
-        """Wrap the model for several processes, if there are several; on CPUs, too, for which mmengine names a GPU."""
+        """Wrap the model if there are several processes; also on CPUs, for which mmengine would set a GPU."""
         if self.distributed and not is_model_wrapper(model):
-            if model_wrapper_cfg is None:  # as mmengine has it
+            if model_wrapper_cfg is None:  # mmengine's default
                 unused = self.cfg.get("find_unused_parameters", False)
                 model_wrapper_cfg = {"broadcast_buffers": False, "find_unused_parameters": unused}
-            model_wrapper_cfg = _wrapper({"type": "MMDistributedDataParallel", **model_wrapper_cfg})
+            model_wrapper_cfg = _resolve_wrapper({"type": "MMDistributedDataParallel", **model_wrapper_cfg})
         wrapped: nn.Module = super().wrap_model(model_wrapper_cfg, model)
         return wrapped
 
     def _log_env(self, env_cfg: dict[str, Any]) -> None:
-        # In place of mmengine's list, which takes seconds and imports torchvision, whether that works or not.
+        # mmengine's list takes seconds, and imports torchvision even if that is broken.
         where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
         self.logger.info(
             f"PyTorch {torch.__version__}, mmengine {mmengine.__version__}, {where}, "
@@ -220,8 +220,8 @@ class ResumableRunner(Runner):
         )
 
 
-def _wrapper(cfg: dict[str, Any]) -> dict[str, Any]:
-    """Return a wrapper's config as mmengine takes it: with a name that its root registry finds, and no GPU on CPUs."""
+def _resolve_wrapper(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Return a wrapper config for mmengine: with a type that its root registry finds, and without a GPU on CPUs."""
     name = cfg["type"]
     kind = MODEL_WRAPPERS.get(name)
     if kind is None:
@@ -233,13 +233,13 @@ def _wrapper(cfg: dict[str, Any]) -> dict[str, Any]:
     return {**cfg, "device_ids": None} if on_cpus else cfg
 
 
-def _whole(state: Any) -> Any:
-    return apply_to(state, lambda value: isinstance(value, Tensor), gather)
+def _to_full_tensors(state: Any) -> Any:
+    return apply_to(state, lambda value: isinstance(value, Tensor), to_full_tensor)
 
 
-def _states(schedulers: Any) -> Any:
+def _scheduler_states(schedulers: Any) -> Any:
     if isinstance(schedulers, Mapping):
-        return {name: _states(several) for name, several in schedulers.items()}
+        return {name: _scheduler_states(group) for name, group in schedulers.items()}
     states = [scheduler.state_dict() for scheduler in schedulers]
-    # Functions, as OneCycleLR has one, come from the config again.
+    # Functions, as in OneCycleLR, are rebuilt from the config.
     return [{name: value for name, value in state.items() if not callable(value)} for state in states]

@@ -1,4 +1,4 @@
-"""Synchronized batch norms in mmengine's runner."""
+"""Hook for synchronized batch norm."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from resbackbone.training.sync_batch_norm import sync_batch_norms
 
 @HOOKS.register_module()
 class SyncBatchNormHook(Hook):
-    """Calls :func:`resbackbone.training.sync_batch_norms` on the model, on whatever device it trains.
+    """Calls :func:`resbackbone.training.sync_batch_norms` on the model, on any device.
 
-    mmengine's own ``sync_bn="torch"`` does so on accelerators alone.
+    mmengine's own ``sync_bn="torch"`` works on accelerators only.
     """
 
     def before_train(self, runner: Any) -> None:
-        """Synchronize the batch norms, or make them plain where there is one process."""
+        """Synchronize the batch norms, or use plain ones in a single process."""
         sync_batch_norms(runner.model)

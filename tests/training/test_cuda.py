@@ -23,7 +23,7 @@ def gradients(net, images, dtype):
 
 
 def nets(shake, memory_format=torch.contiguous_format):
-    """The same net twice, plain and folding."""
+    """Return two copies of a net, without and with folding."""
     torch.manual_seed(0)
     net = shake(ResNetV1d(50, base_channels=16, frozen_stages=1)).train().cuda()
     return net, fold_frozen_norms(copy.deepcopy(net)).to(memory_format=memory_format)
@@ -36,14 +36,14 @@ def assert_close(got, expected, tolerance):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_folded_norms_have_the_gradients_of_plain_ones(shake, memory_format):
+def test_folded_norms_have_equal_gradients(shake, memory_format):
     plain, folding = nets(shake, memory_format)
     images = torch.randn(2, 3, 64, 96, device="cuda")
     assert_close(gradients(folding, images, torch.float32), gradients(plain, images, torch.float32), 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_they_are_as_exact(shake, dtype):
+def test_folded_norms_under_autocast(shake, dtype):
     images = torch.randn(2, 3, 64, 96, device="cuda")
     exact = gradients(nets(shake)[0], images, torch.float32)
     errors = []
@@ -53,7 +53,7 @@ def test_under_autocast_they_are_as_exact(shake, dtype):
     assert errors[1] <= 1.3 * errors[0]
 
 
-def test_recomputed_norms_have_the_gradients_of_kept_ones(shake):
+def test_recomputed_norms_have_equal_gradients(shake):
     net = shake(ResNetV1d(50, base_channels=16, norm_eval=False)).train().cuda()
     recomputing = copy.deepcopy(net)
     recomputing.with_cp = "norms"
@@ -69,7 +69,7 @@ def test_recomputed_norms_have_the_gradients_of_kept_ones(shake):
     assert_close(gradients(recomputing, images, torch.float32), expected, 1e-4)
 
 
-def test_batch_norms_of_one_process_stay_plain():
+def test_one_process_uses_plain_norms():
     net = sync_batch_norms(nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4)).cuda())
     assert not isinstance(net[1], nn.SyncBatchNorm)
     assert net(torch.randn(2, 3, 4, 4, device="cuda")).is_cuda

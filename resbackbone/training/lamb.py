@@ -1,4 +1,4 @@
-"""LAMB, the optimizer of very large batches."""
+"""LAMB optimizer, for very large batches."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from resbackbone.registry import OPTIMIZERS
 
 @OPTIMIZERS.register_module()
 class LAMB(Optimizer):
-    """Adam's step, scaled in each tensor such that it is ``lr`` times as long as the tensor.
+    """Adam with a layer-wise adaptive learning rate: each tensor's update has ``lr`` times the norm of the tensor.
 
-    Parameters without weight decay, usually biases and norms, take Adam's step as it is, as is customary. The
-    gradient is not clipped here; its reference implementation holds its norm to 1 (``clip_grad=dict(max_norm=1.0)``).
+    Parameters without weight decay, usually biases and norms, get plain Adam updates, as is customary. Gradients are
+    not clipped here; the reference implementation clips their norm to 1 (``clip_grad=dict(max_norm=1.0)``).
 
     Args:
-        params: Parameters or groups of them.
+        params: Parameters or parameter groups.
         lr: Learning rate.
-        betas: Decay rates of the running averages of the gradient and of its square.
-        eps: Added to the root of the latter.
-        weight_decay: Times the parameter it is added to the step, before that is scaled.
+        betas: Decay rates of the running averages of the gradient and its square.
+        eps: Added to the denominator for numerical stability.
+        weight_decay: Decoupled weight decay, added to the update before it is scaled.
 
     Source: You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, ICLR 2020, algorithm 2.
     """
@@ -46,13 +46,13 @@ class LAMB(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Change the parameters by their gradients.
+        """Perform one optimization step.
 
         Args:
-            closure: Computes the loss anew, where it is needed.
+            closure: Recomputes the loss; optional.
 
         Returns:
-            What the closure returns.
+            The loss of the closure.
         """
         loss = None
         if closure is not None:
@@ -61,10 +61,10 @@ class LAMB(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, parameter.grad, group)
+                    self._update(parameter, parameter.grad, group)
         return loss
 
-    def _step_one(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
@@ -75,7 +75,7 @@ class LAMB(Optimizer):
         update = mean / (square.sqrt() + group["eps"])
         if group["weight_decay"]:
             update.add_(parameter, alpha=group["weight_decay"])
-            length, step_length = parameter.norm(), update.norm()
-            # A tensor of zeros, or one that is to stay, has no scale.
-            update.mul_(torch.where((length > 0) & (step_length > 0), length / step_length, 1.0))
+            norm, update_norm = parameter.norm(), update.norm()
+            # The trust ratio is 1 where either norm is zero.
+            update.mul_(torch.where((norm > 0) & (update_norm > 0), norm / update_norm, 1.0))
         parameter.add_(update, alpha=-group["lr"])

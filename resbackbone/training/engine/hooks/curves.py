@@ -1,4 +1,4 @@
-"""Training curves over all resumed runs: lines of JSON, and a picture."""
+"""Hook that writes the training curves of a run and the runs it resumed, as JSON lines and as a PNG."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from mmengine.hooks import Hook
 from resbackbone.registry import HOOKS
 from resbackbone.utils.atomic_write import atomic_write
 
-_NO_CURVES = {"mode", "epoch", "step", "iter", "time", "data_time", "memory"}
+_NOT_PLOTTED = {"mode", "epoch", "step", "iter", "time", "data_time", "memory"}
 
 
 @HOOKS.register_module()
 class CurvesHook(Hook):
-    """Writes ``curves.jsonl`` and ``curves.png`` into the work folder when training has ended.
+    """Writes ``curves.jsonl`` and ``curves.png`` to the work folder at the end of training.
 
-    It collects what mmengine's ``LocalVisBackend`` wrote in this run and in those that it resumed.
+    They contain the scalars that mmengine's ``LocalVisBackend`` logged in this run and in those it resumed.
     """
 
     priority = "VERY_LOW"
 
     def before_train(self, runner: Any) -> None:
-        """Note this run's folder, where checkpoints keep it for the runs that go on."""
+        """Record the name of this run's folder in the message hub, which checkpoints save."""
         earlier = runner.message_hub.get_info("runs", [])
         runner.message_hub.update_info("runs", list(dict.fromkeys([*earlier, runner.timestamp])))
 
     def after_train(self, runner: Any) -> None:
-        """Write both files, in the main process; without Matplotlib only the lines."""
+        """Write both files, in the main process; without Matplotlib only ``curves.jsonl``."""
         if not is_main_process():
             return
         folder, runs = Path(runner.work_dir), runner.message_hub.get_info("runs")
@@ -40,22 +40,22 @@ class CurvesHook(Hook):
         with atomic_write(folder / "curves.jsonl") as path:
             path.write_text(lines, encoding="utf-8")
         try:
-            draw_curves(records, folder / "curves.png")
+            plot_curves(records, folder / "curves.png")
         except ImportError as error:
             runner.logger.warning(f"no curves.png: {error}")
 
 
 def read_curves(folder: Path, runs: Iterable[str], *, iterations: int) -> list[dict[str, Any]]:
-    """Read what several runs of one training logged; where two logged the same step the later one counts.
+    """Read the logged scalars of several runs of one training; for a step logged twice, the later run counts.
 
     Args:
         folder: The work folder.
-        runs: The names of the runs' folders in it, in the order of time.
-        iterations: How many make an epoch.
+        runs: Names of the runs' folders in it, oldest first.
+        iterations: Number of iterations per epoch.
 
     Returns:
-        Training first, then validation. Each entry has ``mode``, "train" or "val"; ``epoch``, how many epochs lay
-        behind, also in fractions; ``step``, counted in iterations or epochs; and what was logged.
+        Training records, then validation records. Each has ``mode``, "train" or "val"; ``epoch``, the number of epochs
+        completed, possibly fractional; ``step``, in iterations or epochs; and the logged scalars.
     """
     steps: dict[tuple[str, int], dict[str, Any]] = {}
     for run in runs:
@@ -63,7 +63,7 @@ def read_curves(folder: Path, runs: Iterable[str], *, iterations: int) -> list[d
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
                 logged = json.loads(line)
-            except json.JSONDecodeError:  # the run was killed while it wrote
+            except json.JSONDecodeError:  # the run was killed while writing
                 continue
             step = logged["step"]
             mode, epoch = ("train", step / iterations) if "iter" in logged else ("val", float(step))
@@ -71,11 +71,11 @@ def read_curves(folder: Path, runs: Iterable[str], *, iterations: int) -> list[d
     return [steps[key] for key in sorted(steps)]
 
 
-def draw_curves(records: Iterable[dict[str, Any]], path: Path) -> None:
-    """Draw loss and accuracy over epochs as a PNG.
+def plot_curves(records: Iterable[dict[str, Any]], path: Path) -> None:
+    """Plot losses and metrics over epochs to a PNG file.
 
     Args:
-        records: As :func:`read_curves` returns them.
+        records: Records from :func:`read_curves`.
         path: The file.
 
     Raises:
@@ -84,7 +84,7 @@ def draw_curves(records: Iterable[dict[str, Any]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"{error}; pip install 'resbackbone[train]' has it") from error
+        raise ImportError(f"{error}; pip install 'resbackbone[train]' installs it") from error
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels: dict[Literal["loss", "accuracy"], Any] = {}
     for panel, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
@@ -102,11 +102,11 @@ def draw_curves(records: Iterable[dict[str, Any]], path: Path) -> None:
 
 
 def _curves(records: Iterable[dict[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
-    """Epochs and values of each loss and each metric."""
+    """Return epochs and values of each loss and metric."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for record in records:
         for name, value in record.items():
-            if name not in _NO_CURVES and ("loss" in name or record["mode"] == "val"):
+            if name not in _NOT_PLOTTED and ("loss" in name or record["mode"] == "val"):
                 epochs, values = curves.setdefault(f"{record['mode']} {name}", ([], []))
                 epochs.append(record["epoch"])
                 values.append(value)

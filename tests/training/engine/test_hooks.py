@@ -1,4 +1,4 @@
-"""What trains in mmengine's runner: layer-wise rates, schedules of unfreezing, synchronized norms."""
+"""Layer-wise learning rates, unfreezing schedules and synchronized batch norm in mmengine's runner."""
 
 import warnings
 
@@ -16,7 +16,7 @@ from resbackbone.training import param_groups
 from resbackbone.training.engine import EpochSampler, ResumableRunner, UnfreezeHook
 
 OPTIMIZER = {"type": "AdamW", "lr": 1e-3, "weight_decay": 0.05}
-CONSTRUCTOR = {"constructor": "resbackbone.LayerDecayConstructor", "optimizer": OPTIMIZER}
+CONSTRUCTOR = {"constructor": "resbackbone.LayerDecayOptimWrapperConstructor", "optimizer": OPTIMIZER}
 
 
 class Model(BaseModel):
@@ -29,7 +29,7 @@ class Model(BaseModel):
         return {"loss": self.head(self.backbone(inputs)[-1].mean((2, 3))).square().mean()}
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     def __len__(self):
         return 4
 
@@ -37,8 +37,8 @@ class Pictures(torch.utils.data.Dataset):
         return {"inputs": torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(draw[0]))}
 
 
-class Notes(Hook):
-    """Notes which layers each step changes."""
+class RecordUpdates(Hook):
+    """Records which layers each step changes."""
 
     def __init__(self):
         self.moved = []
@@ -53,13 +53,13 @@ class Notes(Hook):
 
 
 def train(folder, hooks, *, epochs=3, resume=False, model=None, optim_wrapper=CONSTRUCTOR, sampler=None):
-    """Train for epochs of two steps; return the runner."""
+    """Train epochs of two steps; return the runner."""
     torch.manual_seed(0)
     runner = ResumableRunner(
         model=Model(frozen_stages=2) if model is None else model,
         work_dir=str(folder),
         train_dataloader={
-            "dataset": Pictures(),
+            "dataset": Images(),
             "batch_size": 2,
             "sampler": sampler or {"type": "resbackbone.EpochSampler"},
             "collate_fn": {"type": "default_collate"},
@@ -70,7 +70,7 @@ def train(folder, hooks, *, epochs=3, resume=False, model=None, optim_wrapper=CO
         custom_hooks=hooks,
         randomness={"seed": 0},
         resume=resume,
-        experiment_name=f"{folder.parent.name}_{folder.name}_{epochs}_{resume}",  # mmengine has one logger for each
+        experiment_name=f"{folder.parent.name}_{folder.name}_{epochs}_{resume}",  # mmengine has one logger per name
         log_level="ERROR",
     )
     runner.train()
@@ -79,16 +79,16 @@ def train(folder, hooks, *, epochs=3, resume=False, model=None, optim_wrapper=CO
 
 @pytest.fixture(autouse=True)
 def _no_scope():
-    """A runner leaves its default scope behind."""
+    """Remove the default scope that a runner leaves."""
     yield
     DefaultScope._instance_dict.clear()
 
 
-# Layer-wise learning rates
+# Layer-wise learning rate decay
 
 
 @pytest.mark.parametrize("paramwise_cfg", [None, {"layer_decay": 0.5}, {"layer_decay": 0.5, "no_decay": ("head",)}])
-def test_the_constructors_groups_are_those_of_the_function(paramwise_cfg):
+def test_constructor_uses_param_groups(paramwise_cfg):
     model = Model(frozen_stages=1)
     cfg = Config({"optim_wrapper": {**CONSTRUCTOR, "paramwise_cfg": paramwise_cfg}}).optim_wrapper
     optimizer = build_optim_wrapper(model, cfg).optimizer
@@ -99,9 +99,11 @@ def test_the_constructors_groups_are_those_of_the_function(paramwise_cfg):
         assert list(map(id, group["params"])) == list(map(id, params))
 
 
-def test_its_plain_name_works_in_our_scope():
+def test_constructor_without_scope_prefix():
     with DefaultScope.overwrite_default_scope("resbackbone"):
-        optim_wrapper = build_optim_wrapper(Model(), {**CONSTRUCTOR, "constructor": "LayerDecayConstructor"})
+        optim_wrapper = build_optim_wrapper(
+            Model(), {**CONSTRUCTOR, "constructor": "LayerDecayOptimWrapperConstructor"}
+        )
     assert {group["name"] for group in optim_wrapper.optimizer.param_groups} == {"decay", "no decay"}
 
 
@@ -114,19 +116,19 @@ def test_its_plain_name_works_in_our_scope():
         ({"optimizer": {"type": "AdamW", "lr": 1e-3}}, KeyError, "needs `weight_decay` in `optimizer`"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused(cfg, error, words):
+def test_invalid_constructor_config(cfg, error, words):
     with pytest.raises(error, match=words):
         build_optim_wrapper(Model(), {**CONSTRUCTOR, **cfg})
 
 
-# Order
+# Sampler
 
 
-def test_a_sampler_that_is_there_already_keeps_its_seed(tmp_path):
+def test_sampler_seed(tmp_path):
     samplers = {
         "config": {"type": "resbackbone.EpochSampler", "seed": 7},
-        "object": EpochSampler(Pictures(), seed=7),
-        "seed of the run": EpochSampler(Pictures()),
+        "object": EpochSampler(Images(), seed=7),
+        "seed of the run": EpochSampler(Images()),
         "default": None,
     }
     weights = {
@@ -145,39 +147,39 @@ def test_a_sampler_that_is_there_already_keeps_its_seed(tmp_path):
     ("schedule", "by_epoch", "frozen"),
     [([(1, 1), (2, -1)], True, [2, 2, 1, 1, -1, -1]), ([(0, 3), (3, 0), (4, 2)], False, [3, 3, 3, 0, 2, 2])],
 )
-def test_stages_train_by_the_schedule_and_a_resumed_run_as_one_that_was_not_broken_off(
-    tmp_path, schedule, by_epoch, frozen
-):
+def test_unfreeze_schedule_and_resuming(tmp_path, schedule, by_epoch, frozen):
     hook = {"type": "resbackbone.UnfreezeHook", "schedule": schedule, "by_epoch": by_epoch}
-    notes = Notes()
-    whole = train(tmp_path / "whole", [hook, notes])
-    parts = ["stem", "layer1", "layer2", "layer3", "layer4"]
-    assert notes.moved == [{"head", *parts[stages + 1 :]} for stages in frozen]
+    records = RecordUpdates()
+    uninterrupted = train(tmp_path / "uninterrupted", [hook, records])
+    stages = ["stem", "layer1", "layer2", "layer3", "layer4"]
+    assert records.moved == [{"head", *stages[frozen_stages + 1 :]} for frozen_stages in frozen]
 
-    train(tmp_path / "parts", [hook], epochs=1)
-    resumed = train(tmp_path / "parts", [hook], resume=True)
+    train(tmp_path / "interrupted", [hook], epochs=1)
+    resumed = train(tmp_path / "interrupted", [hook], resume=True)
     assert resumed.model.backbone.frozen_stages == frozen[-1]
     for (name, tensor), other in zip(
-        whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+        uninterrupted.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
     ):
         assert torch.equal(tensor, other), name
-    states = [runner.optim_wrapper.optimizer.state_dict() for runner in (whole, resumed)]
+    states = [runner.optim_wrapper.optimizer.state_dict() for runner in (uninterrupted, resumed)]
     assert states[0]["param_groups"] == states[1]["param_groups"]
     for index, state in states[0]["state"].items():
         assert all(torch.equal(value, states[1]["state"][index][key]) for key, value in state.items())
 
 
 @pytest.mark.parametrize(
-    "schedule", [[], [(2, 1), (1, 0)], [(1, 1), (1, 0)], [(-1, 1)]], ids=["empty", "falling", "twice", "negative"]
+    "schedule",
+    [[], [(2, 1), (1, 0)], [(1, 1), (1, 0)], [(-1, 1)]],
+    ids=["empty", "decreasing", "duplicate", "negative"],
 )
-def test_no_schedule_is_refused(schedule):
-    with pytest.raises(ValueError, match="`schedule` must have pairs of a time, from 0 and rising"):
+def test_invalid_schedule(schedule):
+    with pytest.raises(ValueError, match="`schedule` must be pairs of a start and `frozen_stages`"):
         UnfreezeHook(schedule)
     with pytest.raises(ValueError, match=r"`schedule\[0\]` must have 2 entries"):
         UnfreezeHook([(1,)])
 
 
-def test_a_schedule_that_does_not_fit_is_refused_before_training(tmp_path):
+def test_schedule_that_does_not_fit_the_model(tmp_path):
     with pytest.raises(ValueError, match="`frozen_stages` must be from -1 to 4, got 5"):
         train(tmp_path / "stages", [UnfreezeHook([(1, 5)])])
     headless = Model()
@@ -186,7 +188,7 @@ def test_a_schedule_that_does_not_fit_is_refused_before_training(tmp_path):
         train(tmp_path / "backbone", [UnfreezeHook([(1, 0)])], model=headless)
     model = Model(frozen_stages=2)
     optim_wrapper = OptimWrapper(torch.optim.AdamW(param_groups(model, 1e-3)))
-    with pytest.raises(ValueError, match=r"lets 'layer2\.0\.conv1\.weight' train, which the optimizer does not have"):
+    with pytest.raises(ValueError, match=r"trains 'layer2\.0\.conv1\.weight', which is not in the optimizer"):
         train(tmp_path / "optimizer", [UnfreezeHook([(1, 1)])], model=model, optim_wrapper=optim_wrapper)
 
 
@@ -196,11 +198,11 @@ def test_a_schedule_that_does_not_fit_is_refused_before_training(tmp_path):
 class TwoOptimizers(Model):
     def train_step(self, data, optim_wrapper):
         loss = self(**self.data_preprocessor(data, True))["loss"]
-        for optimizing in optim_wrapper.values():
-            optimizing.zero_grad()
+        for wrapper in optim_wrapper.values():
+            wrapper.zero_grad()
         loss.backward()
-        for optimizing in optim_wrapper.values():
-            optimizing.step()
+        for wrapper in optim_wrapper.values():
+            wrapper.step()
         return {"loss": loss.detach()}
 
 
@@ -212,26 +214,26 @@ def two_optimizers(model):
     return OptimWrapperDict(**wrappers)
 
 
-def test_several_optimizers_are_resumed(tmp_path):
+def test_resume_several_optimizers(tmp_path):
     def run(folder, **options):
         torch.manual_seed(0)
         model = TwoOptimizers()
         return train(folder, [], model=model, optim_wrapper=two_optimizers(model), **options)
 
-    whole = run(tmp_path / "whole")
-    run(tmp_path / "parts", epochs=1)
-    resumed = run(tmp_path / "parts", resume=True)
+    uninterrupted = run(tmp_path / "uninterrupted")
+    run(tmp_path / "interrupted", epochs=1)
+    resumed = run(tmp_path / "interrupted", resume=True)
     for (name, tensor), other in zip(
-        whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+        uninterrupted.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
     ):
         assert torch.equal(tensor, other), name
 
 
-# Synchronized norms
+# Synchronized batch norm
 
 
-def test_u8_norms_are_plain_in_one_process_without_a_word(tmp_path, caplog):
-    # mmengine's runner itself makes plain what says SyncBN, and logs it.
+def test_sync_batch_norm_hook_in_one_process(tmp_path, caplog):
+    # mmengine's runner itself replaces SyncBN by plain batch norm, and logs it.
     caplog.set_level("INFO", "resbackbone")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
