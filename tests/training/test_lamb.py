@@ -13,8 +13,8 @@ def test_lamb_update():
     groups = [{"params": [weight]}, {"params": [bias], "weight_decay": 0.0}]
     optimizer = LAMB(groups, lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.02)
     expected = {weight: start.double(), bias: decayless.double()}
-    mean = {weight: 0.0, bias: 0.0}
-    square = {weight: 0.0, bias: 0.0}
+    mean = {weight: torch.zeros(5, 3).double(), bias: torch.zeros(4).double()}
+    square = {weight: torch.zeros(5, 3).double(), bias: torch.zeros(4).double()}
     for step in range(1, 4):
         for parameter in (weight, bias):
             parameter.grad = torch.randn_like(parameter)
