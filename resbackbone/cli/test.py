@@ -41,7 +41,9 @@ def measure(
         )
         load = getattr(runner.unwrapped_model, "load_weights", runner.load_checkpoint)
         load(checkpoint)
-        if isinstance(runner.unwrapped_model, ImageClassifier) and not any(isinstance(h, ClassCheckHook) for h in runner.hooks):
+        if isinstance(runner.unwrapped_model, ImageClassifier) and not any(
+            isinstance(h, ClassCheckHook) for h in runner.hooks
+        ):
             runner.register_hook(ClassCheckHook())  # whatever the config says: accuracy means nothing without
         metrics = runner.test()
     if is_main_process():

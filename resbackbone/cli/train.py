@@ -58,7 +58,12 @@ def train(
     from mmengine.dist import is_main_process
 
     from resbackbone.training.classification import ClassMismatchError, UnreadablePictureError
-    from resbackbone.training.engine import BatchTooSmallError, CheckpointMismatchError, build_runner, leave_process_group
+    from resbackbone.training.engine import (
+        BatchTooSmallError,
+        CheckpointMismatchError,
+        build_runner,
+        leave_process_group,
+    )
 
     with user_errors():
         import_user_modules(imports)
@@ -74,7 +79,14 @@ def train(
             deterministic=deterministic,
         )
         runner.prepare()
-    with user_errors(OSError, ArithmeticError, BatchTooSmallError, CheckpointMismatchError, ClassMismatchError, UnreadablePictureError):
+    with user_errors(
+        OSError,
+        ArithmeticError,
+        BatchTooSmallError,
+        CheckpointMismatchError,
+        ClassMismatchError,
+        UnreadablePictureError,
+    ):
         runner.train()
     if is_main_process():
         echo(f"trained: {runner.message_hub.get_info('last_ckpt')}", style="green")

@@ -281,7 +281,9 @@ def test_hooks_of_a_layer(shake, images, layer):
         watched = n.get_submodule(layer)
         watched.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(args[0].detach().clone()))
         watched.register_forward_hook(lambda module, args, out, calls=calls: calls.append(out.detach().clone()))
-        if isinstance(watched, nn.Conv2d):  # other layers are followed by in-place operations, which such hooks do not allow
+        if isinstance(
+            watched, nn.Conv2d
+        ):  # other layers are followed by in-place operations, which such hooks do not allow
             watched.register_full_backward_hook(lambda module, _, grads, calls=calls: calls.append(grads[0]))
         backward(n, images)
     assert len(seen[net]) == 2 + isinstance(watched, nn.Conv2d)
