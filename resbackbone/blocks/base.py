@@ -298,17 +298,13 @@ class ResidualBlock(Module):
             x = getattr(self, name)(x)
         return x
 
-    def join(self, out: Tensor, shortcut: Tensor, plugin_names: Sequence[str]) -> Tensor:
-        """Run the steps between the last norm and the last ReLU: plugins, drop path and the sum.
-
-        Args:
-            out: The branch's output, ``(N, planes * expansion, H', W')``.
-            shortcut: The shortcut's output, of the same shape.
-            plugin_names: The plugins behind the last convolution.
-        """
+    def finish_branch(self, out: Tensor, plugin_names: Sequence[str]) -> Tensor:
+        """Run what comes between the last norm and the sum: the named plugins and drop path."""
         out = self.forward_plugin(out, plugin_names)
-        if self.drop_path is not None:
-            out = self.drop_path(out)
+        return out if self.drop_path is None else self.drop_path(out)
+
+    def join(self, out: Tensor, shortcut: Tensor) -> Tensor:
+        """Add the shortcut to the branch's output, by :meth:`add`, in the memory format of the outputs."""
         out = self.add(out, shortcut)
         return to_output_format(out) if self.is_output and self.folds_norms else out
 

@@ -50,11 +50,13 @@ class BasicBlock(ResidualBlock):
         if self.after_conv1_plugin_names:
             out = self.forward_plugin(out, self.after_conv1_plugin_names)
 
-        shortcut = x if self.downsample is None else self.downsample(x)
         if self.after_conv2_plugin_names or self.drop_path is not None or self.has_own_add:
             out = self.conv_norm(out, self.conv2, self.norm2_name)
-            out = self.join(out, shortcut, self.after_conv2_plugin_names)
+            out = self.finish_branch(out, self.after_conv2_plugin_names)
+            # Computed last, so that `optimize` can fuse the sum with the shortcut's convolution.
+            out = self.join(out, x if self.downsample is None else self.downsample(x))
         else:
+            shortcut = x if self.downsample is None else self.downsample(x)
             out = self.conv_norm(out, self.conv2, self.norm2_name, shortcut)
         if self.IN is not None:
             out = self.IN(out)

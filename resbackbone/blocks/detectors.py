@@ -80,9 +80,9 @@ class DetectorsBottleneck(Bottleneck):
         out = self.forward_plugin(out, self.after_conv1_plugin_names)
         out = self.relu(self.conv_norm(out, self.conv2, self.norm2_name))
         out = self.forward_plugin(out, self.after_conv2_plugin_names)
-        shortcut = x if self.downsample is None else self.downsample(x)
         out = self.conv_norm(out, self.conv3, self.norm3_name)
-        out = self.join(out, shortcut, self.after_conv3_plugin_names)
+        out = self.finish_branch(out, self.after_conv3_plugin_names)
+        out = self.join(out, x if self.downsample is None else self.downsample(x))
         return self.relu(out + self.rfp_conv(rfp_feat))
 
     def rfp_forward(self, x: Tensor, rfp_feat: Tensor | None) -> Tensor:

@@ -46,9 +46,8 @@ class PreActBasicBlock(PreActBlock, BasicBlock):
         activated = self.relu(self.norm1(x))
         out: Tensor = self.relu(self.conv_norm(activated, self.conv1, self.norm2_name))
         out = self.forward_plugin(out, self.after_conv1_plugin_names)
-        out = self.conv2(out)
-        shortcut = x if self.downsample is None else self.downsample(activated)
-        return self.join(out, shortcut, self.after_conv2_plugin_names)
+        out = self.finish_branch(self.conv2(out), self.after_conv2_plugin_names)
+        return self.join(out, x if self.downsample is None else self.downsample(activated))
 
 
 class PreActBottleneck(PreActBlock, Bottleneck):
@@ -63,6 +62,5 @@ class PreActBottleneck(PreActBlock, Bottleneck):
         out = self.forward_plugin(out, self.after_conv1_plugin_names)
         out = self.relu(self.conv_norm(out, self.conv2, self.norm3_name))
         out = self.forward_plugin(out, self.after_conv2_plugin_names)
-        out = self.conv3(out)
-        shortcut = x if self.downsample is None else self.downsample(activated)
-        return self.join(out, shortcut, self.after_conv3_plugin_names)
+        out = self.finish_branch(self.conv3(out), self.after_conv3_plugin_names)
+        return self.join(out, x if self.downsample is None else self.downsample(activated))
