@@ -225,7 +225,7 @@ def test_files_go_before_names(brought, tmp_path, monkeypatch, kind):
         ("torchvision/resnet18", FileNotFoundError, "did you mean 'torchvision/resnet18.imagenet1k_v1'"),
         ("catalog:torchvision/resnet18", KeyError, "did you mean 'torchvision[:/]+resnet18"),
         ("mmcls://resnett50", KeyError, r"known as 'mmcls://resnett50'; did you mean 'mmcls://resnet\d+'"),
-        ("s3://bucket/a.pth", ValueError, "got 's3://bucket/a.pth'; bring it here and give its path"),
+        ("s3://bucket/a.pth", ValueError, "got 's3://bucket/a.pth'; download the file and give its path"),
         ("https://download.pytorch.org/models/", ValueError, "must end in the name of a file"),
         (18, TypeError, "`source` must be a path, a URL or the name of published weights, got 18"),
     ],
