@@ -32,7 +32,7 @@ def assert_equal(outs, expected):
 
 @every_case
 @torch.no_grad()
-def test_r1_images_by_keyword(build, images, case):
+def test_images_by_keyword(build, images, case):
     net = build(case)
     expected = net(images)
     assert_equal(net(x=images), expected)
@@ -43,7 +43,7 @@ def test_r1_images_by_keyword(build, images, case):
 @pytest.mark.usefixtures("_shallow")
 @every_class
 @torch.no_grad()
-def test_r1_recorded_by_keyword(build, images, case):
+def test_recorded_by_keyword(build, images, case):
     net = build(case)
     expected = net(images)
     with warnings.catch_warnings():
@@ -55,14 +55,14 @@ def test_r1_recorded_by_keyword(build, images, case):
 @pytest.mark.usefixtures("_shallow")
 @pytest.mark.parametrize("case", ["ResNet", "ResNetV1d", "RegNet", "DetectoRS_ResNet"])
 @torch.no_grad()
-def test_r1_compiled_by_keyword_without_a_graph_break(build, images, case):
+def test_compiled_by_keyword_without_a_graph_break(build, images, case):
     net = build(case)
     torch.compiler.reset()
     assert_equal(torch.compile(net, fullgraph=True, backend="eager")(x=images), net(images))
 
 
 @pytest.mark.parametrize("options", [{"dynamo": True, "verbose": False}, {"dynamo": False}], ids=["dynamo", "script"])
-def test_r1_onnx_by_keyword(build, images, tmp_path, options):
+def test_onnx_by_keyword(build, images, tmp_path, options):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     net = build("ResNet", out_indices=(0,))
@@ -76,20 +76,20 @@ def test_r1_onnx_by_keyword(build, images, tmp_path, options):
 
 @pytest.mark.parametrize("case", [case for case in CASES if "DCN" not in case])
 @torch.no_grad()
-def test_r1_optimized_nets_by_keyword(build, images, case):
+def test_optimized_nets_by_keyword(build, images, case):
     fast = optimize(build(case))
     assert_equal(fast(x=images), fast(images))
 
 
 @torch.no_grad()
-def test_r1_quantized_and_compiled_nets_by_keyword(build, images):
+def test_quantized_and_compiled_nets_by_keyword(build, images):
     net = build("ResNet")
     for fast in (quantize(net, images), optimize(net, backend="compile"), optimize(net, backend="eager")):
         assert_equal(fast(x=images), fast(images))
 
 
 @torch.no_grad()
-def test_r1_what_is_built_on_a_backbone_by_keyword(build, images):
+def test_what_is_built_on_a_backbone_by_keyword(build, images):
     net = build("ResNet")
     fpn = FPN(in_channels=net.out_channels, out_channels=8, num_outs=5)
     assert_equal(fpn(inputs=net(x=images)), fpn(net(images)))
@@ -114,20 +114,20 @@ WRONG = [
 
 @pytest.mark.parametrize(("images", "error", "text"), WRONG)
 @pytest.mark.parametrize("optimized", [False, True])
-def test_r3_wrong_images_are_refused_by_keyword_too(build, images, error, text, optimized):
+def test_wrong_images_are_refused_by_keyword_too(build, images, error, text, optimized):
     net = build("ResNet")
     net = optimize(net) if optimized else net
     with pytest.raises(error, match=text):
         net(x=images)
 
 
-def test_r3_images_are_checked_in_the_features_that_are_fed_back(images):
+def test_images_are_checked_in_the_features_that_are_fed_back(images):
     net = DetectoRS_ResNet(50, base_channels=8, rfp_inplanes=4)
     with pytest.raises(ValueError, match=r"DetectoRS_ResNet takes images of shape \(N, 3, H, W\)"):
         net.rfp_forward(images[:, :2], [None] * 4)
 
 
-def test_r3_a_users_hook_comes_before_the_check(build):
+def test_a_users_hook_comes_before_the_check(build):
     net = build("ResNet")
     bytes_ = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     net.register_forward_pre_hook(lambda _, inputs: (inputs[0].float() / 255,))
@@ -141,7 +141,7 @@ def build_like(net):
 
 
 @torch.no_grad()
-def test_r3_the_check_lets_through_what_stands_for_images(build, images):
+def test_the_check_lets_through_what_stands_for_images(build, images):
     net = build("ResNetV1d", deep_stem=False)
     assert_equal(torch.fx.symbolic_trace(net)(images), net(images))
     assert torch.func.vmap(net)(images[None])[0].shape == (1, 2, *net(images)[0].shape[1:])

@@ -33,14 +33,14 @@ def without_gradient(net, images):
 @every_class
 @pytest.mark.parametrize("out_indices", [(0,), (0, 1), ("stem",), ("stem", 1)], ids=str)
 @pytest.mark.parametrize("with_cp", [False, "norms"])
-def test_w10_every_parameter_that_trains_gets_a_gradient(shake, images, case, out_indices, with_cp):
+def test_every_parameter_that_trains_gets_a_gradient(shake, images, case, out_indices, with_cp):
     net = shake(make(case, out_indices=out_indices, with_cp=with_cp)).train()
     assert without_gradient(net, images) == []
     assert "layer3" not in trains(net)
 
 
 @every_class
-def test_w10_outputs_and_keys_are_those_of_the_whole_net(shake, images, case):
+def test_outputs_and_keys_are_those_of_the_whole_net(shake, images, case):
     whole = shake(make(case, out_indices=(0, 1, 2))).eval()
     net = make(case, out_indices=(0, 1)).eval()
     net.load_state_dict(whole.state_dict())  # strictly
@@ -48,7 +48,7 @@ def test_w10_outputs_and_keys_are_those_of_the_whole_net(shake, images, case):
     assert all(map(torch.equal, net(images), whole(images)))
 
 
-def test_w10_what_comes_later_does_not_run(images):
+def test_what_comes_later_does_not_run(images):
     net = build_backbone({"type": "ResNet", **TINY}, out_indices=(0, 1))
     ran = []
     for name in net.res_layers:
@@ -62,7 +62,7 @@ def test_w10_what_comes_later_does_not_run(images):
     assert trains(rs) == ["stem"]
 
 
-def test_w10_a_hint_names_the_option(caplog, monkeypatch):
+def test_a_hint_names_the_option(caplog, monkeypatch):
     monkeypatch.setattr("resbackbone.utils.logs._run_logger", lambda: None)  # that of a run in another test
     with caplog.at_level(logging.INFO, logger="resbackbone"):
         ResNet(**TINY, out_indices=(0, 1))
@@ -113,7 +113,7 @@ def assert_same_outputs(shake, images, net, shorter):
 
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("out_indices", [(0, 1), (1,), (-3, -4), ("stem", 0), ("stem",)], ids=str)
-def test_w10_the_hint_can_be_followed(shake, images, caplog, monkeypatch, given, out_indices):
+def test_the_hint_can_be_followed(shake, images, caplog, monkeypatch, given, out_indices):
     monkeypatch.setattr("resbackbone.utils.logs._run_logger", lambda: None)
     if given == "plugins" and out_indices != (0, 1):
         pytest.skip("one is enough")
@@ -132,7 +132,7 @@ def test_w10_the_hint_can_be_followed(shake, images, caplog, monkeypatch, given,
 
 
 @every_class
-def test_w10_the_hint_can_be_followed_with_every_class(shake, images, caplog, monkeypatch, case):
+def test_the_hint_can_be_followed_with_every_class(shake, images, caplog, monkeypatch, case):
     monkeypatch.setattr("resbackbone.utils.logs._run_logger", lambda: None)
     net, arguments = named_arguments(caplog, lambda: make(case, out_indices=(0, 1)))
     assert "neither run nor trained" in caplog.text
@@ -142,7 +142,7 @@ def test_w10_the_hint_can_be_followed_with_every_class(shake, images, caplog, mo
 
 
 @pytest.mark.parametrize("flags", [(False, True, True, True), (False, False, True, True)])
-def test_w10_the_hint_can_be_followed_with_switchable_convolutions(shake, images, caplog, monkeypatch, flags):
+def test_the_hint_can_be_followed_with_switchable_convolutions(shake, images, caplog, monkeypatch, flags):
     monkeypatch.setattr("resbackbone.utils.logs._run_logger", lambda: None)
     sac = {"type": "SAC", "use_deform": False}
     config = {"base_channels": 8, "out_indices": (0, 1), "sac": sac, "stage_with_sac": flags}
@@ -150,7 +150,7 @@ def test_w10_the_hint_can_be_followed_with_switchable_convolutions(shake, images
     assert_same_outputs(shake, images, net, DetectoRS_ResNet(50, **config | arguments))
 
 
-def test_w10_no_hint_names_what_a_constructor_does_not_take(caplog, monkeypatch):
+def test_no_hint_names_what_a_constructor_does_not_take(caplog, monkeypatch):
     class Fixed(ResNet):
         def __init__(self, width):
             super().__init__(18, base_channels=width, out_indices=(0,))
@@ -160,7 +160,7 @@ def test_w10_no_hint_names_what_a_constructor_does_not_take(caplog, monkeypatch)
     assert caplog.messages[-1].endswith("neither run nor trained")
 
 
-def test_w10_the_features_that_are_fed_back_end_there_too(images):
+def test_the_features_that_are_fed_back_end_there_too(images):
     net = DetectoRS_ResNet(50, base_channels=8, rfp_inplanes=4, out_indices=(0, 1)).train()
     feedback = [torch.randn(2, 4, side, side) for side in (16, 8, 4, 2)]
     outs = net.rfp_forward(images, feedback)
@@ -170,7 +170,7 @@ def test_w10_the_features_that_are_fed_back_end_there_too(images):
 
 
 @pytest.mark.parametrize("frozen_stages", [-1, 1, 4])
-def test_w10_freezing_and_unfreezing_leave_it_so(images, frozen_stages):
+def test_freezing_and_unfreezing_leave_it_so(images, frozen_stages):
     net = ResNet(**TINY, out_indices=(0, 1), norm_eval=False, frozen_stages=frozen_stages)
     assert not {"layer3", "layer4"} & set(trains(net))
     freeze(nn.Sequential(net), -1)
@@ -185,7 +185,7 @@ def test_w10_freezing_and_unfreezing_leave_it_so(images, frozen_stages):
 
 
 @pytest.mark.parametrize("frozen_stages", [-1, 4])
-def test_w10_a_stage_that_is_needed_again_trains_again(images, frozen_stages):
+def test_a_stage_that_is_needed_again_trains_again(images, frozen_stages):
     net = ResNet(**TINY, out_indices=(0, 1), frozen_stages=frozen_stages)
     net.out_indices = (0, 1, 2)
     net.train()
@@ -196,7 +196,7 @@ def test_w10_a_stage_that_is_needed_again_trains_again(images, frozen_stages):
     assert "layer3" in trains(net)
 
 
-def test_w10_a_wrapper_around_forward_changes_nothing(images):
+def test_a_wrapper_around_forward_changes_nothing(images):
     net = ResNet(**TINY, out_indices=(0,))
     inherited = net.forward
     net.forward = lambda *args, **kwargs: inherited(*args, **kwargs)  # as libraries for mixed precision do
@@ -204,7 +204,7 @@ def test_w10_a_wrapper_around_forward_changes_nothing(images):
     assert trains(net) == ["conv1", "bn1", "layer1"]
 
 
-def test_w10_somebody_who_runs_a_stage_by_hand_can_train_it(images):
+def test_somebody_who_runs_a_stage_by_hand_can_train_it(images):
     net = ResNet(**TINY, out_indices=(2,))
     net.layer4.requires_grad_(True)
     net.train()
@@ -226,17 +226,17 @@ class OneMore(ResNet):
 
 
 @pytest.mark.parametrize(("net_class", "out_indices"), [(AllStages, (0, 1)), (OneMore, (2,))])
-def test_w10_a_subclass_with_its_own_forward_trains_every_stage(images, net_class, out_indices):
+def test_a_subclass_with_its_own_forward_trains_every_stage(images, net_class, out_indices):
     net = net_class(**TINY, out_indices=out_indices).train()
     assert without_gradient(net, images) == []
     assert trains(net) == ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
 
 
-def test_w10_a_subclass_that_inherits_forward_does_not():
+def test_a_subclass_that_inherits_forward_does_not():
     assert trains(type("Mine", (ResNet,), {})(**TINY, out_indices=(0,))) == ["conv1", "bn1", "layer1"]
 
 
-def test_w10_parameter_groups_optimized_nets_and_costs(shake, images):
+def test_parameter_groups_optimized_nets_and_costs(shake, images):
     net = shake(ResNet(**TINY, out_indices=(0, 1))).eval()
     listed = {id(parameter) for group in param_groups(net, lr=0.1, weight_decay=0.1) for parameter in group["params"]}
     assert not listed & {id(parameter) for parameter in net.layer3.parameters()}

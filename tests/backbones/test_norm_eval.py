@@ -36,7 +36,7 @@ def assert_nothing_moves(net, images):
 
 
 @every_case
-def test_w1_statistics_stay_where_nobody_calls_train(images, case):
+def test_statistics_stay_where_nobody_calls_train(images, case):
     net = make(case, norm_eval=True)
     assert_nothing_moves(net, images)
     modes = {name: module.training for name, module in net.named_modules()}
@@ -45,7 +45,7 @@ def test_w1_statistics_stay_where_nobody_calls_train(images, case):
 
 
 @every_case
-def test_w1_without_norm_eval_norms_follow_the_batch_as_before(images, case):
+def test_without_norm_eval_norms_follow_the_batch_as_before(images, case):
     net = make(case, norm_eval=False)
     assert all(norm.training for norm in batch_norms(net))
     assert all(module.training for module in net.modules() if not list(module.children()))
@@ -99,7 +99,7 @@ DOORS = [
 
 
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_w1_what_is_done_to_a_net_leaves_its_norms_in_eval(images, door):
+def test_what_is_done_to_a_net_leaves_its_norms_in_eval(images, door):
     net = door(make("ResNetV1d", norm_eval=True))
     assert batch_norms(net)
     assert not any(norm.training for norm in batch_norms(net))
@@ -107,7 +107,7 @@ def test_w1_what_is_done_to_a_net_leaves_its_norms_in_eval(images, door):
         assert_nothing_moves(net, images)
 
 
-def test_w1_after_loading_a_checkpoint(images, tmp_path):
+def test_after_loading_a_checkpoint(images, tmp_path):
     torch.save(make("ResNet").state_dict(), tmp_path / "net.pth")
     net = make("ResNet", norm_eval=True)
     load_checkpoint(net, tmp_path / "net.pth")
@@ -117,7 +117,7 @@ def test_w1_after_loading_a_checkpoint(images, tmp_path):
     assert_nothing_moves(MODELS.build(config), images)
 
 
-def test_w1_the_shared_head(images):
+def test_the_shared_head(images):
     for net_class in (SharedHead, type("Mine", (SharedHead,), {})):
         assert_nothing_moves(net_class(18), torch.randn(2, 256, 7, 7))
         assert all(norm.training for norm in batch_norms(net_class(18, norm_eval=False)))
@@ -166,14 +166,14 @@ class ByHand(ResNet):
 
 
 @pytest.mark.parametrize("net_class", [WithMoreNorms, Below, MixedIn, ByHand])
-def test_w1_norms_that_a_subclass_adds(images, net_class):
+def test_norms_that_a_subclass_adds(images, net_class):
     net = net_class(**TINY)
     assert not any(norm.training for norm in batch_norms(net))
     assert_nothing_moves(net, images)
     assert_nothing_moves(copy.deepcopy(net), images)
 
 
-def test_w1_a_subclass_that_turns_norm_eval_off_keeps_norms_in_train_mode():
+def test_a_subclass_that_turns_norm_eval_off_keeps_norms_in_train_mode():
     class Off(ResNet):
         def __init__(self, depth, **kwargs):
             super().__init__(depth, **kwargs)
@@ -182,19 +182,19 @@ def test_w1_a_subclass_that_turns_norm_eval_off_keeps_norms_in_train_mode():
     assert all(norm.training for norm in batch_norms(Off(**TINY)))
 
 
-def test_w1_a_norm_behind_the_last_stage(images):
+def test_a_norm_behind_the_last_stage(images):
     net = ResNetV2(**TINY, final_norm=True)
     assert not net.bn.training
     assert_nothing_moves(net, images)
 
 
-def test_w1_inside_of_a_model_that_trains(images):
+def test_inside_of_a_model_that_trains(images):
     model = nn.Sequential(build_backbone({"type": "ResNet", **TINY}))
     assert_nothing_moves(model, images)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_w1_signatures_and_errors_of_constructors_stay():
+def test_signatures_and_errors_of_constructors_stay():
     with pytest.raises(TypeError, match="unexpected keyword argument 'dept'"):
         ResNet(18, **{"dept": 1})
     with pytest.warns(FutureWarning, match="old spelling") as warned:

@@ -150,7 +150,7 @@ def test_dilation_in_place_of_strides(images, case, contract_dilation):
 
 @every_class
 @pytest.mark.parametrize("contract_dilation", [False, True])
-def test_w7_the_style_of_timm_dilates_all_that_looks_around(images, case, contract_dilation):
+def test_the_style_of_timm_dilates_all_that_looks_around(images, case, contract_dilation):
     dilations = (1, 2, 1) if case == "TridentResNet" else (1, 1, 2, 4)
     strides = (*make(case).strides[:-2], 1, 1)
     options = {"strides": strides, "dilations": dilations, "contract_dilation": contract_dilation}
@@ -167,19 +167,19 @@ def test_w7_the_style_of_timm_dilates_all_that_looks_around(images, case, contra
 
 
 @every_class
-def test_w7_nothing_changes_where_nothing_is_dilated(shake, images, case):
+def test_nothing_changes_where_nothing_is_dilated(shake, images, case):
     plain, net = (make(case, dilation_style=style) for style in ("openmmlab", "timm"))
     net.load_state_dict(shake(plain).state_dict())
     assert all(torch.equal(*pair) for pair in zip(plain.eval()(images), net.eval()(images), strict=True))
 
 
 @every_class
-def test_w7_an_unknown_style_is_refused(case):
+def test_an_unknown_style_is_refused(case):
     with pytest.raises(ValueError, match="`dilation_style` must be one of 'openmmlab', 'timm'; got 'smp'"):
         make(case, dilation_style="smp")
 
 
-def test_w7_shortcuts_pool_at_stride_1_where_timms_do():
+def test_shortcuts_pool_at_stride_1_where_timms_do():
     options = {"avg_down": True, "strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4)}
     pooling = [stage[0].downsample[0] for stage in stages(make("ResNetV1d", **options, dilation_style="timm"))[1:]]
     assert isinstance(pooling[0], nn.AvgPool2d)

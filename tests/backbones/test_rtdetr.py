@@ -61,7 +61,7 @@ def assert_identical(net, reference, images):
 
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("height", [64, 75])  # the odd one is pooled with an incomplete window
-def test_r4_a_narrow_net_is_transformers_to_the_last_bit(published, tmp_path, depth, height):
+def test_a_narrow_net_is_transformers_to_the_last_bit(published, tmp_path, depth, height):
     reference = published(depth, base_channels=8)
     torch.save({f"model.backbone.model.{key}": value for key, value in reference.state_dict().items()}, tmp_path / "m")
     net = build_backbone(f"rtdetr_r{depth}", base_channels=8, **NORM)
@@ -70,7 +70,7 @@ def test_r4_a_narrow_net_is_transformers_to_the_last_bit(published, tmp_path, de
 
 
 @pytest.mark.parametrize("depth", [18, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (34, 50, 101))])
-def test_r4_the_published_size_is_transformers_to_the_last_bit(published, tmp_path, depth):
+def test_the_published_size_is_transformers_to_the_last_bit(published, tmp_path, depth):
     reference = published(depth)
     torch.save(reference.state_dict(), tmp_path / "m")
     net = build_backbone(f"rtdetr_r{depth}", checkpoint=tmp_path / "m", **NORM)
@@ -78,7 +78,7 @@ def test_r4_the_published_size_is_transformers_to_the_last_bit(published, tmp_pa
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_r5_the_authors_own_keys_in_both_directions(published, tmp_path, depth):
+def test_the_authors_own_keys_in_both_directions(published, tmp_path, depth):
     """As their checkpoints have them: the average beside the raw model, whose norms are frozen and have no counters."""
     reference = published(depth, base_channels=8)
     weights = {key: value for key, value in reference.state_dict().items() if "num_batches" not in key}
@@ -98,7 +98,7 @@ def test_r5_the_authors_own_keys_in_both_directions(published, tmp_path, depth):
     assert_identical(net, reference, torch.randn(2, 3, 64, 64))
 
 
-def test_r5_the_command_converts(published, tmp_path):
+def test_the_command_converts(published, tmp_path):
     """From the authors' keys to transformers' and back."""
     weights = {key: value for key, value in published(18, base_channels=8).state_dict().items() if "num_bat" not in key}
     save_file(weights, tmp_path / "hf.safetensors")
@@ -111,7 +111,7 @@ def test_r5_the_command_converts(published, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["rtdetr", "huggingface"])
-def test_r5_a_whole_detector_takes_images_from_0_to_1_and_its_first_weights_torchvisions(published, tmp_path, layout):
+def test_a_whole_detector_takes_images_from_0_to_1_and_its_first_weights_torchvisions(published, tmp_path, layout):
     weights = convert_state_dict(published(18, base_channels=8).state_dict(), "huggingface", layout)
     net = build_backbone("rtdetr_r18", base_channels=8)
     for others, expected in (
@@ -125,14 +125,14 @@ def test_r5_a_whole_detector_takes_images_from_0_to_1_and_its_first_weights_torc
         assert net.preprocessing == expected
 
 
-def test_r4_a_net_that_does_not_project_is_told_how_to(published, tmp_path):
+def test_a_net_that_does_not_project_is_told_how_to(published, tmp_path):
     torch.save(published(18, base_channels=8).state_dict(), tmp_path / "m.pth")
     with pytest.raises(ValueError, match="build the net with `project_first_block=True`"):
         build_backbone("resnet18_v1d", base_channels=8, checkpoint=tmp_path / "m.pth")
 
 
 @every_class
-def test_r4_every_backbone_projects_in_each_stage_if_told_to(images, case):
+def test_every_backbone_projects_in_each_stage_if_told_to(images, case):
     net = make(case, project_first_block=True, strides=(1, 2, 2, 2)[: len(stages(make(case)))])
     for first, *others in stages(net):
         assert any(isinstance(layer, nn.Conv2d) for layer in first.downsample)
@@ -141,10 +141,10 @@ def test_r4_every_backbone_projects_in_each_stage_if_told_to(images, case):
     assert net.layer1[0].downsample[-1].weight.grad is not None
 
 
-def test_r4_without_being_told_the_identity_stays():
+def test_without_being_told_the_identity_stays():
     assert ResNet(18, base_channels=8).layer1[0].downsample is None
 
 
-def test_r4_what_is_no_flag_is_refused():
+def test_what_is_no_flag_is_refused():
     with pytest.raises(TypeError, match="`project_first_block` must be"):
         ResNet(18, project_first_block="yes")

@@ -33,7 +33,7 @@ def loss(outs):
 
 @every_case
 @pytest.mark.parametrize("size", [(64, 64), (65, 97)], ids=lambda size: "x".join(map(str, size)))
-def test_r11_the_stems_map_comes_first_and_changes_no_other(shake, case, size):
+def test_the_stems_map_comes_first_and_changes_no_other(shake, case, size):
     net = shake(with_stem(case)).eval()
     pooled = []
     net.maxpool.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0].clone()))
@@ -51,7 +51,7 @@ def test_r11_the_stems_map_comes_first_and_changes_no_other(shake, case, size):
 
 @every_case
 @pytest.mark.parametrize("options", [{"with_cp": True}, {"with_cp": "norms"}, {"frozen_stages": 1}], ids=str)
-def test_r11_gradients_are_those_without_recomputing_and_freezing_stays(shake, images, case, options):
+def test_gradients_are_those_without_recomputing_and_freezing_stays(shake, images, case, options):
     frozen = options.get("frozen_stages", -1)
     nets = [shake(with_stem(case, frozen_stages=frozen)), with_stem(case, **options)]
     nets[1].load_state_dict(nets[0].state_dict())
@@ -75,7 +75,7 @@ def test_r11_gradients_are_those_without_recomputing_and_freezing_stays(shake, i
         ((3, -4, "stem"), ("stem", 0, 3)),
     ],
 )
-def test_r11_any_order_and_negative_indices(images, out_indices, resolved):
+def test_any_order_and_negative_indices(images, out_indices, resolved):
     net = build_backbone(SMALL, out_indices=out_indices)
     assert net.out_indices == resolved
     assert [info.name for info in net.feature_info] == ["stem" if i == "stem" else f"layer{i + 1}" for i in resolved]
@@ -93,13 +93,13 @@ def test_r11_any_order_and_negative_indices(images, out_indices, resolved):
         (("stem", 0.0), TypeError, r"`out_indices\[1\]` must be an integer, got 0.0"),
     ],
 )
-def test_r11_what_names_no_output_is_refused(out_indices, error, text):
+def test_what_names_no_output_is_refused(out_indices, error, text):
     with pytest.raises(error, match=text):
         build_backbone(SMALL, out_indices=out_indices)
 
 
 @every_case
-def test_r11_it_is_written_to_yaml_and_read_back(tmp_path, case):
+def test_it_is_written_to_yaml_and_read_back(tmp_path, case):
     config = {"type": CASES[case][0], **arguments_of(case, out_indices=["stem", -1])}
     path = tmp_path / "net.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(config))))
@@ -109,7 +109,7 @@ def test_r11_it_is_written_to_yaml_and_read_back(tmp_path, case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if "DCN" not in case])
 @pytest.mark.parametrize("backend", ["onednn", "eager"])
-def test_r11_optimized_nets_have_it(shake, images, case, backend):
+def test_optimized_nets_have_it(shake, images, case, backend):
     net = shake(with_stem(case)).eval()
     fast = optimize(net, backend=backend)
     assert fast.feature_info == net.feature_info
@@ -118,7 +118,7 @@ def test_r11_optimized_nets_have_it(shake, images, case, backend):
 
 
 @pytest.mark.parametrize("case", ["ResNet", "ResNetV1d", "ResNetV2", "RegNet", "ResNetRS"])
-def test_r11_quantized_nets_have_it(shake, images, case):
+def test_quantized_nets_have_it(shake, images, case):
     net = shake(with_stem(case)).eval()
     fast = quantize(net, images)
     stem, reference = fast(images)[0], net(images)[0]
@@ -127,7 +127,7 @@ def test_r11_quantized_nets_have_it(shake, images, case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "SAC" not in case])
-def test_r11_folded_frozen_norms_leave_it_as_it_is(shake, images, case):
+def test_folded_frozen_norms_leave_it_as_it_is(shake, images, case):
     net = shake(with_stem(case)).eval()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "folding has no effect")
@@ -136,13 +136,13 @@ def test_r11_folded_frozen_norms_leave_it_as_it_is(shake, images, case):
         torch.testing.assert_close(out, reference, rtol=1e-3, atol=1e-3 * reference.abs().max().item())
 
 
-def test_r11_an_fpn_takes_it(images):
+def test_an_fpn_takes_it(images):
     net = build_backbone(SMALL, out_indices=("stem", 0, 1, 2, 3))
     fpn = FPN(in_channels=net.out_channels, out_channels=16, num_outs=6)
     assert [level.shape[-1] for level in fpn(net(images))] == [32, 16, 8, 4, 2, 1]
 
 
-def test_r11_it_is_a_level_of_an_exported_file(shake, tmp_path):
+def test_it_is_a_level_of_an_exported_file(shake, tmp_path):
     net = shake(build_backbone(SMALL, out_indices=("stem", 0))).eval()
     exported = export(net, tmp_path / "net.pt2", "torch-export")
     assert [(level.name, level.stride) for level in exported.levels] == [("stem", 2), ("layer1", 4)]
@@ -152,7 +152,7 @@ def test_r11_it_is_a_level_of_an_exported_file(shake, tmp_path):
         torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-4)
 
 
-def test_r11_detectors_resnet_returns_it_behind_the_images(shake, images):
+def test_detectors_resnet_returns_it_behind_the_images(shake, images):
     options = {"depth": 50, "base_channels": 8, "out_indices": ("stem", 0, 3), "rfp_inplanes": 8}
     net = shake(DetectoRS_ResNet(**options, output_img=True)).eval()
     assert [info.name for info in net.feature_info] == ["image", "stem", "layer1", "layer4"]
@@ -171,7 +171,7 @@ def test_r11_detectors_resnet_returns_it_behind_the_images(shake, images):
         ({"type": "ResNetRS", "depth": 50}, [("stem", 8, 2, 112), ("maxpool", 8, 4, 56), ("layer1", 32, 4, 56)]),
     ],
 )
-def test_r11_its_cost_is_counted_apart_from_the_pooling(net, parts):
+def test_its_cost_is_counted_apart_from_the_pooling(net, parts):
     config = {**SMALL, **net}
     plain, complexity = (measure(build_backbone(config, out_indices=outs)) for outs in ((0,), ("stem", 0)))
     shapes = [(part.name, part.channels, part.stride, part.height) for part in complexity.parts]
@@ -181,7 +181,7 @@ def test_r11_its_cost_is_counted_apart_from_the_pooling(net, parts):
     assert sum(part.macs for part in before_stages) == plain.parts[0].macs
 
 
-def test_r11_info_shows_it(folder):
+def test_info_shows_it(folder):
     write_config("stem.yaml", out_indices=("stem", -1))
     rows = [line.split() for line in run("info", "stem.yaml").stdout.splitlines() if line.split()]
     shown = {row[0]: (row[2], row[-1]) for row in rows if row[0] in ("stem", "maxpool", "layer1", "layer4")}
@@ -194,7 +194,7 @@ def test_r11_info_shows_it(folder):
     ids=["maps", "fpn"],
 )
 @pytest.mark.parametrize("backend", ["auto", "plain"])
-def test_r11_extract_writes_it(folder, options, levels, backend):
+def test_extract_writes_it(folder, options, levels, backend):
     write_config("stem.yaml", out_indices=("stem", 0, 3))
     make_picture("a.png", size=(96, 64))
     run("extract", "stem.yaml", "a.png", "--out", "out", "--backend", backend, *options)
@@ -202,7 +202,7 @@ def test_r11_extract_writes_it(folder, options, levels, backend):
     assert Path("out/a.png/pyramid.png").is_file()
 
 
-def test_r11_a_subclass_that_builds_another_stem_has_it(images):
+def test_a_subclass_that_builds_another_stem_has_it(images):
     class TwoSteps(ResNet):
         def _make_stem_layer(self, in_channels, stem_channels):
             super()._make_stem_layer(in_channels, stem_channels)

@@ -200,7 +200,7 @@ def tensors(outs):
 
 @every_call
 @pytest.mark.parametrize("norm_eval", [True, False])
-def test_r3_its_own_forward_gets_what_it_is_called_with(net_class, args, kwargs, norm_eval):
+def test_its_own_forward_gets_what_it_is_called_with(net_class, args, kwargs, norm_eval):
     net = build(net_class, frozen_stages=1, norm_eval=norm_eval)
     net.train()
     outs = tensors(net(*args, **kwargs))
@@ -221,20 +221,20 @@ def test_r3_its_own_forward_gets_what_it_is_called_with(net_class, args, kwargs,
     ("net_class", "args"), [(c, a) for c, a, k in CALLS if len(a) == 1 and not k and isinstance(a[0], torch.Tensor)]
 )
 @torch.no_grad()
-def test_r3_optimized_it_computes_the_same_for_one_tensor(shake, net_class, args):
+def test_optimized_it_computes_the_same_for_one_tensor(shake, net_class, args):
     net = shake(build(net_class))
     net.eval()
     for out, reference in zip(optimize(net)(*args), net(*args), strict=True):
         torch.testing.assert_close(out, reference, rtol=1e-3, atol=1e-3)
 
 
-def test_r3_what_takes_no_tensor_is_told_so_when_optimized():
+def test_what_takes_no_tensor_is_told_so_when_optimized():
     fast = optimize(OfAList(**TINY))
     with pytest.raises(TypeError, match="an optimized OfAList accepts one tensor, got list; stack its images first"):
         fast([torch.zeros(3, 64, 64)])
 
 
-def test_r3_a_stem_of_ones_own_has_a_feature_info_and_freezes():
+def test_a_stem_of_ones_own_has_a_feature_info_and_freezes():
     net = WithHighResolutionStem(**TINY, frozen_stages=0)
     assert net.out_strides == (4, 8, 16, 32)
     net.train()
@@ -244,7 +244,7 @@ def test_r3_a_stem_of_ones_own_has_a_feature_info_and_freezes():
     assert net.layer1[0].conv1.weight.requires_grad
 
 
-def test_r3_what_super_is_handed_is_checked(images):
+def test_what_super_is_handed_is_checked(images):
     class Forgetful(ResNet):
         def forward(self, x):
             return super().forward(x[0])
@@ -274,7 +274,7 @@ class HandBuilt(ResNet):
         self._freeze_stages()
 
 
-def test_r3_a_constructor_that_skips_ours_has_a_feature_info_all_the_same(images):
+def test_a_constructor_that_skips_ours_has_a_feature_info_all_the_same(images):
     net = HandBuilt(out_indices=("stem", 0, 1))
     assert net.feature_info == (
         FeatureInfo("stem", -1, 8, 2),
@@ -284,7 +284,7 @@ def test_r3_a_constructor_that_skips_ours_has_a_feature_info_all_the_same(images
     assert [tuple(out.shape[1:]) for out in net(images)] == [(8, 32, 32), (8, 16, 16), (16, 8, 8)]
 
 
-def test_r3_it_is_built_from_a_config(registry):
+def test_it_is_built_from_a_config(registry):
     registry.register_module(module=WithDepth)
     net = build_backbone({"type": "WithDepth", **TINY})
     assert len(net(torch.randn(1, 4, 64, 64))) == 4

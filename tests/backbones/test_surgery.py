@@ -150,7 +150,7 @@ def assert_close(outs, expected):
 
 @every_class
 @torch.no_grad()
-def test_r2_a_first_convolution_for_four_channels(operated, case):
+def test_a_first_convolution_for_four_channels(operated, case):
     net, images = operated(for_four_channels, case)
     outs = net(images)
     assert net.in_channels == 4
@@ -164,7 +164,7 @@ def test_r2_a_first_convolution_for_four_channels(operated, case):
 
 @every_surgery
 @torch.no_grad()
-def test_r2_surgery_and_what_is_made_of_the_net_then(operated, tmp_path, operate):
+def test_surgery_and_what_is_made_of_the_net_then(operated, tmp_path, operate):
     net, images = operated(operate)
     outs = net(images)
     assert [(out.shape[1], 64 // out.shape[2]) for out in outs] == list(
@@ -183,7 +183,7 @@ def test_r2_surgery_and_what_is_made_of_the_net_then(operated, tmp_path, operate
 
 
 @every_surgery
-def test_r2_surgery_and_training(operated, operate):
+def test_surgery_and_training(operated, operate):
     net, images = operated(operate)
     net.freeze(1)
     outs = net.train()(images)
@@ -196,7 +196,7 @@ def test_r2_surgery_and_training(operated, operate):
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
-def test_r2_weights_for_three_channels_are_adapted_to_the_layer_that_is_there(shake, tmp_path):
+def test_weights_for_three_channels_are_adapted_to_the_layer_that_is_there(shake, tmp_path):
     net = shake(ResNet(18, base_channels=8))
     torch.save(net.state_dict(), tmp_path / "net.pth")
     other = ResNet(18, base_channels=8)
@@ -206,7 +206,7 @@ def test_r2_weights_for_three_channels_are_adapted_to_the_layer_that_is_there(sh
     assert torch.equal(other.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
 
 
-def test_r2_a_layer_that_is_no_convolution_takes_what_it_likes(images):
+def test_a_layer_that_is_no_convolution_takes_what_it_likes(images):
     class Normalized(nn.Module):
         def forward(self, x):
             return x.float() / 255
@@ -219,7 +219,7 @@ def test_r2_a_layer_that_is_no_convolution_takes_what_it_likes(images):
     assert_close(optimize(net)(bytes_), expected)
 
 
-def test_r2_a_lazy_convolution_finds_its_channels(images):
+def test_a_lazy_convolution_finds_its_channels(images):
     net = ResNet(18, base_channels=8)
     net.conv1 = nn.LazyConv2d(8, 7, 2, 3, bias=False)
     net(images.repeat(1, 2, 1, 1))
@@ -237,7 +237,7 @@ def widened_by_its_weight(net, channels=4):
 
 @every_class
 @torch.no_grad()
-def test_r2_a_weight_for_four_channels(operated, case):
+def test_a_weight_for_four_channels(operated, case):
     net, images = operated(widened_by_its_weight, case)
     assert net.in_channels == 4
     assert_close(optimize(net)(images), net(images))
@@ -246,7 +246,7 @@ def test_r2_a_weight_for_four_channels(operated, case):
 
 
 @torch.no_grad()
-def test_r2_a_weight_of_a_grouped_convolution():
+def test_a_weight_of_a_grouped_convolution():
     net = ResNet(18, base_channels=8).eval()
     net.conv1 = nn.Conv2d(4, 8, 7, 2, 3, groups=2, bias=False)
     assert net.in_channels == 4
@@ -267,7 +267,7 @@ def test_r2_a_weight_of_a_grouped_convolution():
     ],
     ids=["parametrized", "two parts", "hook", "pruned"],
 )
-def test_r2_a_weight_that_is_computed(change, channels):
+def test_a_weight_that_is_computed(change, channels):
     net = ResNet(18, base_channels=8)
     if channels != 3:
         widened_by_its_weight(net, channels)
@@ -280,7 +280,7 @@ def test_r2_a_weight_that_is_computed(change, channels):
         net(torch.randn(2, 5, 64, 64))
 
 
-def test_r2_a_parametrization_may_make_more_channels_of_a_weight():
+def test_a_parametrization_may_make_more_channels_of_a_weight():
     class Gray(nn.Module):
         def forward(self, weight):
             return weight.expand(-1, 3, -1, -1)
@@ -294,7 +294,7 @@ def test_r2_a_parametrization_may_make_more_channels_of_a_weight():
 
 
 @torch.no_grad()
-def test_r2_a_weight_for_four_channels_in_a_graph(operated, tmp_path):
+def test_a_weight_for_four_channels_in_a_graph(operated, tmp_path):
     net, images = operated(widened_by_its_weight)
     torch.save(ResNet(18, base_channels=8).state_dict(), tmp_path / "net.pth")
     expected = net(images)
@@ -304,7 +304,7 @@ def test_r2_a_weight_for_four_channels_in_a_graph(operated, tmp_path):
 
 
 @every_class
-def test_r2_a_net_that_nobody_changed_is_not_measured(monkeypatch, case):
+def test_a_net_that_nobody_changed_is_not_measured(monkeypatch, case):
     net = make(case)
     monkeypatch.setattr(resnet, "shapes_only", None)
     for same in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net)), optimize(net.eval())):
@@ -313,14 +313,14 @@ def test_r2_a_net_that_nobody_changed_is_not_measured(monkeypatch, case):
 
 
 @every_class
-def test_r2_what_is_measured_is_what_was_built(case):
+def test_what_is_measured_is_what_was_built(case):
     net = make(case)
     assert net._measure_levels() == net._levels()
 
 
 @every_class
 @torch.no_grad()
-def test_r2_another_last_stage_in_every_class(operated, case):
+def test_another_last_stage_in_every_class(operated, case):
     def replace(net):
         last = net.res_layers[-1]
         channels = net._levels()[len(net.res_layers) - 2].channels
@@ -335,7 +335,7 @@ def test_r2_another_last_stage_in_every_class(operated, case):
     assert copy.deepcopy(net).feature_info == pickle.loads(pickle.dumps(net)).feature_info == net.feature_info
 
 
-def test_r2_measuring_runs_nobodys_hooks_and_changes_nothing():
+def test_measuring_runs_nobodys_hooks_and_changes_nothing():
     net = ResNet(18, base_channels=8)
     seen = []
     net.layer1.register_forward_hook(lambda *_: seen.append("hook"))
@@ -351,7 +351,7 @@ def test_r2_measuring_runs_nobodys_hooks_and_changes_nothing():
     assert seen == ["hook"]
 
 
-def test_r2_a_stage_that_does_not_run_without_memory_says_itself_what_it_returns():
+def test_a_stage_that_does_not_run_without_memory_says_itself_what_it_returns():
     class ByValue(nn.Module):
         def __init__(self, **told):
             super().__init__()
@@ -367,7 +367,7 @@ def test_r2_a_stage_that_does_not_run_without_memory_says_itself_what_it_returns
     assert net.out_channels == (8, 16, 32, 64)
 
 
-def test_r2_other_norms_leave_what_is_told_of_the_maps():
+def test_other_norms_leave_what_is_told_of_the_maps():
     net = ResNet(18, base_channels=8)
     expected = net.feature_info
     assert nn.SyncBatchNorm.convert_sync_batchnorm(net).feature_info == expected

@@ -262,7 +262,7 @@ def test_features_are_timms_and_r11_the_stems_too(build_pair, images, row):
 
 @pytest.mark.parametrize("output_stride", OUTPUT_STRIDES)
 @pytest.mark.parametrize("row", parameters())
-def test_w7_features_at_an_output_stride_are_timms(build_pair, images, row, output_stride):
+def test_features_at_an_output_stride_are_timms(build_pair, images, row, output_stride):
     ours, theirs = build_pair(at_output_stride(row, output_stride), output_stride=output_stride)
     assert ours.out_strides[-1] == output_stride
     with torch.no_grad():

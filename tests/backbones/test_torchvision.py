@@ -104,7 +104,7 @@ def dilate_as_smp(encoder, output_stride):
 
 @pytest.mark.parametrize("output_stride", [8, 16])
 @pytest.mark.parametrize("name", SMALL)
-def test_w7_features_at_an_output_stride_are_smps(build_pair, images, name, output_stride):
+def test_features_at_an_output_stride_are_smps(build_pair, images, name, output_stride):
     dilated = {
         8: {"strides": (1, 2, 1, 1), "dilations": (1, 1, 2, 4)},
         16: {"strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2)},

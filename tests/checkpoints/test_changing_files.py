@@ -67,7 +67,7 @@ def weights():
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", WRITERS)
-def test_s4_a_file_that_changes_while_it_is_read_is_refused(kind, change, weights, tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_is_refused(kind, change, weights, tmp_path, monkeypatch):
     """The file changes just before its first, its middle or its last part is read, or before it is closed."""
     path = tmp_path / "weights"
     net = ResNet(**NET)
@@ -97,7 +97,7 @@ def test_s4_a_file_that_changes_while_it_is_read_is_refused(kind, change, weight
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", WRITERS)
-def test_s4_tensors_stay_when_the_file_changes(kind, change, weights, tmp_path):
+def test_tensors_stay_when_the_file_changes(kind, change, weights, tmp_path):
     WRITERS[kind](weights, tmp_path / "weights")
     content = read_file(tmp_path / "weights")
     for path in tmp_path.iterdir():
@@ -105,7 +105,7 @@ def test_s4_tensors_stay_when_the_file_changes(kind, change, weights, tmp_path):
     assert_equal(content, dict(weights))
 
 
-def test_s4_a_file_that_is_replaced_is_read_as_it_was(weights, tmp_path, monkeypatch):
+def test_a_file_that_is_replaced_is_read_as_it_was(weights, tmp_path, monkeypatch):
     """Replace the file as atomic writers do: the old one is read to its end."""
     path = tmp_path / "weights"
     torch.save(weights, path)
@@ -169,7 +169,7 @@ LOADING = """if True:
 
 @pytest.mark.parametrize("change", ["truncate", "rewrite"])
 @pytest.mark.parametrize("kind", ["torch", "torch legacy", "safetensors", "npz", "pickle protocol 4"])
-def test_s4_no_signal_ends_the_process(kind, change, tmp_path):
+def test_no_signal_ends_the_process(kind, change, tmp_path):
     torch.manual_seed(1)
     WRITERS[kind](ResNet(18, base_channels=32).state_dict(), tmp_path / "weights")
     run = subprocess.run(
@@ -179,7 +179,7 @@ def test_s4_no_signal_ends_the_process(kind, change, tmp_path):
     assert sum(map(int, run.stdout.split())) == 8
 
 
-def test_s4_a_resumed_checkpoint_that_changes_is_refused(tmp_path, monkeypatch):
+def test_a_resumed_checkpoint_that_changes_is_refused(tmp_path, monkeypatch):
     running = pytest.importorskip("resbackbone.training.engine", reason="needs mmengine")
     path = tmp_path / "iter_1.pth"
     hub = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
@@ -196,7 +196,7 @@ def test_s4_a_resumed_checkpoint_that_changes_is_refused(tmp_path, monkeypatch):
         running.read_checkpoint(path)
 
 
-def test_s4_shards_are_each_read_whole(weights, tmp_path):
+def test_shards_are_each_read_whole(weights, tmp_path):
     names = list(weights)
     save_file({name: weights[name] for name in names[::2]}, tmp_path / "a.safetensors")
     torch.save({name: weights[name] for name in names[1::2]}, tmp_path / "b.bin")

@@ -358,14 +358,14 @@ def refused(web, folder, message, name="weights.pth", **options):
 
 @pytest.mark.parametrize("validator", ['"v1"', None])
 @pytest.mark.parametrize("length", [0, None])
-def test_s5_an_empty_file_is_refused(web, tmp_path, length, validator):
+def test_an_empty_file_is_refused(web, tmp_path, length, validator):
     web.content, web.etag = b"", validator
     web.faults = [{"headers": {"Content-Length": length}}] * 9
     refused(web, tmp_path, "the file there is empty")
     assert len(web.requests) == 1
 
 
-def test_s5_an_empty_file_in_the_cache_is_downloaded_again(web, tmp_path):
+def test_an_empty_file_in_the_cache_is_downloaded_again(web, tmp_path):
     path = cache_path(f"{web.url}/weights.pth", folder=tmp_path)
     path.touch()
     with pytest.warns(UserWarning, match="is damaged and downloaded anew"):
@@ -377,14 +377,14 @@ LENGTHS = ["-1", "-5", "²", "٣", "+5", "1_000", "5, 6", "0x10", "5.0", "1e6", 
 
 @pytest.mark.parametrize("length", LENGTHS, ids=lambda length: ascii(length)[:20])
 @pytest.mark.parametrize("name", ["weights.pth", named(CONTENT)], ids=["no hash", "hash"])
-def test_s5_a_length_that_is_none_is_refused(web, tmp_path, name, length):
+def test_a_length_that_is_none_is_refused(web, tmp_path, name, length):
     head = OK + b"Content-Length: " + length.encode("utf-8" if length == "٣" else "latin-1") + b"\r\n\r\n"
     web.faults = [{"answer": [head, CONTENT]}] * 9
     refused(web, tmp_path, "the server sends an invalid Content-Length: '", name)
     assert len(web.requests) == 1
 
 
-def test_s5_two_lengths_are_refused_and_one_twice_is_not(web, tmp_path):
+def test_two_lengths_are_refused_and_one_twice_is_not(web, tmp_path):
     web.faults = [{"answer": [OK, b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef"]}]
     refused(web, tmp_path, "the server sends an invalid Content-Length: '5, 6'")
     web.faults = [{"answer": [OK, b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nabcde"]}]
@@ -394,7 +394,7 @@ def test_s5_two_lengths_are_refused_and_one_twice_is_not(web, tmp_path):
 @pytest.mark.parametrize(
     "text", ["bytes 1000-1048575/²", "bytes 1000-1048575/-5", "bytes +1000-9/10", "bytes 1_000-9/10", "items 1-2/3", ""]
 )
-def test_s5_a_range_that_is_none_is_refused(web, tmp_path, text):
+def test_a_range_that_is_none_is_refused(web, tmp_path, text):
     part = {"status": 206, "headers": {"Content-Range": text}}
     web.faults = [{"cut": 1000}, part]
     with pytest.raises(DownloadError, match="the server sends an invalid Content-Range: '"):
@@ -404,7 +404,7 @@ def test_s5_a_range_that_is_none_is_refused(web, tmp_path, text):
 
 
 @pytest.mark.parametrize("length", [len(CONTENT), None, 10**17])
-def test_s5_a_file_that_is_too_large_is_refused(web, tmp_path, length):
+def test_a_file_that_is_too_large_is_refused(web, tmp_path, length):
     web.faults = [{"headers": {"Content-Length": length}}]
     refused(web, tmp_path, r"bytes or more, where 100,000 are allowed \(fetch\(url, max_bytes", max_bytes=100_000)
     assert len(web.requests) == 1
@@ -412,12 +412,12 @@ def test_s5_a_file_that_is_too_large_is_refused(web, tmp_path, length):
 
 
 @pytest.mark.parametrize("value", [0, -1])
-def test_s5_a_limit_that_is_none(tmp_path, value):
+def test_a_limit_that_is_none(tmp_path, value):
     with pytest.raises(ValueError, match="`max_bytes` must be at least 1"):
         fetch("https://h/a.pth", folder=tmp_path, max_bytes=value)
 
 
-def test_s5_the_catalog_knows_how_large_a_file_may_be(web, tmp_path, monkeypatch):
+def test_the_catalog_knows_how_large_a_file_may_be(web, tmp_path, monkeypatch):
     weights = next(one for one in list_weights("torchvision/resnet18*") if one.size_mib)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("RESBACKBONE_MIRROR", f"https://download.pytorch.org={web.url}")
@@ -437,7 +437,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("answer", ENDLESS)
-def test_s5_endless_responses(web, tmp_path, answer):
+def test_endless_responses(web, tmp_path, answer):
     web.faults = [{"answer": ENDLESS[answer]} for _ in range(9)]
     refused(web, tmp_path, "too many bytes|bytes or more, where|times in a row", max_bytes=1 << 20)
 
@@ -452,14 +452,14 @@ DRIPS = {
 
 
 @pytest.mark.parametrize("head", DRIPS)
-def test_s5_a_byte_now_and_then_is_a_stall(web, tmp_path, monkeypatch, head):
+def test_a_byte_now_and_then_is_a_stall(web, tmp_path, monkeypatch, head):
     monkeypatch.setattr(http_requests, "WINDOW", 0.2)
     web.faults = [{"answer": drip(DRIPS[head], 0.01)} for _ in range(9)]
     refused(web, tmp_path, "the server stalls: less than 1,024 bytes a second came in .* seconds, 4 times in a row")
     assert len(web.requests) == http_requests.MAX_STALLS
 
 
-def test_s5_a_byte_for_each_connection_is_a_stall(web, tmp_path, monkeypatch):
+def test_a_byte_for_each_connection_is_a_stall(web, tmp_path, monkeypatch):
     monkeypatch.setattr(http_requests, "WINDOW", 0.2)
     monkeypatch.setattr(http_requests, "MIN_RATE", 10**9)
     web.faults = [{"cut": 1} for _ in range(100_000)]
@@ -467,7 +467,7 @@ def test_s5_a_byte_for_each_connection_is_a_stall(web, tmp_path, monkeypatch):
         fetch(f"{web.url}/weights.pth", folder=tmp_path)
 
 
-def test_s5_a_slow_connection_is_no_stall(web, tmp_path, monkeypatch):
+def test_a_slow_connection_is_no_stall(web, tmp_path, monkeypatch):
     monkeypatch.setattr(http_requests, "WINDOW", 0.1)
     monkeypatch.setattr(http_requests, "MIN_RATE", 100)
     pieces = [b"1" * 4096 for _ in range(8)]
@@ -476,12 +476,12 @@ def test_s5_a_slow_connection_is_no_stall(web, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("end", [b"", b"1000\r\n", b"1000\r\nab", b"zz\r\n", b"\r\n"])
-def test_s5_chunks_that_are_cut_short_are_refused(web, tmp_path, end):
+def test_chunks_that_are_cut_short_are_refused(web, tmp_path, end):
     web.faults = [{"answer": [CHUNKED, b"5\r\nabcde\r\n", end]} for _ in range(9)]
     refused(web, tmp_path, "the connection broke: .*IncompleteRead.*, 4 times in a row")
 
 
-def test_s5_chunks_without_a_length_are_put_together(web, tmp_path):
+def test_chunks_without_a_length_are_put_together(web, tmp_path):
     web.faults = [{"answer": [CHUNKED, b"5\r\nabcde\r\n", b"3;x=y\r\nfgh\r\n0\r\n\r\n"]}]
     assert fetch(f"{web.url}/weights.pth", folder=tmp_path).read_bytes() == b"abcdefgh"
 
@@ -489,7 +489,7 @@ def test_s5_chunks_without_a_length_are_put_together(web, tmp_path):
 @pytest.mark.parametrize(
     "header", [b"Content-Encoding: gzip", b"Content-Encoding: br", b"Transfer-Encoding: gzip, chunked"]
 )
-def test_s5_compressed_bytes_are_refused(web, tmp_path, header):
+def test_compressed_bytes_are_refused(web, tmp_path, header):
     web.faults = [{"answer": [OK + header + b"\r\n\r\n", CONTENT]}]
     refused(web, tmp_path, r"the server compresses the file \(")
 
@@ -503,7 +503,7 @@ def test_s5_compressed_bytes_are_refused(web, tmp_path, header):
         ("a\u2028\x85.pth", "/a%E2%80%A8%C2%85.pth"),
     ],
 )
-def test_s5_addresses_that_are_not_ascii_are_encoded(web, tmp_path, path, asked):
+def test_addresses_that_are_not_ascii_are_encoded(web, tmp_path, path, asked):
     assert fetch(f"{web.url}/{path}", folder=tmp_path).read_bytes() == CONTENT
     assert [path for path, _ in web.requests] == [asked]
     assert fetch(f"{web.url}{asked}", folder=tmp_path).read_bytes() == CONTENT
@@ -528,7 +528,7 @@ def test_s5_addresses_that_are_not_ascii_are_encoded(web, tmp_path, path, asked)
         ("http://h/a\x7f.pth", "begins with http"),
     ],
 )
-def test_s5_malformed_addresses_are_refused_in_words(web, tmp_path, monkeypatch, url, words):
+def test_malformed_addresses_are_refused_in_words(web, tmp_path, monkeypatch, url, words):
     with pytest.raises(ValueError, match=words) as caught:
         fetch(url, folder=tmp_path)
     assert "secret" not in str(caught.value)
@@ -538,21 +538,21 @@ def test_s5_malformed_addresses_are_refused_in_words(web, tmp_path, monkeypatch,
     refused(web, tmp_path, "cannot download")
 
 
-def test_s5_international_hosts_are_requested_by_their_ascii_name():
+def test_international_hosts_are_requested_by_their_ascii_name():
     url = "https://BÜCHER.example:8080/ä b.pth".replace(" ", "")
     assert http_requests.ascii_address("it", url) == "https://xn--bcher-kva.example:8080/%C3%A4b.pth"
     for same in ("https://[::1]:80/a.pth", "https://h/a%20b.pth?x=1#y", "http://a_b.org/~a"):
         assert http_requests.ascii_address("it", same) == same
 
 
-def test_s5_redirections_to_other_letters_are_followed(web, tmp_path):
+def test_redirections_to_other_letters_are_followed(web, tmp_path):
     web.faults = [{"answer": [b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: /\xc3\xa4.pth\r\n\r\n"]}]
     assert fetch(f"{web.url}/weights.pth", folder=tmp_path).read_bytes() == CONTENT
     assert [path for path, _ in web.requests] == ["/weights.pth", "/%C3%A4.pth"]
 
 
 @pytest.mark.parametrize("letter", ["a", "ä", "权"])
-def test_s5_long_names_are_cut(web, tmp_path, letter):
+def test_long_names_are_cut(web, tmp_path, letter):
     path = fetch(f"{web.url}/{letter * 300}-11ad3fa6.pth", sha256_prefix="", folder=tmp_path)
     assert path.read_bytes() == CONTENT
     assert path.name.endswith("-11ad3fa6.pth")

@@ -294,7 +294,7 @@ def write_holes(folder):
 @pytest.mark.parametrize(
     ("name", "most"), [("big.pth", 220), ("big.safetensors", 220), ("big.pkl", 220), ("run.pth", 20)]
 )
-def test_s4_tensors_are_in_memory_once(name, most, tmp_path):
+def test_tensors_are_in_memory_once(name, most, tmp_path):
     """Files are not mapped into memory, and skipped tensors are not read."""
     pytest.importorskip("resource")
     write_holes(tmp_path)

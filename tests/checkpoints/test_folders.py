@@ -49,7 +49,7 @@ def assert_loaded(net, weights):
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 @pytest.mark.parametrize("write", [write_single, write_shards])
-def test_r9_a_folder_and_what_is_in_it_load(write, suffix, weights, tmp_path):
+def test_a_folder_and_what_is_in_it_load(write, suffix, weights, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     path = write(tmp_path, weights, suffix)
     for source in (tmp_path, str(tmp_path), f"{tmp_path}/", path, str(path)):
@@ -62,7 +62,7 @@ def test_r9_a_folder_and_what_is_in_it_load(write, suffix, weights, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 @pytest.mark.parametrize("write", [write_single, write_shards])
-def test_r9_the_commands_accept_folders(write, suffix, weights, tmp_path, monkeypatch):
+def test_the_commands_accept_folders(write, suffix, weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     write(tmp_path / "model", convert_state_dict(weights, target="huggingface"), suffix)
@@ -75,7 +75,7 @@ def test_r9_the_commands_accept_folders(write, suffix, weights, tmp_path, monkey
     assert all(torch.equal(value, weights[key]) for key, value in read_file("native.pth").items())
 
 
-def test_r9_what_save_pretrained_writes(torchvision, tmp_path):
+def test_what_save_pretrained_writes(torchvision, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[2, 2, 2, 2])
     config.layer_type = "basic"
@@ -89,7 +89,7 @@ def test_r9_what_save_pretrained_writes(torchvision, tmp_path):
     assert all(torch.equal(state[key], expected[key]) for state in states for key in expected)
 
 
-def test_r9_the_file_that_transformers_prefers_comes_first(weights, tmp_path):
+def test_the_file_that_transformers_prefers_comes_first(weights, tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
     write_shards(tmp_path, weights, "safetensors")
     torch.save({"y": torch.ones(1)}, tmp_path / "pytorch_model.bin")
@@ -98,7 +98,7 @@ def test_r9_the_file_that_transformers_prefers_comes_first(weights, tmp_path):
     assert read_file(tmp_path).keys() == weights.keys()
 
 
-def test_r9_other_folders_are_refused(weights, tmp_path):
+def test_other_folders_are_refused(weights, tmp_path):
     torch.save(weights, tmp_path / "weights.pth")
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(ValueError, match=r"is a directory without model.safetensors, .*give the path of a file in it"):
@@ -128,7 +128,7 @@ def test_r9_other_folders_are_refused(weights, tmp_path):
         ("empty.SUFFIX", r"lists the shard 'empty.\w+', which is empty; download or copy it again"),
     ],
 )
-def test_r9_shards_are_files_beside_their_index(shard, message, suffix, weights, tmp_path):
+def test_shards_are_files_beside_their_index(shard, message, suffix, weights, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     shard = shard and shard.replace("SUFFIX", suffix)
@@ -150,7 +150,7 @@ def test_r9_shards_are_files_beside_their_index(shard, message, suffix, weights,
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_r9_the_cache_of_huggingface_hub_is_read(suffix, weights, tmp_path):
+def test_the_cache_of_huggingface_hub_is_read(suffix, weights, tmp_path):
     """A snapshot in the cache has links to blobs, two folders above."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0a1b"
     blobs.mkdir()
@@ -165,7 +165,7 @@ def test_r9_the_cache_of_huggingface_hub_is_read(suffix, weights, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_r9_a_tensor_that_no_shard_has_is_named(suffix, weights, tmp_path):
+def test_a_tensor_that_no_shard_has_is_named(suffix, weights, tmp_path):
     shard = json.loads(write_shards(tmp_path, weights, suffix).read_text())["weight_map"]["conv1.weight"]
     index = write_shards(tmp_path, weights, suffix, changes={"lost.weight": shard})
     with pytest.raises(ValueError, match=r"lists 'lost.weight', which its shard does not hold"):

@@ -252,7 +252,7 @@ def test_no_payload_runs_in_any_container(payload, container, canary, tmp_path):
 
 @pytest.mark.parametrize("payload", [payload for payload in PAYLOADS if "EXT" not in payload])
 @pytest.mark.parametrize("place", PLACES)
-def test_r8_no_payload_runs_in_any_place(place, payload, canary, tmp_path):
+def test_no_payload_runs_in_any_place(place, payload, canary, tmp_path):
     """It is not loaded, or the file is refused where only numbers can be."""
     fragment, message = PAYLOADS[payload]
     for container in ("pickle", "torch", "torch legacy, object"):
@@ -586,7 +586,7 @@ def test_a_far_place_in_the_memo_costs_nothing(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # some of them are deprecated
-def test_r8_tensors_outside_a_known_structure_are_refused(make, refused, tmp_path):
+def test_tensors_outside_a_known_structure_are_refused(make, refused, tmp_path):
     torch.save({"x": make(), "y": torch.ones(1)}, tmp_path / "a.pth")
     assert_refused(tmp_path / "a.pth", f"holds tensors (inside an object of|of the unknown type) '{refused}'")
     with pytest.raises(ValueError, match=r"nothing was run\. If you trust its author, load it in the program"):

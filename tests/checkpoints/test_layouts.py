@@ -117,7 +117,7 @@ def test_the_names_of_rt_detr(torchvision):
 @pytest.mark.parametrize(
     ("config", "layer_type"), [("regnetx_400mf", "x"), ("regnety_400mf", "y")], ids=["regnetx", "regnety"]
 )
-def test_r6_hugging_faces_regnets(torchvision, config, layer_type):
+def test_hugging_faces_regnets(torchvision, config, layer_type):
     transformers = pytest.importorskip("transformers")
     sizes = {"x": ([1, 2, 7, 12], [32, 64, 160, 384], 16), "y": ([1, 3, 6, 6], [48, 104, 208, 440], 8)}
     depths, widths, group = sizes[layer_type]
@@ -134,7 +134,7 @@ def test_r6_hugging_faces_regnets(torchvision, config, layer_type):
     assert_same(back, {key.removeprefix("regnet."): tensor for key, tensor in theirs.items()})
 
 
-def test_r6_hugging_faces_bit(torchvision):
+def test_hugging_faces_bit(torchvision):
     transformers = pytest.importorskip("transformers")
     theirs = tensors_of(transformers.BitForImageClassification, transformers.BitConfig())
     native = convert_state_dict(theirs)
@@ -149,7 +149,7 @@ FEATURES = [row for row in TIMM if not row[1].startswith("legacy")]
 
 @pytest.mark.parametrize("kind", [None, "getter", "hook"])
 @pytest.mark.parametrize(("config", "model", "layout"), FEATURES)
-def test_r6_timms_names_with_features_only(timm, config, model, layout, kind):
+def test_timms_names_with_features_only(timm, config, model, layout, kind):
     theirs = tensors_of(timm.create_model, model, features_only=True, **({"feature_cls": kind} if kind else {}))
     assert detect_layout(theirs) == layout
     native = convert_state_dict(theirs)
@@ -162,7 +162,7 @@ def test_r6_timms_names_with_features_only(timm, config, model, layout, kind):
 
 
 @pytest.mark.parametrize(("config", "name", "layout"), TORCHVISION)
-def test_r6_torchvisions_names_of_extracted_features(torchvision, config, name, layout):
+def test_torchvisions_names_of_extracted_features(torchvision, config, name, layout):
     model = torchvision.models.get_model(name)
     native = convert_state_dict(model.state_dict())
     regnet = name.startswith("regnet")
@@ -250,7 +250,7 @@ TAKEN_APART = {
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "state_dict.model.0."])
 @pytest.mark.parametrize("how", TAKEN_APART)
-def test_r6_a_sequential_net(how, prefix):
+def test_a_sequential_net(how, prefix):
     config, take_apart = TAKEN_APART[how]
     net = build_on_meta(config)
     expected = net.state_dict()
@@ -265,7 +265,7 @@ def test_r6_a_sequential_net(how, prefix):
 
 
 @pytest.mark.parametrize("config", ["resnetrs50", "seresnet50", "resnetv2_50d", "skresnet50", "resnet18_ibn_a"])
-def test_r6_our_nets_as_sequential(config):
+def test_our_nets_as_sequential(config):
     net = build_on_meta(config)
     back = convert_state_dict(named(*net.children()))
     assert {key: tensor.shape for key, tensor in back.items()} == {
@@ -274,7 +274,7 @@ def test_r6_our_nets_as_sequential(config):
 
 
 @pytest.mark.parametrize("config", ["resnet18d", "seresnet50", "ecaresnet50t", "resnet50", "resnetrs50"])
-def test_r6_a_timm_net_as_sequential(timm, config):
+def test_a_timm_net_as_sequential(timm, config):
     with torch.device("meta"):
         model = timm.create_model(config)
     whole, apart = convert_state_dict(model.state_dict()), convert_state_dict(named(*model.children()))

@@ -122,7 +122,7 @@ def test_rt_detr(shake, images, tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("kind", ["sequential", "getter", "extractor"])
-def test_r6_a_torchvision_net_as_sequential(torchvision, shake, images, tmp_path, name, kind):
+def test_a_torchvision_net_as_sequential(torchvision, shake, images, tmp_path, name, kind):
     model = shake(torchvision.models.get_model(name)).eval()
     expected = levels_of(model, STAGES, images)
     if kind == "sequential":
@@ -142,7 +142,7 @@ def test_r6_a_torchvision_net_as_sequential(torchvision, shake, images, tmp_path
 
 
 @pytest.mark.parametrize(("config", "name"), [("resnetv2_18", "resnetv2_18"), ("resnetv2_50d", "resnetv2_50d")])
-def test_r6_timms_pre_activation_nets_with_features_only(timm, shake, images, tmp_path, config, name):
+def test_timms_pre_activation_nets_with_features_only(timm, shake, images, tmp_path, config, name):
     model = shake(timm.create_model(name, features_only=True)).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     net = build_backbone(config)
@@ -151,7 +151,7 @@ def test_r6_timms_pre_activation_nets_with_features_only(timm, shake, images, tm
         assert_features(net, model(images)[1:], images, rtol=1e-5, atol=1e-5)
 
 
-def test_r6_big_transfers_own_file(timm, shake, images, tmp_path):
+def test_big_transfers_own_file(timm, shake, images, tmp_path):
     """Timm's own reader of such files builds the same net."""
     model = shake(timm.create_model("resnetv2_50x1_bit", num_classes=10)).eval()
     weights = convert_state_dict(model.state_dict(), "timm-resnetv2", "bit")
@@ -170,7 +170,7 @@ def test_r6_big_transfers_own_file(timm, shake, images, tmp_path):
     assert_features(net, expected, images, rtol=1e-5, atol=1e-5)
 
 
-def test_r6_hugging_faces_bit(torchvision, shake, images, tmp_path):
+def test_hugging_faces_bit(torchvision, shake, images, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = shake(transformers.BitModel(transformers.BitConfig())).eval()
     torch.save(model.state_dict(), tmp_path / "model.pth")
@@ -302,7 +302,7 @@ def test_other_numbers_of_channels(source, tmp_path, in_channels):
         *((3, taken, None) for taken in (2, 4, 13)),
     ],
 )
-def test_w6_preprocessing_is_known_for_color_and_gray_only(tmp_path, trained, taken, expected):
+def test_preprocessing_is_known_for_color_and_gray_only(tmp_path, trained, taken, expected):
     source = ResNet(18, base_channels=2, in_channels=trained)
     torch.save(source.state_dict(), tmp_path / "m.pth")
     net = ResNet(18, base_channels=2, in_channels=taken)
@@ -328,7 +328,7 @@ def test_w6_preprocessing_is_known_for_color_and_gray_only(tmp_path, trained, ta
 
 
 @pytest.mark.parametrize("channels", [2, 4, 13])
-def test_w6_preprocessing_is_unknown_after_training_on_other_channels(tmp_path, channels):
+def test_preprocessing_is_unknown_after_training_on_other_channels(tmp_path, channels):
     weights = {
         f"state_dict.backbone.{key}": value for key, value in ResNet(18, in_channels=channels).state_dict().items()
     }
@@ -341,7 +341,7 @@ def test_w6_preprocessing_is_unknown_after_training_on_other_channels(tmp_path, 
     assert net.preprocessing is None
 
 
-def test_w6_the_command_says_so(tmp_path, monkeypatch):
+def test_the_command_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(ResNet(18, in_channels=13).state_dict(), tmp_path / "m.pth")
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")

@@ -214,7 +214,7 @@ def strangers(value):
 @pytest.mark.parametrize("save", [save_torch, save_legacy, save_pickle])
 @pytest.mark.parametrize("kind", OBJECTS)
 @pytest.mark.filterwarnings("ignore")  # some of them are deprecated
-def test_r8_an_object_beside_the_weights_is_not_loaded(kind, save, weights, tmp_path):
+def test_an_object_beside_the_weights_is_not_loaded(kind, save, weights, tmp_path):
     value = OBJECTS[kind]()
     if kind == "empty tensor of another device" and save is not save_torch:
         pytest.skip("PyTorch saves it in one way alone")
@@ -241,7 +241,7 @@ def test_r8_an_object_beside_the_weights_is_not_loaded(kind, save, weights, tmp_
 @pytest.mark.parametrize("net_class", [nn.Linear, nn.ReLU, nn.Sequential, nn.ModuleDict, nn.Module, ResNet, Own])
 @pytest.mark.parametrize("save", [save_torch, save_legacy])
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
-def test_r8_classes_of_modules_beside_the_weights_are_not_loaded(net_class, save, weights, tmp_path):
+def test_classes_of_modules_beside_the_weights_are_not_loaded(net_class, save, weights, tmp_path):
     """PyTorch's earlier format refers to them by persistent ids, with their source."""
     content = {"x": net_class, "list": [net_class], net_class: 1, "state_dict": weights}
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
@@ -251,7 +251,7 @@ def test_r8_classes_of_modules_beside_the_weights_are_not_loaded(net_class, save
         assert report.not_loaded == (f"{net_class.__module__}.{net_class.__qualname__} at 'x' and 2 more",)
 
 
-def test_r8_the_report_names_each_class_and_where_it_is(weights, tmp_path):
+def test_the_report_names_each_class_and_where_it_is(weights, tmp_path):
     content = {
         "args": argparse.Namespace(lr=0.1),
         "meta": {"out": pathlib.PurePosixPath("/a"), "act": nn.ReLU, "time": [datetime.timedelta(1)] * 3},
@@ -270,7 +270,7 @@ def test_r8_the_report_names_each_class_and_where_it_is(weights, tmp_path):
     assert "objects of 5 other classes not loaded" in report.summary()
 
 
-def test_r8_names_from_the_file_are_short_and_printable(weights, tmp_path):
+def test_names_from_the_file_are_short_and_printable(weights, tmp_path):
     torch.save({"model": weights, "x" * 999: Color.RED, "\n\x1b[31m[red]": pathlib.PurePath}, tmp_path / "a.pth")
     raw = (tmp_path / "a.pth").read_bytes()
     assert b"PurePosixPath" not in raw
@@ -283,7 +283,7 @@ def test_r8_names_from_the_file_are_short_and_printable(weights, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["optimizer", "message_hub", "lr_scheduler"])
-def test_r8_what_a_trainer_saves_is_not_read(part, weights, tmp_path):
+def test_what_a_trainer_saves_is_not_read(part, weights, tmp_path):
     torch.save({"model": weights, part: {"x": nn.Linear(2, 2), "y": argparse.Namespace()}}, tmp_path / "a.pth")
     assert load_checkpoint(ResNet(18, base_channels=4), tmp_path / "a.pth").not_loaded == ()
 
@@ -304,7 +304,7 @@ MODELS = {
 
 @pytest.mark.parametrize("case", MODELS)
 @pytest.mark.parametrize("zipped", [True, False])
-def test_r8_tensors_outside_a_known_structure_are_refused(case, zipped, tmp_path):
+def test_tensors_outside_a_known_structure_are_refused(case, zipped, tmp_path):
     net = ResNet(18, base_channels=4)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     torch.save(MODELS[case](nn.Linear(2, 2)), tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
@@ -316,7 +316,7 @@ def test_r8_tensors_outside_a_known_structure_are_refused(case, zipped, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")  # saving a model warns of what it is
-def test_r8_a_model_beside_its_own_state_dict_does_not_hinder(tmp_path):
+def test_a_model_beside_its_own_state_dict_does_not_hinder(tmp_path):
     net = ResNet(18, base_channels=4)
     torch.save({"model": nn.Sequential(net.conv1), "state_dict": net.state_dict()}, tmp_path / "a.pth")
     report = load_checkpoint(ResNet(18, base_channels=4), tmp_path / "a.pth")
@@ -327,7 +327,7 @@ class Tagged(torch.Tensor):
     """A tensor with a class of its own, as torchvision has them."""
 
 
-def test_r8_tensors_with_attributes_or_a_class_are_tensors(tmp_path):
+def test_tensors_with_attributes_or_a_class_are_tensors(tmp_path):
     parameter = nn.Parameter(torch.arange(3.0))
     vars(parameter)["optim"] = {"lr": 0.1, "where": pathlib.PurePosixPath("a")}
     tagged = torch.arange(4.0).as_subclass(Tagged)
@@ -340,7 +340,7 @@ def test_r8_tensors_with_attributes_or_a_class_are_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("key", [None, True, 2.5, 2**40, -1, ("a", 1), ((), ("b", None)), frozenset({1}), b"k"])
-def test_r8_mappings_keyed_by_any_plain_value(key, weights, tmp_path):
+def test_mappings_keyed_by_any_plain_value(key, weights, tmp_path):
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         torch.save(
             {"table": {key: 1, "b": {key: (key,)}}, key: 2, "model": weights},
@@ -353,7 +353,7 @@ def test_r8_mappings_keyed_by_any_plain_value(key, weights, tmp_path):
         assert load_checkpoint(ResNet(18, base_channels=4), tmp_path / "a.pth").not_loaded == ()
 
 
-def test_r8_weights_in_any_known_mapping(weights, tmp_path):
+def test_weights_in_any_known_mapping(weights, tmp_path):
     for make in (dict, OrderedDict, lambda items: defaultdict(list, items)):
         torch.save({"model": make(weights), "queue": deque([1]), "seen": {1, 2}}, tmp_path / "a.pth")
         report = load_checkpoint(ResNet(18, base_channels=4), tmp_path / "a.pth")
@@ -361,14 +361,14 @@ def test_r8_weights_in_any_known_mapping(weights, tmp_path):
         assert not report.missing
 
 
-def test_r8_mmengine_configs_do_not_hinder(weights, tmp_path):
+def test_mmengine_configs_do_not_hinder(weights, tmp_path):
     config = pytest.importorskip("mmengine.config")
     cfg = config.Config({"model": {"type": "ResNet", "depth": 18}, "lr": 0.1})
     torch.save({"state_dict": weights, "cfg": cfg, "inner": cfg.model}, tmp_path / "a.pth")
     assert "mmengine.config.config" in load_checkpoint(ResNet(18, base_channels=4), tmp_path / "a.pth").not_loaded[0]
 
 
-def test_r8_the_commands_name_what_they_leave_out(weights, tmp_path, monkeypatch):
+def test_the_commands_name_what_they_leave_out(weights, tmp_path, monkeypatch):
     from resbackbone.cli import app
 
     monkeypatch.chdir(tmp_path)
@@ -381,7 +381,7 @@ def test_r8_the_commands_name_what_they_leave_out(weights, tmp_path, monkeypatch
     assert "argparse.Namespace" in result.output
 
 
-def test_r8_a_chain_of_a_million_unknown_calls_costs_little(tmp_path):
+def test_a_chain_of_a_million_unknown_calls_costs_little(tmp_path):
     chain = b"ca\nB\n" + b")R" * 400_000
     (tmp_path / "a.pkl").write_bytes(b"\x80\x04}X\1\0\0\0x" + chain + b"s.")
     assert describe_placeholders(read_file(tmp_path / "a.pkl")) == ("a.B at 'x'",)

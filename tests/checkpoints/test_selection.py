@@ -69,7 +69,7 @@ def below(prefix, weights, *, counters=True, heads=False):
 
 
 @pytest.mark.parametrize(("right", "wrong"), PAIRS)
-def test_w2_the_role_decides(right, wrong):
+def test_the_role_decides(right, wrong):
     """In any order, and with counters or heads in either one."""
     for first, *flags in itertools.product((0, 1), (False, True), (False, True), (False, True), (False, True)):
         one = below(right, tiny(1), counters=flags[0], heads=flags[1])
@@ -80,7 +80,7 @@ def test_w2_the_role_decides(right, wrong):
 
 
 @pytest.mark.parametrize(("right", "wrong"), PAIRS)
-def test_w2_a_warning_names_both_and_how_to_choose(tmp_path, right, wrong):
+def test_a_warning_names_both_and_how_to_choose(tmp_path, right, wrong):
     torch.save(below(wrong, tiny(2)) | below(right, tiny(1)), tmp_path / "m.pth")
     net = ResNet(18, **SIZE)
     with pytest.warns(UserWarning, match="copies of these weights") as caught:
@@ -102,7 +102,7 @@ def test_w2_a_warning_names_both_and_how_to_choose(tmp_path, right, wrong):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_w2_no_order_of_the_tensors_matters(data):
+def test_no_order_of_the_tensors_matters(data):
     prefixes = data.draw(
         st.lists(st.sampled_from(sorted({one for pair in PAIRS for one in pair})), min_size=2, max_size=4, unique=True)
     )
@@ -119,7 +119,7 @@ def test_w2_no_order_of_the_tensors_matters(data):
 
 
 @pytest.mark.parametrize("marks", [{"meta": {"epoch": 1}}, {"meta": {}, "message_hub": {}}])
-def test_w2_the_plain_files_of_mmengine_keep_their_state_dict(tmp_path, marks):
+def test_the_plain_files_of_mmengine_keep_their_state_dict(tmp_path, marks):
     weights = {"state_dict": below("backbone.", tiny(1)), "ema_state_dict": below("backbone.", tiny(2)), **marks}
     torch.save(weights, tmp_path / "m.pth")
     net = ResNet(18, **SIZE)
@@ -130,7 +130,7 @@ def test_w2_the_plain_files_of_mmengine_keep_their_state_dict(tmp_path, marks):
     assert (net.conv1.weight == 2).all()
 
 
-def test_w2_mmengines_own_hook_swaps(tmp_path):
+def test_mmengines_own_hook_swaps(tmp_path):
     """It saves the averaged weights in ``state_dict``."""
     hooks, model = pytest.importorskip("mmengine.hooks"), pytest.importorskip("mmengine.model")
 
@@ -156,7 +156,7 @@ def test_w2_mmengines_own_hook_swaps(tmp_path):
 
 
 @pytest.mark.parametrize("lacking", ["running_", "bn1", "conv1.weight"])
-def test_w2_an_average_without_statistics_or_stem_ranks_last(lacking):
+def test_an_average_without_statistics_or_stem_ranks_last(lacking):
     part = {key: value for key, value in tiny(2).items() if lacking not in key or key.startswith("layer1.0.conv1")}
     for tensors in (
         below("model.", tiny(1)) | below("shadow.", part),
@@ -166,13 +166,13 @@ def test_w2_an_average_without_statistics_or_stem_ranks_last(lacking):
         assert (found.prefix, found.other_prefixes) == ("model.", ("shadow.",))
 
 
-def test_w2_a_small_student_does_not_lack_what_its_teacher_has_more():
+def test_a_small_student_does_not_lack_what_its_teacher_has_more():
     teacher = tiny(0, depth=34)
     assert find_backbone(below("teacher.", teacher) | below("student.", tiny(1))).prefix == "teacher."
     assert find_backbone(below("ema_model.", tiny(1)) | below("model.", teacher)).prefix == "ema_model."
 
 
-def test_w2_the_classifier_is_that_of_the_selected_backbone():
+def test_the_classifier_is_that_of_the_selected_backbone():
     raw, averaged = below("", tiny(2) | {"fc.weight": torch.ones(3, 4) * 2}), below("ema_model.", tiny(1))
     assert "fc.weight" not in find_backbone(raw | averaged).native
     averaged["ema_model.fc.weight"] = torch.ones(3, 4)
@@ -180,12 +180,12 @@ def test_w2_the_classifier_is_that_of_the_selected_backbone():
         assert (find_backbone(tensors).native["fc.weight"] == 1).all()
 
 
-def test_w2_equal_copies_are_no_choice(tmp_path):
+def test_equal_copies_are_no_choice(tmp_path):
     torch.save(below("backbone.", tiny(1)) | below("encoder_k.0.", tiny(1)), tmp_path / "m.pth")
     assert load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth").adapted == ("backbone with prefix 'backbone.'",)
 
 
-def test_w2_of_two_parts_of_one_model_the_report_tells():
+def test_of_two_parts_of_one_model_the_report_tells():
     """Without roles the larger one is selected, then the shorter prefix, in any order."""
     two = below("img_backbone.", tiny(2)), below("backbone.", tiny(1))
     assert find_backbone(two[0] | two[1]).prefix == find_backbone(two[1] | two[0]).prefix == "backbone."
@@ -197,7 +197,7 @@ def test_w2_of_two_parts_of_one_model_the_report_tells():
     ("right", "wrong"), [("ema.module.", "model."), ("teacher.", "student."), ("state_dict_ema.", "state_dict.")]
 )
 @pytest.mark.parametrize("flip", [False, True])
-def test_w2_a_neck_comes_from_the_same_copy_as_its_backbone(tmp_path, right, wrong, flip):
+def test_a_neck_comes_from_the_same_copy_as_its_backbone(tmp_path, right, wrong, flip):
     own = FPN(in_channels=[4], out_channels=4, num_outs=1).state_dict()
     one, two = (
         {f"{prefix}neck.{key}": torch.full_like(tensor, value) for key, tensor in own.items()}
@@ -232,7 +232,7 @@ def wrap(name, places, rng):
     "layout", ["native", "detectron2", "huggingface", "paddle", "rtdetr", "mmaction2", "cifar", "sequential"]
 )
 @pytest.mark.parametrize("places", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)])
-def test_r7_wrappers_inside_of_keys_are_removed(layout, places):
+def test_wrappers_inside_of_keys_are_removed(layout, places):
     weights = {key: value for key, value in tiny(1).items() if not key.endswith(COUNTERS)}
     theirs = convert_state_dict(weights, "native", layout)
     rng = random.Random(0)
@@ -246,7 +246,7 @@ def test_r7_wrappers_inside_of_keys_are_removed(layout, places):
     assert native.keys() == weights.keys()
 
 
-def test_r7_pytorchs_own_wrappers(tmp_path):
+def test_pytorchs_own_wrappers(tmp_path):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     net = ResNet(18, **SIZE)
@@ -262,20 +262,20 @@ def test_r7_pytorchs_own_wrappers(tmp_path):
     assert all(torch.equal(value, expected[key]) for key, value in fresh.state_dict().items())
 
 
-def test_r7_two_keys_of_one_tensor_are_reported(tmp_path):
+def test_two_keys_of_one_tensor_are_reported(tmp_path):
     torch.save(tiny(1) | {"layer1.0._orig_mod.conv1.weight": torch.zeros(2, 2, 3, 3)}, tmp_path / "m.pth")
     with pytest.raises(ValueError, match=r"1 unexpected.*layer1\.0\._orig_mod\.conv1\.weight"):
         load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth")
 
 
-def test_r7_nothing_else_is_removed():
+def test_nothing_else_is_removed():
     assert unwrap("se_module.module_list.0.weight") == "se_module.module_list.0.weight"
 
 
 # Missing backbones
 
 
-def test_u1_a_prefix_that_is_not_there_is_named_with_those_that_are(tmp_path):
+def test_a_prefix_that_is_not_there_is_named_with_those_that_are(tmp_path):
     torch.save({"state_dict": below("backbone.", tiny(1)) | below("img_backbone.", tiny(2))}, tmp_path / "m.pth")
     with pytest.raises(
         ValueError, match=r"with prefix 'encoder\.'.*'state_dict\.backbone\.' .*'state_dict\.img_backbone\.'"
@@ -288,14 +288,14 @@ def test_u1_a_prefix_that_is_not_there_is_named_with_those_that_are(tmp_path):
 @pytest.mark.parametrize(
     "prefix", ["img_backbone", "img_backbone.", "state_dict.img_backbone.", "state_dict.img_backbone"]
 )
-def test_u1_a_prefix_may_be_a_part_and_end_without_its_dot(tmp_path, prefix):
+def test_a_prefix_may_be_a_part_and_end_without_its_dot(tmp_path, prefix):
     torch.save({"state_dict": below("backbone.", tiny(1)) | below("img_backbone.", tiny(2))}, tmp_path / "m.pth")
     net = ResNet(18, **SIZE)
     load_checkpoint(net, tmp_path / "m.pth", prefix=prefix)
     assert (net.conv1.weight == 2).all()
 
 
-def test_u1_without_any_backbone_the_prefixes_are_named(tmp_path):
+def test_without_any_backbone_the_prefixes_are_named(tmp_path):
     torch.save({"decoder.x.weight": torch.zeros(1), "head.y": torch.zeros(1)}, tmp_path / "m.pth")
     with pytest.raises(ValueError, match=r"with prefix 'encoder\.'.* prefixes are: decoder\., head\."):
         load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", prefix="encoder.")
@@ -304,7 +304,7 @@ def test_u1_without_any_backbone_the_prefixes_are_named(tmp_path):
         load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth")
 
 
-def test_u1_another_layout_names_the_one_that_is_there(tmp_path):
+def test_another_layout_names_the_one_that_is_there(tmp_path):
     torch.save(below("backbone.", tiny(1)), tmp_path / "m.pth")
     with pytest.raises(
         ValueError, match=r"no paddle backbone is among the keys; there is one with prefix 'backbone\.' \(native"
@@ -314,7 +314,7 @@ def test_u1_another_layout_names_the_one_that_is_there(tmp_path):
         load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", layout="padle")
 
 
-def test_u1_the_commands_choose_by_prefix(tmp_path, monkeypatch):
+def test_the_commands_choose_by_prefix(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": tiny(2), "ema": {"module": tiny(1)}}, "m.pth")
     runner = CliRunner()
@@ -329,7 +329,7 @@ def test_u1_the_commands_choose_by_prefix(tmp_path, monkeypatch):
         assert re.search(r"with prefix 'encoder\.'.*'ema\.module\.' .*'model\.'", result.output)
 
 
-def test_u1_convert_names_copies_alone(tmp_path, monkeypatch):
+def test_convert_names_copies_alone(tmp_path, monkeypatch):
     """A backbone of the same role is another part of one model, without a choice to make."""
     monkeypatch.chdir(tmp_path)
     torch.save(below("backbone.", tiny(1)) | below("img_backbone.", tiny(2)), "m.pth")
@@ -339,7 +339,7 @@ def test_u1_convert_names_copies_alone(tmp_path, monkeypatch):
     assert (torch.load("out.pth")["conv1.weight"] == 1).all()
 
 
-def test_u1_parametrized_weights_are_named_as_that(tmp_path):
+def test_parametrized_weights_are_named_as_that(tmp_path):
     net = ResNet(18, **SIZE)
     torch.nn.utils.parametrizations.weight_norm(net.layer1[1].conv1)
     torch.save(net.state_dict(), tmp_path / "m.pth")
@@ -348,7 +348,7 @@ def test_u1_parametrized_weights_are_named_as_that(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", [1, b"backbone.", ["backbone."]])
-def test_u1_a_prefix_is_text(tmp_path, prefix):
+def test_a_prefix_is_text(tmp_path, prefix):
     torch.save(tiny(1), tmp_path / "m.pth")
     with pytest.raises(TypeError, match="`prefix` must be"):
         load_checkpoint(ResNet(18, **SIZE), tmp_path / "m.pth", prefix=prefix)

@@ -185,13 +185,13 @@ class TestOut:
         Path("there").mkdir()
 
     @pytest.mark.parametrize("out", ["file", "file/inner", "file/inner/deeper"])
-    def test_u3_extract_refuses_a_file_for_its_folder(self, out):
+    def test_extract_refuses_a_file_for_its_folder(self, out):
         said = fails("extract", "small.yaml", "picture.png", "--out", out)
         assert said == "--out needs a folder, but 'file' is a file; give another one"
         assert Path("file").read_text() == "mine"
 
     @pytest.mark.parametrize("command", ["bench", "export"])
-    def test_u3_a_folder_is_refused_for_a_file_before_anything_is_computed(self, command):
+    def test_a_folder_is_refused_for_a_file_before_anything_is_computed(self, command):
         assert fails(command, "small.yaml", "--out", "there") == (
             "--out needs the name of a file, but 'there' is a folder"
         )
@@ -199,7 +199,7 @@ class TestOut:
             "--out needs an existing folder, but 'none' is none"
         )
 
-    def test_u3_train_refuses_a_file_for_its_folder(self):
+    def test_train_refuses_a_file_for_its_folder(self):
         Path("recipe.py").write_text("model = dict(type='Nothing')")
         said = fails("train", "recipe.py", "--work-dir", "file")
         assert said == "--work-dir needs a folder, but 'file' is a file; give another one"

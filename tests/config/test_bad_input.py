@@ -354,7 +354,7 @@ OTHER_CONVS = [
 
 @every_class
 @pytest.mark.parametrize("norm_cfg", OTHER_NORMS, ids=str)
-def test_u5_a_norm_that_cannot_run_is_refused(refused, case, norm_cfg):
+def test_a_norm_that_cannot_run_is_refused(refused, case, norm_cfg):
     with refused((TypeError, ValueError, KeyError), "norm_cfg"):
         CLASSES[case](**{**small(case), "norm_cfg": norm_cfg})
 
@@ -367,20 +367,20 @@ def test_eps_may_be_zero_where_batch_norms_stay_in_eval_mode(case):
 
 @every_class
 @pytest.mark.parametrize("more", [{}, {"track_running_stats": False}], ids=str)
-def test_u5_eps_of_a_batch_norm_that_trains_is_not_zero(refused, case, more):
+def test_eps_of_a_batch_norm_that_trains_is_not_zero(refused, case, more):
     """PyTorch refuses to train it; without statistics of its own it trains even in eval mode."""
     with refused(ValueError, "norm_cfg"):
         CLASSES[case](**{**small(case), "norm_eval": bool(more), "norm_cfg": {"type": "BN", "eps": 0, **more}})
 
 
-def test_u5_eps_of_a_neck_is_not_zero(refused):
+def test_eps_of_a_neck_is_not_zero(refused):
     with refused(ValueError, "norm_cfg"):
         FPN([8], 8, 1, norm_cfg={"type": "BN", "eps": 0})
 
 
 @every_class
 @pytest.mark.parametrize("conv_cfg", OTHER_CONVS, ids=str)
-def test_u5_a_convolution_that_cannot_run_is_refused(refused, case, conv_cfg):
+def test_a_convolution_that_cannot_run_is_refused(refused, case, conv_cfg):
     with refused((TypeError, ValueError, KeyError), ""):
         CLASSES[case](**{**small(case), "conv_cfg": conv_cfg})
 
@@ -399,26 +399,26 @@ NESTED = {  # each with a name that the error has
 
 
 @pytest.mark.parametrize("cfg", NESTED)
-def test_u5_a_plugin_that_cannot_run_is_refused(refused, cfg):
+def test_a_plugin_that_cannot_run_is_refused(refused, cfg):
     cfg, name = NESTED[cfg]
     with refused(ValueError, name):
         ResNet(18, base_channels=4, plugins=[{"cfg": cfg, "position": "after_conv1"}])
 
 
 @pytest.mark.parametrize("mode", ["gaussian", "embedded_gaussian", "dot_product"])
-def test_u5_a_plugin_that_cannot_be_initialized_is_refused(built_convs, mode):
+def test_a_plugin_that_cannot_be_initialized_is_refused(built_convs, mode):
     cfg = {"type": "NonLocal2d", "sub_sample": True, "mode": mode}
     with pytest.raises(ValueError, match="'sub_sample': True"):
         ResNet(18, base_channels=4, plugins=[{"cfg": cfg, "position": "after_conv1"}])
     assert all(conv.weight.is_meta for conv in built_convs)
 
 
-def test_u5_a_norm_in_a_convolution_is_checked(refused):
+def test_a_norm_in_a_convolution_is_checked(refused):
     with refused(ValueError, "`conv_cfg['norm_cfg']['eps']`"):
         ResNet(18, conv_cfg={"type": "mmcv.cnn.ConvModule", "norm_cfg": {"type": "BN", "eps": NAN}})
 
 
-def test_u5_a_process_group_is_one(refused):
+def test_a_process_group_is_one(refused):
     for wrong in ("x", 1, [0]):
         with refused(TypeError, "`norm_cfg['process_group']`"):
             ResNet(18, norm_cfg={"type": "SyncBN", "process_group": wrong})
@@ -435,13 +435,13 @@ OTHER_ACTIVATIONS = [
 
 
 @pytest.mark.parametrize("act_cfg", OTHER_ACTIVATIONS, ids=str)
-def test_u5_an_activation_that_cannot_run_is_refused(refused, act_cfg):
+def test_an_activation_that_cannot_run_is_refused(refused, act_cfg):
     with refused(ValueError, "`act_cfg"):
         FPN([4, 8], 4, 2, act_cfg=act_cfg)
 
 
 @pytest.mark.parametrize("act_cfg", [{"type": "PReLU", "num_parameters": 4}, {"type": "torch.nn.Softmax", "dim": 1}])
-def test_u5_an_activation_that_fits_the_channels_runs(act_cfg):
+def test_an_activation_that_fits_the_channels_runs(act_cfg):
     state = torch.get_rng_state()
     fpn = FPN([4], 4, 1, act_cfg=act_cfg)
     again = torch.get_rng_state()
@@ -453,7 +453,7 @@ def test_u5_an_activation_that_fits_the_channels_runs(act_cfg):
 
 @every_class
 @pytest.mark.parametrize("stages", [("False", "True"), (1, 0), (None, True), (float("nan"), True)], ids=str)
-def test_u5_stages_of_plugins_are_flags(refused, case, stages):
+def test_stages_of_plugins_are_flags(refused, case, stages):
     count = 3 if case == "TridentResNet" else 4
     plugins = [{"cfg": {"type": "SELayer"}, "position": "after_conv1", "stages": (stages * 2)[:count]}]
     with refused(TypeError, "`plugins[0]['stages'][0]` must be True or False"):
@@ -462,7 +462,7 @@ def test_u5_stages_of_plugins_are_flags(refused, case, stages):
 
 @every_class
 @pytest.mark.parametrize("depth", [Decimal(50), Fraction(50), 50.0, "50", True, None, [50], 10**30], ids=repr)
-def test_u5_a_depth_is_an_integer(refused, case, depth):
+def test_a_depth_is_an_integer(refused, case, depth):
     name = "arch" if case == "RegNet" else "depth"
     with refused((KeyError, TypeError), f"`{name}`"):
         CLASSES[case](**{name: depth})
@@ -484,13 +484,13 @@ INITIALIZERS = [
 
 @every_class
 @pytest.mark.parametrize("init_cfg", INITIALIZERS, ids=str)
-def test_u5_an_initializer_that_fails_is_refused(refused, case, init_cfg):
+def test_an_initializer_that_fails_is_refused(refused, case, init_cfg):
     with refused((TypeError, ValueError, KeyError), "`init_cfg"):
         CLASSES[case](**small(case), init_cfg=init_cfg)
 
 
 @every_class
-def test_u6_the_narrowest_net_runs_or_is_refused(refused, case):
+def test_the_narrowest_net_runs_or_is_refused(refused, case):
     if case == "RegNet":
         pytest.skip("its widths come from `arch`")
     for channels in (1, 2, 3):
@@ -504,7 +504,7 @@ def test_u6_the_narrowest_net_runs_or_is_refused(refused, case):
 
 
 @pytest.mark.parametrize("case", [case for case in CLASSES if "base_width" in parameters_of(CLASSES[case])[0]])
-def test_u6_a_group_of_one_channel_is_not_rounded_away(case):
+def test_a_group_of_one_channel_is_not_rounded_away(case):
     options = {"groups": 2, "base_channels": 49, "base_width": 1, "stem_channels": 16}  # 1 / 49 * 49 is below 1
     if case == "ResNeSt":
         options["radix"] = 1  # or its groups would have half a channel
@@ -513,7 +513,7 @@ def test_u6_a_group_of_one_channel_is_not_rounded_away(case):
 
 
 @pytest.mark.parametrize("block", [Bottleneck, Bottle2neck, SplitAttentionBottleneck])
-def test_u6_groups_without_channels_are_refused(refused, block):
+def test_groups_without_channels_are_refused(refused, block):
     with refused(ValueError, "`base_width` (=4) leaves no channels per group where `planes` is 8"):
         block(32, 8, groups=2, base_width=4, base_channels=64)
 
@@ -521,7 +521,7 @@ def test_u6_groups_without_channels_are_refused(refused, block):
 @every_class
 @pytest.mark.parametrize("name", ["base_channels", "in_channels", "stem_channels"])
 @pytest.mark.parametrize("channels", [60_000, 10**9, 10**30])
-def test_u5_what_no_memory_holds_is_refused(refused, case, name, channels):
+def test_what_no_memory_holds_is_refused(refused, case, name, channels):
     if case == "RegNet" and name == "base_channels":
         pytest.skip("it does nothing there")
     if channels == 60_000 and name != "base_channels":

@@ -211,7 +211,7 @@ def test_a_base_is_merged_dict_by_dict_and_the_last_word_wins(write):
     assert build_backbone(path).gn1.num_groups == 2
 
 
-def test_u3_delete_leaves_out_what_is_below(write):
+def test_delete_leaves_out_what_is_below(write):
     base = {"type": "ResNet", "depth": 18, "base_channels": 8, "norm_cfg": {"type": "SyncBN", "momentum": 0.5}}
     write("base.yaml", {"backbone": base, "source": "mine"})
 
@@ -248,13 +248,13 @@ def test_u3_delete_leaves_out_what_is_below(write):
         lambda: FPN([8], 8, 1, act_cfg={"type": "NoSuchNet"}),
     ],
 )
-def test_u3_a_key_error_is_shown_without_quotes(fail):
+def test_a_key_error_is_shown_without_quotes(fail):
     with pytest.raises(KeyError) as caught:
         fail()
     assert str(caught.value) == caught.value.args[0]
 
 
-def test_u3_an_error_inside_another_is_shown_without_quotes(write):
+def test_an_error_inside_another_is_shown_without_quotes(write):
     path = write("net.py", "from resbackbone import build_backbone\nraise KeyError('a `text` with it\\'s quotes')\n")
     with pytest.raises(ValueError, match=r"does not run: KeyError: a `text` with it's quotes$"):
         build_backbone(path)
@@ -352,7 +352,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("name", [*FOREIGN, *WEIGHTS])
 @pytest.mark.usefixtures("on_meta")
 @pytest.mark.filterwarnings("ignore:.*names weights")
-def test_u2_names_of_other_libraries_are_what_their_owners_mean(name):
+def test_names_of_other_libraries_are_what_their_owners_mean(name):
     config = (FOREIGN | WEIGHTS)[name]
     assert load_config(name).backbone == load_config(config).backbone
     assert load_config(name).about == load_config(config).about
@@ -376,13 +376,13 @@ def test_u2_names_of_other_libraries_are_what_their_owners_mean(name):
         "PResNet{}_vd",
     ],
 )
-def test_u2_names_of_paddle_and_rt_detr(name, depth):
+def test_names_of_paddle_and_rt_detr(name, depth):
     assert load_config(name.format(depth)) == load_config(f"rtdetr_r{depth}")
 
 
 @pytest.mark.parametrize("depth", [50, 101])
 @pytest.mark.usefixtures("on_meta")
-def test_u2_the_bottlenecks_of_rt_detr_are_resnet_d(depth):
+def test_the_bottlenecks_of_rt_detr_are_resnet_d(depth):
     """Whose first stage needs its projection anyway."""
     nets = [build_backbone(name) for name in (f"rtdetr_r{depth}", f"resnet{depth}_v1d")]
     assert str(nets[0]) == str(nets[1])
@@ -391,7 +391,7 @@ def test_u2_the_bottlenecks_of_rt_detr_are_resnet_d(depth):
     assert load_config("ResNet152_vd") == load_config("resnet152_v1d")
 
 
-def test_u2_a_name_in_the_catalog_brings_its_arguments():
+def test_a_name_in_the_catalog_brings_its_arguments():
     config = load_config("open-mmlab://jhu/resnet50_gn_ws").backbone
     assert config == {
         **load_config("resnet50").backbone,
@@ -402,14 +402,14 @@ def test_u2_a_name_in_the_catalog_brings_its_arguments():
 
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.usefixtures("on_meta")
-def test_u2_a_name_of_weights_alone_says_how_they_are_loaded(name):
+def test_a_name_of_weights_alone_says_how_they_are_loaded(name):
     with pytest.warns(UserWarning, match=f"names weights, but this builds the architecture alone.*checkpoint='{name}'"):
         build_backbone(name)
 
 
 @pytest.mark.parametrize("name", [name for name in FOREIGN if "/" not in name])
 @pytest.mark.parametrize("change", [str.upper, lambda name: name.replace("_", "-", 1) if "_" in name else name.title()])
-def test_u2_another_spelling_is_answered_with_the_right_one(name, change):
+def test_another_spelling_is_answered_with_the_right_one(name, change):
     if change(name).startswith(("tu-", "timm-", "TU-", "TIMM-")):
         pytest.skip("not a name but a prefix")
     with pytest.raises(KeyError) as caught:
@@ -456,7 +456,7 @@ def test_u2_another_spelling_is_answered_with_the_right_one(name, change):
         "timm/resnet51q.ra2_in1k",
     ],
 )
-def test_u2_no_guess_is_of_another_family_or_size(name):
+def test_no_guess_is_of_another_family_or_size(name):
     with pytest.raises(KeyError, match="unknown backbone") as caught:
         build_backbone(name)
     assert "did you mean" not in str(caught.value)
@@ -475,7 +475,7 @@ def test_u2_no_guess_is_of_another_family_or_size(name):
         ("resnext101_64", ["resnext101_64x4d"]),
     ],
 )
-def test_u2_guesses_share_family_and_numbers(name, guesses):
+def test_guesses_share_family_and_numbers(name, guesses):
     with pytest.raises(KeyError, match="did you mean") as caught:
         build_backbone(name)
     assert re.findall(r"'(\S+?)'", str(caught.value).split("did you mean")[1].split("?")[0]) == guesses
@@ -483,7 +483,7 @@ def test_u2_guesses_share_family_and_numbers(name, guesses):
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "regnety_400mf"])
-def test_u2_an_argument_of_another_library_is_answered_with_ours(built_convs, argument, name):
+def test_an_argument_of_another_library_is_answered_with_ours(built_convs, argument, name):
     ours = re.findall(r"`(\w+)`", ARGUMENTS[argument])
     with pytest.raises(TypeError, match=f"has no argument '{argument}'; ") as caught:
         build_backbone(name, **{argument: 1})
@@ -521,7 +521,7 @@ def test_u2_an_argument_of_another_library_is_answered_with_ours(built_convs, ar
         ("arch", "it is an argument of RegNet"),
     ],
 )
-def test_u2_an_argument_elsewhere_is_answered_with_ours_or_the_class(argument, answer):
+def test_an_argument_elsewhere_is_answered_with_ours_or_the_class(argument, answer):
     for build in (build_backbone, lambda config: build_backbone("resnet18", **config)):
         config = {argument: 1} if build is not build_backbone else {"type": "ResNet", "depth": 18, argument: 1}
         with pytest.raises(TypeError, match=f"ResNet has no argument '{argument}'; .*{answer}") as caught:
@@ -532,7 +532,7 @@ def test_u2_an_argument_elsewhere_is_answered_with_ours_or_the_class(argument, a
 @pytest.mark.parametrize(
     "argument", ["num_layers", "avg_pool", "out_strides", "data_format", "name", "kwargs", "self", "x", "stem"]
 )
-def test_u2_an_argument_that_is_near_to_none_is_answered_with_all(argument):
+def test_an_argument_that_is_near_to_none_is_answered_with_all(argument):
     with pytest.raises(
         TypeError, match=f"no argument '{argument}'; .*Known: avg_down, base_channels, .*zero_init"
     ) as e:
@@ -541,13 +541,13 @@ def test_u2_an_argument_that_is_near_to_none_is_answered_with_all(argument):
 
 
 @pytest.mark.parametrize(("argument", "guess"), [("dcnn", "dcn"), ("sytle", "style"), ("norm_evl", "norm_eval")])
-def test_u2_a_slip_of_the_fingers_is_guessed(argument, guess):
+def test_a_slip_of_the_fingers_is_guessed(argument, guess):
     with pytest.raises(TypeError, match=f"did you mean '{guess}'"):
         build_backbone("resnet18", **{argument: 1})
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_u2_pretrained_true_names_the_way(built_convs, given):
+def test_pretrained_true_names_the_way(built_convs, given):
     with pytest.raises(TypeError, match=rf"`pretrained` is a path.*got {given};.*checkpoint='timm/resnet"):
         build_backbone("resnet50", pretrained=given)
     assert not built_convs

@@ -89,7 +89,7 @@ def types_in(value):
 
 @every_case
 @pytest.mark.parametrize(("to_int", "to_list"), [*((item, ListConfig) for item in INTS.values())], ids=list(INTS))
-def test_r10_integers_and_lists_of_other_libraries_build_the_same_net(case, to_int, to_list):
+def test_integers_and_lists_of_other_libraries_build_the_same_net(case, to_int, to_list):
     arguments = arguments_of(case, out_indices=(0, 2), frozen_stages=1, in_channels=4)
     net = CLASSES[CASES[case][0]]
     foreign = spell(arguments, to_int, to_list, DictConfig)
@@ -106,7 +106,7 @@ def test_r10_integers_and_lists_of_other_libraries_build_the_same_net(case, to_i
 
 @pytest.mark.parametrize("to_list", LISTS.values(), ids=list(LISTS))
 @pytest.mark.parametrize("to_int", INTS.values(), ids=list(INTS))
-def test_r10_a_config_of_them_builds_and_so_does_a_neck(to_list, to_int):
+def test_a_config_of_them_builds_and_so_does_a_neck(to_list, to_int):
     config = {"type": "ResNet", "depth": 18, "base_channels": 8, "strides": (1, 2, 1, 1), "stage_blocks": (1, 1, 1, 1)}
     config["norm_cfg"] = {"type": "GN", "num_groups": 2}
     net = build_backbone(spell(config, to_int, to_list, DictConfig), out_indices=range(1, 4))
@@ -144,6 +144,6 @@ def test_r10_a_config_of_them_builds_and_so_does_a_neck(to_list, to_int):
         ("strides", np.ones(4)),
     ],
 )
-def test_r10_what_is_no_integer_or_no_list_is_refused(argument, wrong):
+def test_what_is_no_integer_or_no_list_is_refused(argument, wrong):
     with pytest.raises((TypeError, KeyError), match=f"`{argument}"):
         build_backbone({"type": "ResNet", "depth": 18, "base_channels": 8, argument: wrong})

@@ -29,7 +29,7 @@ every_entry_point = pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 
 @every_entry_point
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_s1_a_name_that_is_not_registered_is_neither_imported_nor_called(mark, entry_point, spelling):
+def test_a_name_that_is_not_registered_is_neither_imported_nor_called(mark, entry_point, spelling):
     with pytest.raises((KeyError, TypeError)) as caught:
         ENTRY_POINTS[entry_point](spelling)
     assert "Failed to get" not in str(caught.value)
@@ -37,7 +37,7 @@ def test_s1_a_name_that_is_not_registered_is_neither_imported_nor_called(mark, e
 
 @pytest.mark.parametrize("entry_point", [name for name in ENTRY_POINTS if "padding" not in name])  # not a `type`
 @pytest.mark.parametrize("wrong", [Path, len, dict, Path.touch, ConfigDict, 5, b"ReLU", ["ReLU"]])
-def test_s1_what_python_passes_must_be_a_class_of_layers(entry_point, wrong):
+def test_what_python_passes_must_be_a_class_of_layers(entry_point, wrong):
     with pytest.raises((KeyError, TypeError)):
         ENTRY_POINTS[entry_point](wrong)
 
@@ -71,7 +71,7 @@ def test_s1_what_python_passes_must_be_a_class_of_layers(entry_point, wrong):
         ("classifier's loss", "ResNet"),
     ],
 )
-def test_s1_a_registered_class_of_another_kind_is_refused(entry_point, wrong):
+def test_a_registered_class_of_another_kind_is_refused(entry_point, wrong):
     with pytest.raises(TypeError, match=r"`type` of an? .* must name an? "):
         ENTRY_POINTS[entry_point](wrong)
 
@@ -92,13 +92,13 @@ def test_s1_a_registered_class_of_another_kind_is_refused(entry_point, wrong):
         ("conv_cfg", nn.Conv2d),
     ],
 )
-def test_s1_dotted_paths_of_layers_and_classes_build(argument, path):
+def test_dotted_paths_of_layers_and_classes_build(argument, path):
     config = {**TINY, "type": path} if argument == "type" else {**TINY, argument: {"type": path}}
     for build in (build_backbone, MODELS.build):
         assert isinstance(build(config), ResNet)
 
 
-def test_s1_the_path_of_a_registered_class_builds_and_that_of_its_neighbor_does_not(registry):
+def test_the_path_of_a_registered_class_builds_and_that_of_its_neighbor_does_not(registry):
     class Mine(nn.BatchNorm2d):
         pass
 
@@ -115,19 +115,19 @@ def test_s1_the_path_of_a_registered_class_builds_and_that_of_its_neighbor_does_
         build(f"{__name__}.Other")
 
 
-def test_s1_a_default_scope_is_looked_in_and_never_imported(mark):
+def test_a_default_scope_is_looked_in_and_never_imported(mark):
     with DefaultScope.overwrite_default_scope(EVIL), pytest.raises(KeyError, match="unknown norm type 'Nowhere'"):
         ENTRY_POINTS["norm_cfg"]("Nowhere")
 
 
-def test_s1_mmengines_own_lookups_are_what_they_were_outside(tmp_path):
+def test_mmengines_own_lookups_are_what_they_were_outside(tmp_path):
     ENTRY_POINTS["norm in mmcv's plugin"]("BN")
     with evil_module(tmp_path) as mark:
         assert isinstance(ROOT_MODELS.build({"type": f"{EVIL}.Layer"}), nn.Module)  # the host's own business
         assert mark.exists()
 
 
-def test_s1_what_is_imported_is_said_by_whoever_builds(tmp_path, monkeypatch):
+def test_what_is_imported_is_said_by_whoever_builds(tmp_path, monkeypatch):
     (tmp_path / "a_variant.py").write_text(
         "from resbackbone import MODELS, ResNet\n"
         "@MODELS.register_module()\nclass Variant(ResNet):\n    pass\n"
@@ -155,7 +155,7 @@ def test_s1_what_is_imported_is_said_by_whoever_builds(tmp_path, monkeypatch):
         ([5], TypeError, "`imports` must be a list of module names"),
     ],
 )
-def test_s1_imports_are_modules_that_are_there(imports, error, words):
+def test_imports_are_modules_that_are_there(imports, error, words):
     with pytest.raises(error, match=words):
         build_backbone(TINY, imports=imports)
 
@@ -193,7 +193,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("entry_point", YAML_ENTRY_POINTS)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_s1_no_command_runs_what_a_yaml_names(mark, entry_point, command):
+def test_no_command_runs_what_a_yaml_names(mark, entry_point, command):
     for spelling in ("os.system", f"{EVIL}.Layer", EVIL):
         Path("net.yaml").write_text(yaml.safe_dump(YAML_ENTRY_POINTS[entry_point](spelling)))
         Path("over.yaml").write_text("_base_: net.yaml\n")
@@ -207,7 +207,7 @@ def test_s1_no_command_runs_what_a_yaml_names(mark, entry_point, command):
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_s1_custom_imports_in_a_yaml_are_refused_with_the_right_way(mark, command):
+def test_custom_imports_in_a_yaml_are_refused_with_the_right_way(mark, command):
     config = {**TINY, "custom_imports": {"imports": [EVIL], "allow_failed_imports": False}}
     Path("net.yaml").write_text(yaml.safe_dump(config))
     Path("base.yaml").write_text(yaml.safe_dump({"custom_imports": EVIL}))
@@ -221,7 +221,7 @@ def test_s1_custom_imports_in_a_yaml_are_refused_with_the_right_way(mark, comman
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("command", [("train", "net.yaml"), ("test", "net.yaml", "weights.pth")], ids=lambda c: c[0])
 @pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
-def test_s1_a_training_config_that_is_data_is_refused(mark, command, suffix):
+def test_a_training_config_that_is_data_is_refused(mark, command, suffix):
     content = {"custom_imports": {"imports": [EVIL]}, "model": {"type": f"{EVIL}.call"}, "work_dir": "out"}
     Path("net").with_suffix(suffix).write_text(yaml.safe_dump(content))
     said = fails(*(argument.replace(".yaml", suffix) for argument in command))
@@ -230,7 +230,7 @@ def test_s1_a_training_config_that_is_data_is_refused(mark, command, suffix):
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_s1_import_names_a_module_of_the_current_folder(monkeypatch, command):
+def test_import_names_a_module_of_the_current_folder(monkeypatch, command):
     Path("my_variant.py").write_text(
         "from resbackbone import MODELS, ResNet\n@MODELS.register_module()\nclass Mine(ResNet):\n    pass\n"
     )
@@ -249,7 +249,7 @@ def test_s1_import_names_a_module_of_the_current_folder(monkeypatch, command):
         sys.modules.pop("my_variant", None)
 
 
-def test_s1_an_installed_plugin_registers_types(tmp_path, monkeypatch):
+def test_an_installed_plugin_registers_types(tmp_path, monkeypatch):
     (tmp_path / "a_plugin.py").write_text(
         "from resbackbone import MODELS, ResNet\n@MODELS.register_module()\nclass Plugged(ResNet):\n    pass\n"
     )
@@ -280,14 +280,14 @@ def test_s1_an_installed_plugin_registers_types(tmp_path, monkeypatch):
     ],
     ids=["billion laughs", "list in itself", "dict in itself", "deep", "long"],
 )
-def test_s1_a_small_yaml_stands_for_no_endless_config(tmp_path, text):
+def test_a_small_yaml_stands_for_no_endless_config(tmp_path, text):
     path = tmp_path / "net.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match="not valid YAML of plain values"):
         build_backbone(path)
 
 
-def test_s1_a_dict_that_is_built_names_no_program(folder):
+def test_a_dict_that_is_built_names_no_program(folder):
     Path("net.py").write_text(
         "import pathlib\npathlib.Path('mark').touch()\nbackbone = dict(type='ResNet', depth=18)\n"
     )

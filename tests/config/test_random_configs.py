@@ -11,7 +11,7 @@ COUNT, CHUNK = 320, 20
 
 
 @pytest.mark.parametrize("first", range(0, COUNT, CHUNK))
-def test_u5_u6_a_random_config_is_built_and_runs_or_is_refused_naming_the_argument(first):
+def test_a_random_config_is_built_and_runs_or_is_refused_naming_the_argument(first):
     findings = []
     for seed in range(first, first + CHUNK):
         drawn = draw(seed)

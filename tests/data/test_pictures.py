@@ -340,7 +340,7 @@ def found_in(folder):
     return [str(name) for name in found.values()], {path.name: reason for path, reason in skipped.items()}
 
 
-def test_w5_links_to_folders_and_files_are_followed(tmp_path):
+def test_links_to_folders_and_files_are_followed(tmp_path):
     touch(tmp_path / "far/x.png", tmp_path / "far/deep/y.png", tmp_path / "in/a.png")
     (tmp_path / "in/linked").symlink_to(tmp_path / "far")
     (tmp_path / "in/z.png").symlink_to(tmp_path / "far/x.png")
@@ -351,7 +351,7 @@ def test_w5_links_to_folders_and_files_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize("target", [".", "in", "in/own", "/", "elsewhere"])
-def test_w5_loops_end_and_no_folder_is_searched_twice(tmp_path, target):
+def test_loops_end_and_no_folder_is_searched_twice(tmp_path, target):
     touch(tmp_path / "in/own/a.png", tmp_path / "b.png", tmp_path / "elsewhere/c.png")
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "in")
     (tmp_path / "in/a_link").symlink_to(tmp_path / target if target != "/" else "/")
@@ -360,7 +360,7 @@ def test_w5_loops_end_and_no_folder_is_searched_twice(tmp_path, target):
     assert found_in(tmp_path / "in") == ([*names, "own/a.png"], {})
 
 
-def test_w5_links_to_themselves_and_to_nothing_are_named(tmp_path):
+def test_links_to_themselves_and_to_nothing_are_named(tmp_path):
     touch(tmp_path / "in/a.png")
     (tmp_path / "in/b.png").symlink_to("gone.png")
     (tmp_path / "in/folder").symlink_to(tmp_path / "gone")
@@ -371,13 +371,13 @@ def test_w5_links_to_themselves_and_to_nothing_are_named(tmp_path):
         find_pictures([tmp_path / "in"])
 
 
-def test_w5_a_folder_reached_by_two_paths_counts_once(tmp_path):
+def test_a_folder_reached_by_two_paths_counts_once(tmp_path):
     touch(tmp_path / "in/a.png")
     (tmp_path / "also").symlink_to("in")
     assert len(find_pictures([tmp_path / "in", tmp_path / "also", tmp_path / "also/a.png"])) == 1
 
 
-def test_w5_results_behind_a_link_are_left_out(tmp_path):
+def test_results_behind_a_link_are_left_out(tmp_path):
     touch(tmp_path / "in/a.png", tmp_path / "out/a.png/pyramid.png")
     (tmp_path / "in/results").symlink_to(tmp_path / "out")
     assert list(find_pictures([tmp_path / "in"], exclude=tmp_path / "out")) == [tmp_path / "in/a.png"]
@@ -391,7 +391,7 @@ PILLOWS = [
 
 @pytest.mark.parametrize("suffix", PILLOWS)
 @pytest.mark.parametrize("case", [str.lower, str.upper])
-def test_w9_what_pillow_reads_is_found_and_read(tmp_path, suffix, case):
+def test_what_pillow_reads_is_found_and_read(tmp_path, suffix, case):
     path = tmp_path / f"a{case(suffix)}"
     picture = Image.radial_gradient("L").convert("1" if suffix == ".pbm" else "L" if suffix == ".pgm" else "RGB")
     picture.save(path, readable_suffixes()[suffix])
@@ -400,7 +400,7 @@ def test_w9_what_pillow_reads_is_found_and_read(tmp_path, suffix, case):
 
 
 @pytest.mark.parametrize("suffix", [".heic", ".HEIF", ".jxl", ".psd", ".svg", ".eps", ".cr2", ".ico", ".wmf", ".emf"])
-def test_w9_other_pictures_are_counted_and_named(tmp_path, suffix):
+def test_other_pictures_are_counted_and_named(tmp_path, suffix):
     assert suffix.lower() not in readable_suffixes()
     touch(tmp_path / "in/a.png", tmp_path / f"in/b{suffix}", tmp_path / f"in/c{suffix}")
     names, skipped = found_in(tmp_path / "in")
@@ -414,7 +414,7 @@ def test_w9_other_pictures_are_counted_and_named(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".avif", ".webp", ".jp2"])
-def test_w9_what_this_pillow_lacks_is_named(tmp_path, monkeypatch, suffix):
+def test_what_this_pillow_lacks_is_named(tmp_path, monkeypatch, suffix):
     touch(tmp_path / "in/a.png", tmp_path / f"in/b{suffix}")
     monkeypatch.setattr("resbackbone.data.pictures.features.check", lambda feature: False)
     _load_plugins.cache_clear()
@@ -425,7 +425,7 @@ def test_w9_what_this_pillow_lacks_is_named(tmp_path, monkeypatch, suffix):
         _load_plugins.cache_clear()
 
 
-def test_w9_a_plugin_for_heif_is_used_where_it_is_installed(tmp_path, monkeypatch):
+def test_a_plugin_for_heif_is_used_where_it_is_installed(tmp_path, monkeypatch):
     def register_heif_opener():
         Image.register_open("HEIF", lambda file, name: Image.open(file), lambda prefix: prefix[4:8] == b"ftyp")
         Image.register_extension("HEIF", ".heic")
@@ -441,7 +441,7 @@ def test_w9_a_plugin_for_heif_is_used_where_it_is_installed(tmp_path, monkeypatc
         _load_plugins.cache_clear()
 
 
-def test_w9_files_that_are_no_pictures_are_passed_over(tmp_path):
+def test_files_that_are_no_pictures_are_passed_over(tmp_path):
     touch(*(tmp_path / "in" / name for name in ("a.png", "Thumbs.db", "notes.txt", ".DS_Store", "._a.png", "labels")))
     assert found_in(tmp_path / "in") == (["a.png"], {})
     (tmp_path / "in/a.png").unlink()

@@ -162,7 +162,7 @@ class TestExtract:
         [b"a\nb.png", b"a\rb\tc.png", b"\x1b[2Ja.png", b"caf\xe9.png", b"x" * 251 + b".png", b"\xe2\x80\xa8.png"],
         ids=["line break", "carriage return", "escape", "no UTF-8", "long", "line separator"],
     )
-    def test_u9_names_of_all_kinds(self, folder, name):
+    def test_names_of_all_kinds(self, folder, name):
         path = Path(os.fsdecode(name))
         make_picture("a.png").rename(path)
         result = run("extract", "small.yaml", path, "--out", "out")
@@ -176,7 +176,7 @@ class TestExtract:
         assert said.startswith("skipped: cannot read picture '")
         assert said.count("\n") == 2
 
-    def test_w5_w9_links_are_followed_and_what_is_left_out_is_named(self, folder):
+    def test_links_are_followed_and_what_is_left_out_is_named(self, folder):
         make_picture("far/deep/a.ppm")
         make_picture("in/b.avif" if ".avif" in readable_suffixes() else "in/b.PNG")
         Path("in/linked").symlink_to(folder / "far")

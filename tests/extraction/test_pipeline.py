@@ -67,7 +67,7 @@ class TestBackend:
         run(*arguments, "--backend", "plain", "--out", "plain")
         assert_alike("fast/a.png", "plain/a.png")
 
-    def test_u3_float16_on_a_cpu_is_refused_before_work_starts(self):
+    def test_float16_on_a_cpu_is_refused_before_work_starts(self):
         arguments = ("extract", "small.yaml", "a.png", "--out", "half", "--dtype", "float16")
         for backend in ((), ("--backend", "auto"), ("--backend", "eager"), ("--backend", "onednn")):
             assert fails(*arguments, *backend).startswith("`dtype` float16 is not for CPUs; use float32 or bfloat16")

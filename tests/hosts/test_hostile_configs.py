@@ -13,7 +13,7 @@ HOSTS = [host for host in ("mmdet", "mmseg", "mmpretrain") if find_spec(host)]
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
-def test_s1_a_name_that_is_not_registered_is_neither_imported_nor_called(tmp_path, host, entry_point):
+def test_a_name_that_is_not_registered_is_neither_imported_nor_called(tmp_path, host, entry_point):
     spellings = (*SPELLINGS, f"{host}.{EVIL}.Layer", f"{host}.registry.os.system", f"{host}.registry.MODELS.build")
     with evil_module(tmp_path) as mark, DefaultScope.overwrite_default_scope(host):
         for spelling in spellings:
@@ -24,7 +24,7 @@ def test_s1_a_name_that_is_not_registered_is_neither_imported_nor_called(tmp_pat
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("path", ["{}.ResNet", "{}.models.backbones.resnet.ResNet"])
-def test_s1_a_hosts_backbone_is_found_by_scope_and_path_and_no_other_class_is(host, path):
+def test_a_hosts_backbone_is_found_by_scope_and_path_and_no_other_class_is(host, path):
     arguments = {"depth": 18, "in_channels": 3}
     net = build_backbone({"type": path.format(host), **arguments})
     assert type(net).__module__ == f"{host}.models.backbones.resnet"

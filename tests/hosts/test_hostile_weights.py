@@ -28,14 +28,14 @@ def payload(tmp_path):
 
 @pytest.mark.parametrize("spelling", PRETRAINED_CONFIGS)
 @pytest.mark.parametrize("module", MODULES)
-def test_s2_our_modules_run_nothing_whatever_the_loader_of_the_stack_does(payload, module, spelling):
+def test_our_modules_run_nothing_whatever_the_loader_of_the_stack_does(payload, module, spelling):
     with pytest.raises(ValueError):  # noqa: PT011  # in various words
         MODULES[module](PRETRAINED_CONFIGS[spelling](payload)).init_weights()
 
 
 @pytest.mark.parametrize("spelling", PRETRAINED_CONFIGS)
 @pytest.mark.parametrize("host", HOSTS)
-def test_s2_in_the_registry_of_a_host(payload, host, spelling):
+def test_in_the_registry_of_a_host(payload, host, spelling):
     __import__(f"resbackbone.integrations.{host}")
     registry = __import__(f"{host}.registry", fromlist=["MODELS"]).MODELS
     fpn = {"in_channels": [4, 8], "out_channels": 4, "num_outs": 2}
@@ -49,7 +49,7 @@ def test_s2_in_the_registry_of_a_host(payload, host, spelling):
 
 @pytest.mark.skipif("mmdet" not in HOSTS, reason="mmdet is not installed")
 @pytest.mark.parametrize("spelling", ["mmengine.Pretrained", "class", "list"])
-def test_s2_in_a_whole_detector(payload, spelling):
+def test_in_a_whole_detector(payload, spelling):
     from mmdet.registry import MODELS
 
     import resbackbone.integrations.mmdet  # noqa: F401
@@ -63,7 +63,7 @@ def test_s2_in_a_whole_detector(payload, spelling):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_s1_initializers_in_the_registry_of_a_host(tmp_path, host):
+def test_initializers_in_the_registry_of_a_host(tmp_path, host):
     __import__(f"resbackbone.integrations.{host}")
     registry = __import__(f"{host}.registry", fromlist=["MODELS"]).MODELS
     with evil_module(tmp_path) as mark, DefaultScope.overwrite_default_scope(host):
@@ -89,7 +89,7 @@ def third_party(host, name):
 
 
 @pytest.mark.parametrize(("host", "name"), CLASSES)
-def test_s1_an_initializer_of_a_hosts_backbone_is_refused_before_it_is_built(tmp_path, third_party):
+def test_an_initializer_of_a_hosts_backbone_is_refused_before_it_is_built(tmp_path, third_party):
     with evil_module(tmp_path) as mark:
         for spelling in (f"{EVIL}.Layer", "os.system", "torch.load"):
             for init_cfg in ({"type": spelling}, [{"type": "Constant", "val": 0}, {"type": spelling}]):
@@ -101,7 +101,7 @@ def test_s1_an_initializer_of_a_hosts_backbone_is_refused_before_it_is_built(tmp
 
 @pytest.mark.parametrize("build", [build_backbone, MODELS.build])
 @pytest.mark.parametrize(("host", "name"), CLASSES)
-def test_s2_a_hosts_backbone_runs_nothing_of_a_file(payload, third_party, build):
+def test_a_hosts_backbone_runs_nothing_of_a_file(payload, third_party, build):
     for given in ({"init_cfg": {"type": "Pretrained", "checkpoint": payload}}, {"pretrained": payload}):
         # Some pass over what does not fit, and warn of the old spelling.
         with contextlib.suppress(ValueError, TypeError), warnings.catch_warnings():
@@ -110,7 +110,7 @@ def test_s2_a_hosts_backbone_runs_nothing_of_a_file(payload, third_party, build)
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_u8_the_log_of_a_run_says_whose_types_they_are(host, run_python, tmp_path):
+def test_the_log_of_a_run_says_whose_types_they_are(host, run_python, tmp_path):
     found = run_python(f"""
 import warnings; warnings.simplefilter("ignore")
 import resbackbone.integrations.{host}

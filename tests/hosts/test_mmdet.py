@@ -360,7 +360,7 @@ def test_our_config_is_the_hosts_recipe(native_class, data, train_step):
 
 
 @torch.no_grad()
-def test_r12_a_detectors_backbone_and_neck_are_exported(tmp_path):
+def test_a_detectors_backbone_and_neck_are_exported(tmp_path):
     config = host_config()
     config.model.backbone.update(depth=18, base_channels=8)
     config.model.neck.in_channels = [8, 16, 32, 64]

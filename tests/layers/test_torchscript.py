@@ -32,12 +32,12 @@ def assert_refused(model, name):
 
 
 @every_class
-def test_r13_scripting_a_backbone_is_refused(case):
+def test_scripting_a_backbone_is_refused(case):
     net = make(case)
     assert_refused(net, type(net).__name__)
 
 
-def test_r13_scripting_what_holds_one_is_refused(net, images):
+def test_scripting_what_holds_one_is_refused(net, images):
     fpn = FPN(net.out_channels, 8, num_outs=5)
     assert_refused(nn.Sequential(net, fpn), "ResNet")
     assert_refused(fpn, "FPN")
@@ -49,7 +49,7 @@ def test_r13_scripting_what_holds_one_is_refused(net, images):
 
 
 @pytest.mark.parametrize("backend", ["onednn", "eager"])
-def test_r13_an_optimized_net_is_traced(net, images, backend):
+def test_an_optimized_net_is_traced(net, images, backend):
     model = nn.Sequential(net, FPN(net.out_channels, 8, num_outs=5)).eval()
     fast = optimize(model, backend=backend)
     traced = torch.jit.trace(fast, images)
@@ -58,6 +58,6 @@ def test_r13_an_optimized_net_is_traced(net, images, backend):
             torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_r13_tracing_a_quantized_net_is_refused(net, images):
+def test_tracing_a_quantized_net_is_refused(net, images):
     with pytest.raises(TypeError, match=r"torch\.jit\.trace cannot record a quantized net"):
         torch.jit.trace(quantize(net, images), images)

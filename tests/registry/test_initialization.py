@@ -42,13 +42,13 @@ def payload(request, tmp_path):
 
 @every_module
 @every_pretrained_config
-def test_s2_no_spelling_of_pretrained_runs_what_a_file_holds(payload, module, spelling):
+def test_no_spelling_of_pretrained_runs_what_a_file_holds(payload, module, spelling):
     net = MODULES[module](PRETRAINED_CONFIGS[spelling](payload))
     with pytest.raises(ValueError):  # noqa: PT011  # in various words
         net.init_weights()
 
 
-def test_s2_pretrained_in_an_override_and_by_its_old_spelling(payload):
+def test_pretrained_in_an_override_and_by_its_old_spelling(payload):
     override = {"type": "Constant", "val": 1, "layer": "Conv2d", "override": {"name": "conv1"}}
     entry_points = [
         {**override, "override": {"name": "layer1", "type": "Pretrained", "checkpoint": payload}},
@@ -67,7 +67,7 @@ def test_s2_pretrained_in_an_override_and_by_its_old_spelling(payload):
 
 @every_module
 @every_pretrained_config
-def test_s2_an_empty_file_is_an_error(tmp_path, module, spelling):
+def test_an_empty_file_is_an_error(tmp_path, module, spelling):
     torch.save({}, tmp_path / "empty.pth")
     net = MODULES[module](PRETRAINED_CONFIGS[spelling](str(tmp_path / "empty.pth")))
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -79,7 +79,7 @@ def test_s2_an_empty_file_is_an_error(tmp_path, module, spelling):
 @pytest.mark.parametrize("prefix", ["", "neck.", "state_dict.", "state_dict.neck."])
 @pytest.mark.parametrize("named", [False, True])
 @every_pretrained_config
-def test_s2_a_neck_loads_its_own_weights(tmp_path, prefix, named, spelling):
+def test_a_neck_loads_its_own_weights(tmp_path, prefix, named, spelling):
     torch.manual_seed(1)
     weights = {key: torch.randn_like(value) for key, value in fpn(None).state_dict().items()}
     inner = prefix.removeprefix("state_dict.")
@@ -99,7 +99,7 @@ def test_s2_a_neck_loads_its_own_weights(tmp_path, prefix, named, spelling):
     assert repr(net.init_cfg) == given
 
 
-def test_s2_a_neck_refuses_what_does_not_fit(tmp_path):
+def test_a_neck_refuses_what_does_not_fit(tmp_path):
     weights = fpn(None).state_dict()
     file = tmp_path / "neck.pth"
     for change in (
@@ -120,7 +120,7 @@ def test_s2_a_neck_refuses_what_does_not_fit(tmp_path):
     fpn({"type": "Pretrained", "checkpoint": str(file), "prefix": "b."}).init_weights()
 
 
-def test_s2_a_plugin_of_mmengines_kind_loads_its_own_weights(tmp_path):
+def test_a_plugin_of_mmengines_kind_loads_its_own_weights(tmp_path):
     weights = {"conv.weight": torch.full((4, 4, 1, 1), 2.0), "conv.bias": torch.full((4,), 3.0)}
     torch.save(weights, tmp_path / "plugin.pth")
     init_cfg = {"type": "mmengine.Pretrained", "checkpoint": str(tmp_path / "plugin.pth")}
@@ -150,7 +150,7 @@ NO_INITIALIZERS = (*SPELLINGS, "torch.nn.Conv2d", "mmengine.runner.Runner", "ReL
 
 @pytest.mark.parametrize("place", ["type", "scope", "override", "list"])
 @every_module
-def test_s1_initializers_are_found_and_never_imported(mark, module, place):
+def test_initializers_are_found_and_never_imported(mark, module, place):
     for spelling in NO_INITIALIZERS:
         init_cfg = {
             "type": {"type": spelling, "layer": "Conv2d"},
@@ -163,12 +163,12 @@ def test_s1_initializers_are_found_and_never_imported(mark, module, place):
 
 
 @pytest.mark.parametrize("wrong", [5, None, Path, len, dict, nn.ReLU.forward, b"Constant", ["Constant"]])
-def test_s1_what_is_no_initializer_is_refused(wrong):
+def test_what_is_no_initializer_is_refused(wrong):
     with pytest.raises((KeyError, TypeError)):
         fpn({"type": wrong, "layer": "Conv2d"}).init_weights()
 
 
-def test_s1_initializers_of_mmengine_and_of_users_work(monkeypatch):
+def test_initializers_of_mmengine_and_of_users_work(monkeypatch):
     class Sevens:
         def __call__(self, module):
             for parameter in module.parameters():
@@ -215,7 +215,7 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("wrong", BAD)
-def test_r2_initializers_that_cannot_draw_are_refused_before_anything_is_built(wrong, place, monkeypatch):
+def test_initializers_that_cannot_draw_are_refused_before_anything_is_built(wrong, place, monkeypatch):
     cfg, named = BAD[wrong]
     init_cfg = PLACES[place](cfg)
     monkeypatch.setattr(nn.BatchNorm2d, "__init__", lambda *args, **kwargs: pytest.fail("something was built"))
@@ -273,7 +273,7 @@ def test_a_checkpoint_is_loaded_by_an_initializer_of_any_name(tmp_path, monkeypa
         fpn({"type": "Weights", "checkpoint": "a.pth", "strict": False})
 
 
-def test_s2_what_pretrained_takes(tmp_path):
+def test_what_pretrained_takes(tmp_path):
     for wrong in ({}, {"checkpoint": "x.pth", "strict": False}):
         with pytest.raises(TypeError, match="takes `checkpoint`, `prefix`"):
             fpn({"type": "Pretrained", **wrong}).init_weights()
@@ -288,7 +288,7 @@ def without_runner(monkeypatch):
 
 
 @pytest.mark.usefixtures("without_runner")
-def test_u8_one_line_says_which_weights_were_loaded(tmp_path, caplog):
+def test_one_line_says_which_weights_were_loaded(tmp_path, caplog):
     net = ResNet(18, base_channels=4)
     torch.save({"backbone": net.state_dict(), "head": {"weight": torch.ones(1)}}, tmp_path / "r18.pth")
     init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "r18.pth")}
@@ -301,7 +301,7 @@ def test_u8_one_line_says_which_weights_were_loaded(tmp_path, caplog):
 
 
 @pytest.mark.usefixtures("without_runner")
-def test_u8_the_line_is_in_the_log_of_the_run(tmp_path):
+def test_the_line_is_in_the_log_of_the_run(tmp_path):
     log = MMLogger.get_instance("run", logger_name="run", log_file=str(tmp_path / "run.log"), log_level="INFO")
     torch.save(ResNet(18, base_channels=4).state_dict(), tmp_path / "r18.pth")
     logs.log_info_later("said before")
@@ -314,7 +314,7 @@ def test_u8_the_line_is_in_the_log_of_the_run(tmp_path):
 
 
 @pytest.mark.usefixtures("without_runner")
-def test_u8_no_line_from_other_processes(tmp_path, caplog, monkeypatch):
+def test_no_line_from_other_processes(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     torch.save(fpn(None).state_dict(), tmp_path / "fpn.pth")
@@ -346,7 +346,7 @@ THIRD_PARTY = {
 
 @pytest.mark.parametrize("place", ["type", "list", "override", "scope"])
 @pytest.mark.parametrize("module", THIRD_PARTY)
-def test_s1_an_initializer_of_a_third_party_module_is_refused_before_it_is_built(mark, module, place):
+def test_an_initializer_of_a_third_party_module_is_refused_before_it_is_built(mark, module, place):
     for spelling in NO_INITIALIZERS:
         init_cfg = {
             "type": {"type": spelling, "layer": "Conv2d"},
@@ -359,7 +359,7 @@ def test_s1_an_initializer_of_a_third_party_module_is_refused_before_it_is_built
         assert not mark.exists()
 
 
-def test_s1_an_initializer_that_a_third_party_class_chooses_is_looked_up_when_it_is_built(mark):
+def test_an_initializer_that_a_third_party_class_chooses_is_looked_up_when_it_is_built(mark):
     class Chosen(BaseModule):
         def __init__(self):
             super().__init__({"type": f"{EVIL}.Layer"})
@@ -370,21 +370,21 @@ def test_s1_an_initializer_that_a_third_party_class_chooses_is_looked_up_when_it
 
 @every_pretrained_config
 @pytest.mark.parametrize("module", ["module", "module list", "class of a user", "what is in such a class"])
-def test_s2_a_third_party_module_that_we_build_runs_nothing_of_a_file(payload, module, spelling):
+def test_a_third_party_module_that_we_build_runs_nothing_of_a_file(payload, module, spelling):
     net = MODELS.build(THIRD_PARTY[module](PRETRAINED_CONFIGS[spelling](payload)))
     for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), net):
         with pytest.raises(ValueError):  # noqa: PT011  # in various words
             copied.init_weights()
 
 
-def test_s2_a_third_party_module_within_another_ones_runs_nothing_of_a_file(payload):
+def test_a_third_party_module_within_another_ones_runs_nothing_of_a_file(payload):
     for outer in (mmengine.model.Sequential(), mmengine.model.ModuleList()):
         outer.append(MODELS.build(THIRD_PARTY["module"]({"type": "Pretrained", "checkpoint": payload})))
         with pytest.raises(ValueError):  # noqa: PT011
             outer.init_weights()
 
 
-def test_s2_a_third_party_class_that_reads_a_file_itself_reads_it_as_we_do(payload):
+def test_a_third_party_class_that_reads_a_file_itself_reads_it_as_we_do(payload):
     class Reading(BaseModule):
         def init_weights(self):
             for read in (CheckpointLoader.load_checkpoint, partial(load_checkpoint, self)):
@@ -398,7 +398,7 @@ def test_s2_a_third_party_class_that_reads_a_file_itself_reads_it_as_we_do(paylo
     MODELS.build({"type": Reading, "init_cfg": {"type": "Constant", "val": 0}}).init_weights()
 
 
-def test_s2_weights_of_a_third_party_module_load(tmp_path):
+def test_weights_of_a_third_party_module_load(tmp_path):
     config = {"type": ThirdPartyPlugin, "in_channels": 4}
     given = MODELS.build(config)
     torch.save(given.state_dict(), tmp_path / "plugin.pth")
@@ -409,7 +409,7 @@ def test_s2_weights_of_a_third_party_module_load(tmp_path):
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in given.state_dict().items())
 
 
-def test_s2_initializers_of_a_third_party_module_give_mmengines_numbers():
+def test_initializers_of_a_third_party_module_give_mmengines_numbers():
     init_cfg = [{"type": "Normal", "layer": "Conv2d", "std": 3}, {"type": "Constant", "layer": "ReLU", "val": 2}]
     states = []
     for net in (

@@ -24,7 +24,7 @@ FULL = os.strerror(errno.EFBIG)  # what the system says where a full disk has EN
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_u7_convert_on_a_full_disk_is_one_line_and_leaves_the_earlier_file(folder, suffix):
+def test_convert_on_a_full_disk_is_one_line_and_leaves_the_earlier_file(folder, suffix):
     torch.save(build_backbone(SMALL).state_dict(), "small.pth")
     target = Path(f"out/converted{suffix}")
     target.parent.mkdir()
@@ -38,7 +38,7 @@ def test_u7_convert_on_a_full_disk_is_one_line_and_leaves_the_earlier_file(folde
 
 
 @pytest.mark.parametrize("file_format", ["npy", "safetensors"])
-def test_u7_extract_on_a_full_disk_names_the_picture(folder, file_format):
+def test_extract_on_a_full_disk_names_the_picture(folder, file_format):
     make_picture("a.png", size=(300, 300))
     with file_size_limit(5000):
         said = run("extract", "small.yaml", "a.png", "--out", "out", "--format", file_format, status=1).stderr
@@ -47,7 +47,7 @@ def test_u7_extract_on_a_full_disk_names_the_picture(folder, file_format):
 
 
 @pytest.mark.parametrize("to", ["torch-export", "onnx"])
-def test_u7_export_on_a_file_size_limit(tmp_path, to):
+def test_export_on_a_file_size_limit(tmp_path, to):
     if to == "onnx":
         pytest.importorskip("onnxruntime")
     path = tmp_path / ("net.onnx" if to == "onnx" else "net.pt2")
@@ -74,7 +74,7 @@ def in_another_process(function, *arguments):
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "other.npz"])
-def test_u7_what_a_killed_process_left_is_deleted_by_the_next_write_in_the_folder(tmp_path, name):
+def test_what_a_killed_process_left_is_deleted_by_the_next_write_in_the_folder(tmp_path, name):
     process = in_another_process(write_and_die, tmp_path / "weights.pth")
     process.start()
     process.join()
@@ -92,7 +92,7 @@ def write_slowly(path, begun, go_on):
         go_on.wait(30)
 
 
-def test_u7_what_another_process_is_writing_is_left_alone(tmp_path):
+def test_what_another_process_is_writing_is_left_alone(tmp_path):
     context = multiprocessing.get_context("fork")
     begun, go_on = context.Event(), context.Event()
     process = in_another_process(write_slowly, tmp_path / "weights.pth", begun, go_on)
@@ -108,7 +108,7 @@ def test_u7_what_another_process_is_writing_is_left_alone(tmp_path):
     assert written(tmp_path) == ["weights.pth"]
 
 
-def test_u7_two_extractions_into_one_folder(folder):
+def test_two_extractions_into_one_folder(folder):
     for index in range(12):
         make_picture(f"in/{index}.png")
     arguments = ("extract", "small.yaml", "in", "--out", "out")
@@ -136,7 +136,7 @@ def test_folders_are_locked_one_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("locks", ["none", "refused"])
-def test_u7_without_locks_age_decides(tmp_path, monkeypatch, locks):
+def test_without_locks_age_decides(tmp_path, monkeypatch, locks):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "no locks")
 
@@ -155,7 +155,7 @@ def test_u7_without_locks_age_decides(tmp_path, monkeypatch, locks):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="shows which files are open")
-def test_u7_where_open_files_cannot_be_deleted_age_decides_too(tmp_path, monkeypatch):
+def test_where_open_files_cannot_be_deleted_age_decides_too(tmp_path, monkeypatch):
     """As on Windows, which has no ``fcntl`` either."""
     unlink = Path.unlink
 

@@ -45,7 +45,7 @@ def run_limited(code, isa):
 
 @pytest.mark.parametrize("backend", ["auto", "onednn", "eager"])
 @pytest.mark.parametrize("with_neck", [False, True])
-def test_w8_optimized_computes_in_float32_and_returns_bfloat16(net, images, float32_only, backend, with_neck):
+def test_optimized_computes_in_float32_and_returns_bfloat16(net, images, float32_only, backend, with_neck):
     model = nn.Sequential(net, FPN(net.out_channels, 8, num_outs=5)).eval() if with_neck else net
     with pytest.warns(UserWarning, match=rf"{SLOW}.* computes in float32 and returns feature maps in bfloat16"):
         fast = optimize(model, "bfloat16", backend)
@@ -57,7 +57,7 @@ def test_w8_optimized_computes_in_float32_and_returns_bfloat16(net, images, floa
     assert {tensor.dtype for tensor in fast.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
 
 
-def test_w8_compiled_computes_in_float32_and_returns_bfloat16(net, images, float32_only, monkeypatch):
+def test_compiled_computes_in_float32_and_returns_bfloat16(net, images, float32_only, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", lambda self: None)
     with pytest.warns(UserWarning, match=SLOW):
         fast = optimize(net, "bfloat16", "compile")
@@ -65,7 +65,7 @@ def test_w8_compiled_computes_in_float32_and_returns_bfloat16(net, images, float
     assert {out.dtype for out in fast(images)} == {torch.bfloat16}
 
 
-def test_w8_the_dtype_asked_for_is_kept_when_moved(net, images, float32_only):
+def test_the_dtype_asked_for_is_kept_when_moved(net, images, float32_only):
     with pytest.warns(UserWarning, match=SLOW):
         fast = optimize(net, "bfloat16")
     expected = fast(images)
@@ -75,7 +75,7 @@ def test_w8_the_dtype_asked_for_is_kept_when_moved(net, images, float32_only):
         fast.half()
 
 
-def test_w8_a_net_optimized_on_another_machine_warns_when_loaded(net, images, monkeypatch):
+def test_a_net_optimized_on_another_machine_warns_when_loaded(net, images, monkeypatch):
     monkeypatch.setattr(processor, "computes_natively", lambda dtype: True)
     saved = pickle.dumps(optimize(net, "bfloat16", "eager"))
     pickle.loads(saved)
@@ -84,7 +84,7 @@ def test_w8_a_net_optimized_on_another_machine_warns_when_loaded(net, images, mo
         assert pickle.loads(saved)(images)[0].dtype is torch.bfloat16
 
 
-def test_w8_nothing_is_said_where_nothing_changes(net, images, float32_only):
+def test_nothing_is_said_where_nothing_changes(net, images, float32_only):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert optimize(net)(images)[0].dtype is torch.float32
@@ -92,7 +92,7 @@ def test_w8_nothing_is_said_where_nothing_changes(net, images, float32_only):
 
 
 @pytest.mark.parametrize("backend", ["auto", "plain"])
-def test_w8_extract_computes_in_float32_and_writes_bfloat16(tmp_path, monkeypatch, float32_only, backend):
+def test_extract_computes_in_float32_and_writes_bfloat16(tmp_path, monkeypatch, float32_only, backend):
     monkeypatch.chdir(tmp_path)
     make_picture("a.png")
     settings = ("--backend", backend, "--size", 64, "--format", "safetensors")
@@ -103,7 +103,7 @@ def test_w8_extract_computes_in_float32_and_writes_bfloat16(tmp_path, monkeypatc
     assert all(torch.equal(half[name], whole[name].bfloat16()) for name in whole)
 
 
-def test_w8_bench_skips_it_and_says_what_it_does(tmp_path, float32_only):
+def test_bench_skips_it_and_says_what_it_does(tmp_path, float32_only):
     out = tmp_path / "speed.json"
     lines = run("bench", "resnet18", "--size", "32", "--runs", 1, "--out", out).stdout.splitlines()
     assert lines[0] == "resnet18, 1 image of 32x32 on cpu, 1 run each: plain; optimize, float32; quantize, int8"
@@ -113,7 +113,7 @@ def test_w8_bench_skips_it_and_says_what_it_does(tmp_path, float32_only):
     assert list(figures["matmul"]) == ["float32"]
 
 
-def test_w8_rows_appear_as_they_come(monkeypatch):
+def test_rows_appear_as_they_come(monkeypatch):
     events = []
 
     def time_variant(net, variant, *_, **__):
@@ -131,7 +131,7 @@ def test_w8_rows_appear_as_they_come(monkeypatch):
 NAMES = ["plain", "optimize, float32", "optimize, bfloat16", "quantize, int8"]
 
 
-def test_w8_a_compiled_file_warns(net, tmp_path, float32_only, monkeypatch):
+def test_a_compiled_file_warns(net, tmp_path, float32_only, monkeypatch):
     def stop(*_):
         raise OSError("far enough")
 
@@ -143,7 +143,7 @@ def test_w8_a_compiled_file_warns(net, tmp_path, float32_only, monkeypatch):
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE", "avx512_core_vnni"])
-def test_w8_what_onednn_is_limited_to_counts(isa):
+def test_what_onednn_is_limited_to_counts(isa):
     code = (
         "import torch; from resbackbone.utils.processor import computes_natively as f\n"
         "print(f(torch.float32), f(torch.bfloat16), f(torch.float16))"
@@ -151,7 +151,7 @@ def test_w8_what_onednn_is_limited_to_counts(isa):
     assert run_limited(code, isa) == ["True", "False", "False"]
 
 
-def test_w8_on_a_real_processor_without_it_no_convolution_is_in_bfloat16():
+def test_on_a_real_processor_without_it_no_convolution_is_in_bfloat16():
     code = (
         "import torch, warnings; warnings.simplefilter('ignore')\n"
         "from resbackbone import ResNet; from resbackbone.inference import optimize\n"
@@ -162,13 +162,13 @@ def test_w8_on_a_real_processor_without_it_no_convolution_is_in_bfloat16():
     assert run_limited(code, "AVX2") == ["True"]
 
 
-def test_w8_where_torch_cannot_say_onednn_is_believed(monkeypatch):
+def test_where_torch_cannot_say_onednn_is_believed(monkeypatch):
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)  # before torch 2.6
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     assert processor.computes_natively(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def test_w8_a_processor_whose_avx512_only_converts_counts_as_without(monkeypatch):
+def test_a_processor_whose_avx512_only_converts_counts_as_without(monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     assert not processor.computes_natively(torch.bfloat16)
