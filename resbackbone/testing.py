@@ -8,7 +8,7 @@ import pickle
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -22,6 +22,7 @@ from resbackbone.layers.arguments import parameters_of
 __all__ = ["BackboneContractError", "check_backbone", "randomize_norms"]
 
 Config = dict[str, Any]
+Net = TypeVar("Net", bound=nn.Module)
 ROUNDING = 2e-5  # of the largest value of a feature map: float32 has 24 bits, and a net some hundred sums in a row
 
 
@@ -74,8 +75,12 @@ def check_backbone(
         _check_checkpointing(arguments)
 
 
-def randomize_norms(net: nn.Module) -> None:
-    """Give the norms of a net random weights and statistics, so that no branch is zero and no two layers are alike."""
+def randomize_norms(net: Net) -> Net:
+    """Give the norms of a net random weights and statistics, so that no branch is zero and no two layers are alike.
+
+    Returns:
+        The net.
+    """
     for module in net.modules():
         tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         if "running_mean" not in tensors and not isinstance(module, nn.GroupNorm):
@@ -86,6 +91,7 @@ def randomize_norms(net: nn.Module) -> None:
                     tensor.uniform_(0.5, 1.5)
                 elif name in ("bias", "running_mean"):
                     tensor.normal_(0, 0.1)
+    return net
 
 
 def _check_config(config: str | Path | Config) -> Config:
@@ -294,9 +300,7 @@ def _step(net: Backbone, images: Tensor) -> tuple[Sequence[Tensor], dict[str, in
 
 def _build(arguments: Config) -> Backbone:
     """Build a backbone with random norms."""
-    net = build_backbone(arguments)
-    randomize_norms(net)
-    return net
+    return randomize_norms(build_backbone(arguments))
 
 
 def _images(net: Backbone) -> Tensor:

@@ -29,15 +29,11 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def shake() -> Callable[[nn.Module], Any]:
+def randomize_norms() -> Callable[[nn.Module], Any]:
     """Give every norm of a net random weights and statistics, so that no branch is zero and no two layers are alike."""
     from resbackbone.testing import randomize_norms
 
-    def shake(net: nn.Module) -> nn.Module:
-        randomize_norms(net)
-        return net
-
-    return shake
+    return randomize_norms
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from rich.progress import track
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "support"))  # where the tests share the draws with this
 
-from config_draws import draw
-from config_promises import Outcome, try_config
+from config_contract import Outcome, try_config
+from random_configs import draw
 
 
 def _try(seed: int) -> Outcome:

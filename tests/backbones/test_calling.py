@@ -16,8 +16,8 @@ from resbackbone.training.classification import ImageClassifier
 
 
 @pytest.fixture
-def build(shake):
-    return lambda case, **options: shake(make(case, **options)).eval()
+def build(randomize_norms):
+    return lambda case, **options: randomize_norms(make(case, **options)).eval()
 
 
 @pytest.fixture

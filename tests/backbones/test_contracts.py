@@ -24,9 +24,9 @@ every_class_in_time = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def build(shake):
+def build(randomize_norms):
     """Build a case with lively norms that train."""
-    return lambda case, **options: shake(make(case, **options))
+    return lambda case, **options: randomize_norms(make(case, **options))
 
 
 @pytest.fixture

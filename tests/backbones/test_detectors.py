@@ -61,8 +61,8 @@ def test_caffe_style_strides_before_the_sac():
     assert (net.layer3[0].conv1.stride, net.layer3[0].conv2.stride) == ((2, 2), (1, 1))
 
 
-def test_a_dilated_sac_keeps_the_size(shake):
-    net = shake(DetectoRS_ResNet(**TINY, **SAC, strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)))
+def test_a_dilated_sac_keeps_the_size(randomize_norms):
+    net = randomize_norms(DetectoRS_ResNet(**TINY, **SAC, strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)))
     assert net.layer4[1].conv2.dilation == net.layer4[1].conv2.padding == (2, 2)
     assert [tuple(out.shape[2:]) for out in net(torch.randn(1, 3, 65, 97))] == [(17, 25), (9, 13), (5, 7), (5, 7)]
 
@@ -138,10 +138,10 @@ def test_images_that_come_first_have_their_channels():
 
 
 @BOTH
-def test_an_ordinary_resnet_checkpoint_keeps_its_features(shake, net_class, options):
+def test_an_ordinary_resnet_checkpoint_keeps_its_features(randomize_norms, net_class, options):
     """A DetectoRS that has learnt nothing yet is the ResNet whose weights it loads."""
     plain_class = net_class.__bases__[-1]
-    plain = shake(plain_class(**TINY, **options)).eval()
+    plain = randomize_norms(plain_class(**TINY, **options)).eval()
     net = build(net_class, **AWS, **SAC, **options).eval()
     report = net.load_state_dict(plain.state_dict(), strict=False)
     assert not report.unexpected_keys
@@ -176,15 +176,15 @@ def test_sac_trains(images, options):
 
 @BOTH
 @pytest.mark.parametrize("options2", [{}, {"deep_stem": True, "with_cp": True}, {"output_img": True}], ids=str)
-def test_feedback_starts_without_effect(shake, net_class, options, options2):
-    net = shake(build(net_class, **RFP, **AWS, **options, **options2)).eval()
+def test_feedback_starts_without_effect(randomize_norms, net_class, options, options2):
+    net = randomize_norms(build(net_class, **RFP, **AWS, **options, **options2)).eval()
     x = torch.randn(2, 3, 65, 97)
     outs = net(x)
     assert_same(net.rfp_forward(x, feedback(net, x)), outs[1:] if net.output_img else outs)
 
 
-def test_feedback_is_added_before_the_last_relu(shake):
-    block = shake(DetectorsBottleneck(32, 8, rfp_inplanes=6)).eval()
+def test_feedback_is_added_before_the_last_relu(randomize_norms):
+    block = randomize_norms(DetectorsBottleneck(32, 8, rfp_inplanes=6)).eval()
     x, rfp_feat = torch.randn(2, 32, 7, 9), torch.randn(2, 6, 7, 9)
     assert block.rfp_conv.weight.any()  # only init_weights() zeroes it
     out = block.relu(block.norm1(block.conv1(x)))
@@ -194,8 +194,8 @@ def test_feedback_is_added_before_the_last_relu(shake):
     assert not torch.equal(block(x), expected)
 
 
-def test_feedback_reaches_its_stage_and_those_behind(shake):
-    net = shake(build(**RFP)).eval()
+def test_feedback_reaches_its_stage_and_those_behind(randomize_norms):
+    net = randomize_norms(build(**RFP)).eval()
     x = torch.randn(2, 3, 64, 64)
     before, feats = net(x), feedback(net, x)
     net.layer3[0].rfp_conv.weight.data.normal_()
@@ -204,22 +204,22 @@ def test_feedback_reaches_its_stage_and_those_behind(shake):
     assert not torch.equal(net.rfp_forward(x, feats)[3], before[3])
 
 
-def test_feedback_of_some_outputs(shake):
-    net = shake(build(**RFP, out_indices=(1, 3))).eval()
+def test_feedback_of_some_outputs(randomize_norms):
+    net = randomize_norms(build(**RFP, out_indices=(1, 3))).eval()
     x = torch.randn(1, 3, 64, 64)
     assert_same(net.rfp_forward(x, feedback(net, x)), net(x))
 
 
-def test_feedback_of_a_pyramid_with_further_levels(shake):
-    net = shake(build(**RFP)).eval()
+def test_feedback_of_a_pyramid_with_further_levels(randomize_norms):
+    net = randomize_norms(build(**RFP)).eval()
     x = torch.randn(1, 3, 64, 64)
     assert_same(net.rfp_forward(x, [*feedback(net, x), torch.randn(1, 6, 1, 1)]), net(x))
 
 
 @pytest.mark.parametrize("with_cp", [False, True, "norms"])
-def test_feedback_trains_both_ways(shake, with_cp):
+def test_feedback_trains_both_ways(randomize_norms, with_cp):
     """Into the feedback's convolutions and into what is fed back; with checkpointing the same, statistics included."""
-    nets = [shake(build(**RFP, norm_eval=False, with_cp=flag)).train() for flag in (False, with_cp)]
+    nets = [randomize_norms(build(**RFP, norm_eval=False, with_cp=flag)).train() for flag in (False, with_cp)]
     nets[1].load_state_dict(nets[0].state_dict())
     x, gradients = torch.randn(2, 3, 64, 64), []
     feats = [feat if feat is None else feat.requires_grad_() for feat in feedback(nets[0], x)]
@@ -295,8 +295,8 @@ def test_defect_08_layers_are_built_once(built_convs, net_class, options):
     assert len(built_convs) == sum(isinstance(module, nn.Conv2d) for module in net.modules())
 
 
-def test_an_ordinary_pretrained_checkpoint_leaves_the_feedback_at_zero(shake, tmp_path):
-    torch.save(shake(ResNet(**TINY)).state_dict(), tmp_path / "resnet.pth")
+def test_an_ordinary_pretrained_checkpoint_leaves_the_feedback_at_zero(randomize_norms, tmp_path):
+    torch.save(randomize_norms(ResNet(**TINY)).state_dict(), tmp_path / "resnet.pth")
     init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "resnet.pth")}
     net = build(**RFP, **AWS, init_cfg=init_cfg)
     assert net.layer2[1].norm3.weight.all()
@@ -306,8 +306,8 @@ def test_an_ordinary_pretrained_checkpoint_leaves_the_feedback_at_zero(shake, tm
     torch.testing.assert_close(loaded.standardized_weight(), loaded.weight, rtol=1e-4, atol=1e-6)
 
 
-def test_a_pretrained_checkpoint_of_its_own_fills_the_feedback(shake, tmp_path):
-    trained = shake(DetectoRS_ResNet(**TINY, **RFP, **AWS))
+def test_a_pretrained_checkpoint_of_its_own_fills_the_feedback(randomize_norms, tmp_path):
+    trained = randomize_norms(DetectoRS_ResNet(**TINY, **RFP, **AWS))
     torch.save(trained.state_dict(), tmp_path / "detectors.pth")
     net = build(**RFP, **AWS, init_cfg={"type": "Pretrained", "checkpoint": str(tmp_path / "detectors.pth")})
     for key, value in trained.state_dict().items():
@@ -317,11 +317,11 @@ def test_a_pretrained_checkpoint_of_its_own_fills_the_feedback(shake, tmp_path):
 # Arguments
 
 
-def test_dcn_and_sac_in_different_stages(shake):
+def test_dcn_and_sac_in_different_stages(randomize_norms):
     dcn = {"type": "DCNv2", "deform_groups": 1, "fallback_on_stride": True}
     sac = {"type": "SAC"}
     before = copy.deepcopy((dcn, sac))
-    net = shake(
+    net = randomize_norms(
         DetectoRS_ResNet(
             **TINY,
             dcn=dcn,
@@ -390,8 +390,8 @@ def test_a_block_has_sac_or_dcn():
 
 
 @pytest.mark.slow
-def test_every_tracer_follows_a_whole_detectors(shake):
-    net = shake(build(**AWS, **SAC, output_img=True)).eval()
+def test_every_tracer_follows_a_whole_detectors(randomize_norms):
+    net = randomize_norms(build(**AWS, **SAC, output_img=True)).eval()
     x, other = torch.randn(2, 3, 128, 128), torch.randn(1, 3, 160, 131)
     torch.compiler.reset()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")

@@ -33,15 +33,15 @@ def without_gradient(net, images):
 @every_class
 @pytest.mark.parametrize("out_indices", [(0,), (0, 1), ("stem",), ("stem", 1)], ids=str)
 @pytest.mark.parametrize("with_cp", [False, "norms"])
-def test_every_parameter_that_trains_gets_a_gradient(shake, images, case, out_indices, with_cp):
-    net = shake(make(case, out_indices=out_indices, with_cp=with_cp)).train()
+def test_every_parameter_that_trains_gets_a_gradient(randomize_norms, images, case, out_indices, with_cp):
+    net = randomize_norms(make(case, out_indices=out_indices, with_cp=with_cp)).train()
     assert without_gradient(net, images) == []
     assert "layer3" not in trains(net)
 
 
 @every_class
-def test_outputs_and_keys_are_those_of_the_whole_net(shake, images, case):
-    whole = shake(make(case, out_indices=(0, 1, 2))).eval()
+def test_outputs_and_keys_are_those_of_the_whole_net(randomize_norms, images, case):
+    whole = randomize_norms(make(case, out_indices=(0, 1, 2))).eval()
     net = make(case, out_indices=(0, 1)).eval()
     net.load_state_dict(whole.state_dict())  # strictly
     assert list(net.state_dict()) == list(whole.state_dict())
@@ -101,8 +101,8 @@ def named_arguments(caplog, make_net):
     return net, eval(f"dict({found[1]})") if found else {}
 
 
-def assert_same_outputs(shake, images, net, shorter):
-    shake(net).eval()
+def assert_same_outputs(randomize_norms, images, net, shorter):
+    randomize_norms(net).eval()
     kept = shorter.state_dict().keys()
     shorter.load_state_dict({name: value for name, value in net.state_dict().items() if name in kept})
     assert len(shorter.res_layers) < len(net.res_layers)
@@ -113,7 +113,7 @@ def assert_same_outputs(shake, images, net, shorter):
 
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("out_indices", [(0, 1), (1,), (-3, -4), ("stem", 0), ("stem",)], ids=str)
-def test_the_hint_can_be_followed(shake, images, caplog, monkeypatch, given, out_indices):
+def test_the_hint_can_be_followed(randomize_norms, images, caplog, monkeypatch, given, out_indices):
     monkeypatch.setattr("resbackbone.utils.logs._run_logger", lambda: None)
     if given == "plugins" and out_indices != (0, 1):
         pytest.skip("one is enough")
@@ -125,29 +125,29 @@ def test_the_hint_can_be_followed(shake, images, caplog, monkeypatch, given, out
     shorter, further = named_arguments(caplog, lambda: ResNet(**config | arguments))
     assert not further
     assert shorter.frozen_stages == min(net.frozen_stages, arguments["num_stages"])
-    assert_same_outputs(shake, images, net, shorter)
+    assert_same_outputs(randomize_norms, images, net, shorter)
     for name in shorter.res_layers:
         rates = [[getattr(block, "drop_path_rate", 0) for block in getattr(one, name)] for one in (shorter, net)]
         assert rates[0] == pytest.approx(rates[1])
 
 
 @every_class
-def test_the_hint_can_be_followed_with_every_class(shake, images, caplog, monkeypatch, case):
+def test_the_hint_can_be_followed_with_every_class(randomize_norms, images, caplog, monkeypatch, case):
     monkeypatch.setattr("resbackbone.utils.logs._run_logger", lambda: None)
     net, arguments = named_arguments(caplog, lambda: make(case, out_indices=(0, 1)))
     assert "neither run nor trained" in caplog.text
     assert bool(arguments) is (case not in ("RegNet", "TridentResNet"))  # which have no fewer stages
     if arguments:
-        assert_same_outputs(shake, images, net, make(case, out_indices=(0, 1), **arguments))
+        assert_same_outputs(randomize_norms, images, net, make(case, out_indices=(0, 1), **arguments))
 
 
 @pytest.mark.parametrize("flags", [(False, True, True, True), (False, False, True, True)])
-def test_the_hint_can_be_followed_with_switchable_convolutions(shake, images, caplog, monkeypatch, flags):
+def test_the_hint_can_be_followed_with_switchable_convolutions(randomize_norms, images, caplog, monkeypatch, flags):
     monkeypatch.setattr("resbackbone.utils.logs._run_logger", lambda: None)
     sac = {"type": "SAC", "use_deform": False}
     config = {"base_channels": 8, "out_indices": (0, 1), "sac": sac, "stage_with_sac": flags}
     net, arguments = named_arguments(caplog, lambda: DetectoRS_ResNet(50, **config))
-    assert_same_outputs(shake, images, net, DetectoRS_ResNet(50, **config | arguments))
+    assert_same_outputs(randomize_norms, images, net, DetectoRS_ResNet(50, **config | arguments))
 
 
 def test_no_hint_names_what_a_constructor_does_not_take(caplog, monkeypatch):
@@ -236,8 +236,8 @@ def test_a_subclass_that_inherits_forward_does_not():
     assert trains(type("Mine", (ResNet,), {})(**TINY, out_indices=(0,))) == ["conv1", "bn1", "layer1"]
 
 
-def test_parameter_groups_optimized_nets_and_costs(shake, images):
-    net = shake(ResNet(**TINY, out_indices=(0, 1))).eval()
+def test_parameter_groups_optimized_nets_and_costs(randomize_norms, images):
+    net = randomize_norms(ResNet(**TINY, out_indices=(0, 1))).eval()
     listed = {id(parameter) for group in param_groups(net, lr=0.1, weight_decay=0.1) for parameter in group["params"]}
     assert not listed & {id(parameter) for parameter in net.layer3.parameters()}
     for out, reference in zip(optimize(net)(images), net(images), strict=True):

@@ -35,10 +35,10 @@ def backward(outs):
 
 
 @every_class
-def test_deformable_convolutions_stand_in_their_stages_and_train(shake, images, case):
+def test_deformable_convolutions_stand_in_their_stages_and_train(randomize_norms, images, case):
     dcn = {"type": "DCNv2", "backend": "torch"}
     with_dcn = (False, True, False, True)[: STAGES[case]]
-    net = shake(make(case, dcn=dcn, stage_with_dcn=with_dcn)).train()
+    net = randomize_norms(make(case, dcn=dcn, stage_with_dcn=with_dcn)).train()
     backward(net(images))
     for stage, deforms in zip(stages(net), with_dcn, strict=True):
         for block in stage:
@@ -59,7 +59,7 @@ def test_fallback_on_stride_leaves_what_strides_and_nothing_else_plain(case):
 
 
 @every_class
-def test_plugins_run_behind_every_convolution_of_their_stages(shake, images, case):
+def test_plugins_run_behind_every_convolution_of_their_stages(randomize_norms, images, case):
     num_convs = make(case).block.num_convs
     chosen = (True, False, True, True)[: STAGES[case]]
     plugins = [
@@ -67,7 +67,7 @@ def test_plugins_run_behind_every_convolution_of_their_stages(shake, images, cas
         for index in range(1, num_convs + 1)
     ]
     given = copy.deepcopy(plugins)
-    net = shake(make(case, plugins=plugins)).train()
+    net = randomize_norms(make(case, plugins=plugins)).train()
     assert plugins == given
     backward(net(images))
     for stage, has_plugins in zip(stages(net), chosen, strict=True):
@@ -103,8 +103,8 @@ def test_zero_init_residual_makes_blocks_start_as_the_identity(case, norm_cfg):
 
 
 @every_class
-def test_drop_path_rates_rise_evenly_and_what_is_dropped_has_no_effect(shake, images, case):
-    net = shake(make(case, drop_path_rate=0.5))
+def test_drop_path_rates_rise_evenly_and_what_is_dropped_has_no_effect(randomize_norms, images, case):
+    net = randomize_norms(make(case, drop_path_rate=0.5))
     rates = [0.0 if block.drop_path is None else block.drop_path.drop_prob for block in blocks(net)]
     assert rates == pytest.approx([0.5 * index / (len(rates) - 1) for index in range(len(rates))])
     dropping = blocks(net)[1:]
@@ -167,9 +167,9 @@ def test_the_style_of_timm_dilates_all_that_looks_around(images, case, contract_
 
 
 @every_class
-def test_nothing_changes_where_nothing_is_dilated(shake, images, case):
+def test_nothing_changes_where_nothing_is_dilated(randomize_norms, images, case):
     plain, net = (make(case, dilation_style=style) for style in ("openmmlab", "timm"))
-    net.load_state_dict(shake(plain).state_dict())
+    net.load_state_dict(randomize_norms(plain).state_dict())
     assert all(torch.equal(*pair) for pair in zip(plain.eval()(images), net.eval()(images), strict=True))
 
 
@@ -188,13 +188,13 @@ def test_shortcuts_pool_at_stride_1_where_timms_do():
 
 
 @every_class
-def test_stage_blocks_take_the_place_of_the_depths(shake, images, case):
+def test_stage_blocks_take_the_place_of_the_depths(randomize_norms, images, case):
     counts = (1, 3, 1, 2)[: STAGES[case]]
     if case == "RegNet":
         with pytest.raises(TypeError, match="RegNet has no argument 'stage_blocks'"):
             construct_backbone({"type": "RegNet", "arch": "regnetx_200mf", "stage_blocks": counts})
         return
-    net = shake(make(case, stage_blocks=list(counts))).train()
+    net = randomize_norms(make(case, stage_blocks=list(counts))).train()
     assert net.stage_blocks == counts == tuple(map(len, stages(net)))
     assert net.feature_info == make(case).feature_info
     backward(net(images))
@@ -254,8 +254,8 @@ def count(net, kind):
 
 
 @every_class
-def test_group_norm_takes_the_place_of_every_batch_norm(shake, images, case):
-    net = shake(make(case, norm_cfg=GN)).train()
+def test_group_norm_takes_the_place_of_every_batch_norm(randomize_norms, images, case):
+    net = randomize_norms(make(case, norm_cfg=GN)).train()
     assert (count(net, nn.GroupNorm), count(net, _BatchNorm)) == (count(make(case), _BatchNorm), 0)
     backward(net(images))
     assert all(parameter.grad.any() for parameter in net.parameters())
@@ -263,8 +263,10 @@ def test_group_norm_takes_the_place_of_every_batch_norm(shake, images, case):
 
 @every_class
 @pytest.mark.parametrize(("type_", "norm_class"), [("SyncBN", nn.SyncBatchNorm), ("FrozenBN", FrozenBatchNorm2d)])
-def test_synchronised_and_frozen_batch_norms_are_batch_norm_in_eval_mode(shake, images, case, type_, norm_class):
-    plain, net = shake(make(case)).eval(), make(case, norm_cfg={"type": type_}).eval()
+def test_synchronised_and_frozen_batch_norms_are_batch_norm_in_eval_mode(
+    randomize_norms, images, case, type_, norm_class
+):
+    plain, net = randomize_norms(make(case)).eval(), make(case, norm_cfg={"type": type_}).eval()
     assert count(net, norm_class) == count(net, (_BatchNorm, FrozenBatchNorm2d)) == count(plain, _BatchNorm)
     net.load_state_dict(plain.state_dict())
     assert all(torch.equal(*pair) for pair in zip(net(images), plain(images), strict=True))

@@ -277,8 +277,8 @@ def test_se_squeezes_to_a_quarter_of_what_the_block_takes_in(name):
         assert (excite.in_channels, excite.out_channels) == (inputs // 4, block.planes)
 
 
-def test_se_stands_between_the_activated_3x3_and_the_last_1x1(shake):
-    block = shake(RegNetBottleneck(16, 16, group_width=8, se_ratio=0.25)).eval()
+def test_se_stands_between_the_activated_3x3_and_the_last_1x1(randomize_norms):
+    block = randomize_norms(RegNetBottleneck(16, 16, group_width=8, se_ratio=0.25)).eval()
     seen = {}
     for name in ("bn2", "se_layer", "conv3"):
         getattr(block, name).register_forward_hook(
@@ -317,8 +317,8 @@ def test_a_second_se_layer_needs_a_postfix():
     assert RegNet(TINY_Y, plugins=[plugin]).layer1[0].after_conv2_plugin_names == ["se_layer", "se_layer2"]
 
 
-def test_compilers_follow_se(shake, images):
-    net = shake(RegNet(TINY_Y)).eval()
+def test_compilers_follow_se(randomize_norms, images):
+    net = randomize_norms(RegNet(TINY_Y)).eval()
     dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     torch.compiler.reset()
     with torch.no_grad():
@@ -448,9 +448,9 @@ def test_plugins_have_the_width_of_their_place(gate, images):
 
 
 @pytest.mark.parametrize("arch", [TINY, TINY_Y], ids=["X", "Y"])
-def test_checkpointing_equals_none(shake, images, arch):
+def test_checkpointing_equals_none(randomize_norms, images, arch):
     nets = [RegNet(arch, with_cp=with_cp, norm_eval=False) for with_cp in (False, True)]
-    nets[1].load_state_dict(shake(nets[0]).state_dict())
+    nets[1].load_state_dict(randomize_norms(nets[0]).state_dict())
     (outs, gradients), (same_outs, same_gradients) = (step(net, images) for net in nets)
     assert all(torch.equal(*pair) for pair in zip(outs, same_outs, strict=True))
     assert all(torch.equal(gradients[name], same_gradients[name]) for name in gradients)

@@ -70,10 +70,10 @@ class Peer:
 
 
 @pytest.fixture
-def torchvision_pair(torchvision, shake):
+def torchvision_pair(torchvision, randomize_norms):
     def build(name):
         theirs = torchvision.models.get_model(torchvision_name(name))  # not on meta: it computes its widths in tensors
-        ours = shake(RegNet(name, norm_eval=False))
+        ours = randomize_norms(RegNet(name, norm_eval=False))
         return ours, Peer(theirs, ours)
 
     return build

@@ -42,15 +42,15 @@ def assert_same(left, right):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_each_split_is_added_to_the_output_before_it(shake):
-    splits, seen, gave, end = watch(shake(Bottle2neck(32, 8, scales=4, base_width=32)))
+def test_each_split_is_added_to_the_output_before_it(randomize_norms):
+    splits, seen, gave, end = watch(randomize_norms(Bottle2neck(32, 8, scales=4, base_width=32)))
     assert_same(seen, [splits[0], splits[1] + gave[0], splits[2] + gave[1]])
     assert_same(end, [*gave, splits[3]])
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("pool_at_stride_1", [False, True])
-def test_splits_of_a_first_block_are_on_their_own(shake, stride, pool_at_stride_1):
+def test_splits_of_a_first_block_are_on_their_own(randomize_norms, stride, pool_at_stride_1):
     block = Bottle2neck(
         32,
         8,
@@ -60,15 +60,15 @@ def test_splits_of_a_first_block_are_on_their_own(shake, stride, pool_at_stride_
         pool_at_stride_1=pool_at_stride_1,
         downsample=nn.Conv2d(32, 32, 1, stride=stride),
     )
-    splits, seen, gave, end = watch(shake(block))
+    splits, seen, gave, end = watch(randomize_norms(block))
     assert_same(seen, splits[:3])
     pools = stride == 2 or pool_at_stride_1
     last = nn.functional.avg_pool2d(splits[3], 3, stride, padding=1) if pools else splits[3]
     assert_same(end, [*gave, last])
 
 
-def test_a_block_that_strides_is_a_first_block(shake):
-    block = shake(Bottle2neck(32, 8, stride=2, downsample=nn.Conv2d(32, 32, 1, stride=2)))
+def test_a_block_that_strides_is_a_first_block(randomize_norms):
+    block = randomize_norms(Bottle2neck(32, 8, stride=2, downsample=nn.Conv2d(32, 32, 1, stride=2)))
     splits, seen, _, _ = watch(block)
     assert_same(seen, splits[:3])
 
@@ -85,8 +85,8 @@ def test_layer1_pools_on_request():
     assert pools(net(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)))[3] == [None, None, None]
 
 
-def test_pooling_changes_the_first_stage_and_nothing_else_of_the_net(shake, images):
-    nets = [shake(net(pool_at_stride_1=pool)).eval() for pool in (False, True)]
+def test_pooling_changes_the_first_stage_and_nothing_else_of_the_net(randomize_norms, images):
+    nets = [randomize_norms(net(pool_at_stride_1=pool)).eval() for pool in (False, True)]
     assert list(nets[0].state_dict()) == list(nets[1].state_dict())
     nets[1].load_state_dict(nets[0].state_dict())
     assert not torch.allclose(nets[0](images)[0], nets[1](images)[0])
@@ -164,9 +164,9 @@ def test_defect_04_plugins_have_the_width_of_all_splits(position, width):
             assert block.se_layer_a.conv1.conv.in_channels == width * 2**stage
 
 
-def test_defect_10_drop_path_leaves_branches_out(shake):
+def test_defect_10_drop_path_leaves_branches_out(randomize_norms):
     """In mmpretrain, res2net.py ignores ``drop_path_rate``. Here, half of the paths are dropped at rate 0.5."""
-    backbone = shake(net(drop_path_rate=0.5))
+    backbone = randomize_norms(net(drop_path_rate=0.5))
     rates = [block.drop_path.drop_prob if block.drop_path else 0.0 for block in blocks(backbone)]
     assert rates == [pytest.approx(0.5 * index / 15) for index in range(16)]
     block = backbone.layer4[2].train()

@@ -35,8 +35,10 @@ def split_attention(layer, x):
 
 @pytest.mark.parametrize("radix", [1, 2, 4])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_split_attention_is_the_papers(shake, radix, groups):
-    layer = shake(SplitAttentionConv2d(8, 16, 3, stride=2, padding=1, groups=groups, radix=radix, norm_cfg=BN)).eval()
+def test_split_attention_is_the_papers(randomize_norms, radix, groups):
+    layer = randomize_norms(
+        SplitAttentionConv2d(8, 16, 3, stride=2, padding=1, groups=groups, radix=radix, norm_cfg=BN)
+    ).eval()
     nn.init.normal_(layer.fc2.weight)  # weights far from even
     x = torch.randn(2, 8, 9, 7)
     out = layer(x)
@@ -153,9 +155,9 @@ def test_plugins_after_conv2_see_the_pooled_map():
     assert seen == [(1, 16, 4, 4)]
 
 
-def test_defect_10_drop_path_leaves_branches_out(shake):
+def test_defect_10_drop_path_leaves_branches_out(randomize_norms):
     """In mmpretrain, resnest.py ignores ``drop_path_rate``. Here, half of the paths are dropped at rate 0.5."""
-    backbone = shake(net(26, drop_path_rate=0.5))
+    backbone = randomize_norms(net(26, drop_path_rate=0.5))
     rates = [block.drop_path.drop_prob if block.drop_path else 0.0 for block in blocks(backbone)]
     assert rates == [pytest.approx(0.5 * index / 7) for index in range(8)]
     block = backbone.layer4[1].train()

@@ -62,8 +62,8 @@ def test_each_depth_has_its_blocks_and_shapes(depth, blocks, channels):
         ((-4, -2), (0, 2)),
     ],
 )
-def test_out_indices_pick_stages_in_ascending_order(shake, images, out_indices, stages):
-    whole = shake(ResNet(18, **TINY)).eval()
+def test_out_indices_pick_stages_in_ascending_order(randomize_norms, images, out_indices, stages):
+    whole = randomize_norms(ResNet(18, **TINY)).eval()
     net = ResNet(18, out_indices=out_indices, **TINY).eval()
     net.load_state_dict(whole.state_dict())
     outs, expected = net(images), whole(images)
@@ -193,14 +193,14 @@ def test_only_v1d_pools_in_its_shortcuts():
         assert isinstance(norm, nn.BatchNorm2d)
 
 
-def test_namesakes_are_resnets_with_other_defaults(shake, images):
+def test_namesakes_are_resnets_with_other_defaults(randomize_norms, images):
     pairs = [
         (ResNetV1b, {}),
         (ResNetV1c, {"deep_stem": True}),
         (ResNetV1d, {"deep_stem": True, "avg_down": True}),
     ]
     for net_class, options in pairs:
-        net, same = net_class(50, **TINY), shake(ResNet(50, **options, **TINY))
+        net, same = net_class(50, **TINY), randomize_norms(ResNet(50, **options, **TINY))
         net.load_state_dict(same.state_dict())
         assert all(torch.equal(*pair) for pair in zip(net.eval()(images), same.eval()(images), strict=True))
         assert isinstance(net, ResNet)
@@ -263,16 +263,16 @@ def test_each_norm_takes_its_place_and_name(norm_cfg, norm_class, name, mode):
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-def test_sync_batch_norm_alone_on_a_cpu_is_batch_norm(shake, images, mode):
-    plain = shake(ResNet(18, norm_eval=False, **TINY)).train(mode)
+def test_sync_batch_norm_alone_on_a_cpu_is_batch_norm(randomize_norms, images, mode):
+    plain = randomize_norms(ResNet(18, norm_eval=False, **TINY)).train(mode)
     net = ResNet(18, norm_cfg={"type": "SyncBN"}, norm_eval=False, **TINY).train(mode)
     net.load_state_dict(plain.state_dict())
     assert all(torch.equal(*pair) for pair in zip(net(images), plain(images), strict=True))
     assert all(torch.equal(value, plain.state_dict()[key]) for key, value in net.state_dict().items())
 
 
-def test_frozen_batch_norm_is_batch_norm_in_eval_mode_and_never_moves(shake, images):
-    plain = shake(ResNet(50, **TINY)).eval()
+def test_frozen_batch_norm_is_batch_norm_in_eval_mode_and_never_moves(randomize_norms, images):
+    plain = randomize_norms(ResNet(50, **TINY)).eval()
     net = ResNet(50, norm_cfg={"type": "FrozenBN"}, norm_eval=False, **TINY)
     net.load_state_dict(plain.state_dict())  # strictly; the counters of BN are passed over
     before = copy.deepcopy(net.state_dict())
@@ -315,12 +315,12 @@ def test_drop_path_grows_linearly_over_the_blocks(depth):
     assert rates[-1] == pytest.approx(0.3)
 
 
-def test_drop_path_drops_whole_samples_in_training_only(shake):
-    net = shake(ResNet(18, drop_path_rate=0.9, **TINY))
+def test_drop_path_drops_whole_samples_in_training_only(randomize_norms):
+    net = randomize_norms(ResNet(18, drop_path_rate=0.9, **TINY))
     x = torch.randn(1, 3, 64, 64).expand(64, -1, -1, -1)
     last = net.train()(x)[-1]
     assert len({tuple(sample.flatten().tolist()) for sample in last}) > 1
-    same = shake(ResNet(18, **TINY))
+    same = randomize_norms(ResNet(18, **TINY))
     same.load_state_dict(net.state_dict())
     assert torch.equal(net.eval()(x)[-1], same.eval()(x)[-1])
 
@@ -461,8 +461,8 @@ def test_state_dict_keys_are_openmmlabs(net_class, stem, shortcut):
 
 
 @pytest.mark.parametrize("with_cp", [False, True])
-def test_pickle_and_deepcopy_give_an_equal_and_separate_net(shake, images, with_cp):
-    net = shake(ResNetV1d(18, frozen_stages=1, with_cp=with_cp, norm_eval=False, **TINY))
+def test_pickle_and_deepcopy_give_an_equal_and_separate_net(randomize_norms, images, with_cp):
+    net = randomize_norms(ResNetV1d(18, frozen_stages=1, with_cp=with_cp, norm_eval=False, **TINY))
     expected = net.eval()(images)
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert all(torch.equal(*pair) for pair in zip(twin(images), expected, strict=True))

@@ -18,8 +18,8 @@ def test_strides_are_1_2_4_8(depth):
     assert [info.channels for info in net.feature_info] == [out.shape[1] for out in outs]
 
 
-def test_the_stem_is_one_3x3_with_norm_and_relu(shake):
-    net = shake(ResNet_CIFAR(18, **TINY)).eval()
+def test_the_stem_is_one_3x3_with_norm_and_relu(randomize_norms):
+    net = randomize_norms(ResNet_CIFAR(18, **TINY)).eval()
     assert (net.conv1.kernel_size, net.conv1.stride, net.conv1.padding) == ((3, 3), (1, 1), (1, 1))
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(net(x)[0], net.layer1(net.bn1(net.conv1(x)).relu()))

@@ -66,9 +66,9 @@ def test_init_weights_draws_once():
 
 
 @pytest.fixture
-def trained(shake, tmp_path):
+def trained(randomize_norms, tmp_path):
     """A net's weights in a file, its last norms far from zero."""
-    net = shake(ResNet(18, **TINY))
+    net = randomize_norms(ResNet(18, **TINY))
     torch.save(net.state_dict(), tmp_path / "trained.pth")
     return str(tmp_path / "trained.pth"), net.state_dict()
 

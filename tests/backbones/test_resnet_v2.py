@@ -81,9 +81,9 @@ def test_the_config_hands_eps_to_every_convolution():
 
 
 @pytest.mark.parametrize("block_class", [PreActBasicBlock, PreActBottleneck])
-def test_norm_and_relu_come_before_each_convolution(shake, block_class):
+def test_norm_and_relu_come_before_each_convolution(randomize_norms, block_class):
     channels = 8 * block_class.expansion
-    block = shake(block_class(channels, 8)).eval()
+    block = randomize_norms(block_class(channels, 8)).eval()
     x = torch.randn(2, channels, 6, 6)
     before = x.clone()
     out = x
@@ -120,8 +120,8 @@ def test_the_pooling_sees_zeros_only_where_asked(padded):
     assert torch.equal(pooled[0, 0, 2, 1:3], torch.full((2,), -1.0))
 
 
-def test_the_last_norm_is_there_where_asked(shake, images):
-    net = shake(build("basic", final_norm=True)).eval()
+def test_the_last_norm_is_there_where_asked(randomize_norms, images):
+    net = randomize_norms(build("basic", final_norm=True)).eval()
     plain = build("basic").eval()
     keys = plain.load_state_dict(net.state_dict(), strict=False)
     assert {key.split(".")[0] for key in keys.unexpected_keys} == {"bn"}
@@ -199,9 +199,9 @@ def test_other_norms_are_taken(images, norm, kind):
     assert net(images)[0].shape == (2, 8, 16, 16)
 
 
-def test_tracers_and_compilers_follow_bit(shake, images):
+def test_tracers_and_compilers_follow_bit(randomize_norms, images):
     one_stage = {"num_stages": 1, "strides": (1,), "dilations": (1,), "out_indices": (0,)}
-    net = shake(build("bit", final_norm=True, **one_stage)).eval()
+    net = randomize_norms(build("bit", final_norm=True, **one_stage)).eval()
     dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     torch.compiler.reset()
     traced = [
@@ -270,8 +270,8 @@ def test_it_has_as_many_parameters_as_timms(timm, name):
 
 
 @pytest.mark.parametrize("name", ["resnetv2_18d", "resnetv2_50x1_bit"])
-def test_features_are_those_before_the_last_norm(timm, shake, images, name):
-    ours = shake(build_backbone(name, out_indices=("stem", 0, 1, 2, 3))).eval()
+def test_features_are_those_before_the_last_norm(timm, randomize_norms, images, name):
+    ours = randomize_norms(build_backbone(name, out_indices=("stem", 0, 1, 2, 3))).eval()
     theirs = timm.create_model(name, features_only=True).eval()
     theirs.load_state_dict({timms_key(key): value for key, value in ours.state_dict().items()})
     with torch.no_grad():

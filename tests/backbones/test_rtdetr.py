@@ -17,7 +17,7 @@ NORM = {"norm_eval": False, "zero_init_residual": False}
 
 
 @pytest.fixture
-def published(torchvision, shake):
+def published(torchvision, randomize_norms):
     """Build transformers' backbone as the published checkpoints of that depth configure it, of that width."""
     transformers = pytest.importorskip("transformers")  # which imports torchvision
 
@@ -30,7 +30,7 @@ def published(torchvision, shake):
             layer_type="basic" if basic else "bottleneck",
             out_features=["stage1", "stage2", "stage3", "stage4"],
         )
-        return shake(transformers.RTDetrResNetBackbone(config))
+        return randomize_norms(transformers.RTDetrResNetBackbone(config))
 
     return build
 

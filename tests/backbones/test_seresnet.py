@@ -54,8 +54,8 @@ def test_the_layer_refuses_wrong_arguments(options, error, text):
 
 
 @pytest.mark.parametrize(("net_class", "depth"), CLASSES)
-def test_it_runs_behind_the_last_norm_and_before_the_sum(shake, net_class, depth):
-    block = shake(net_class(depth, **TINY)).layer1[1].eval()
+def test_it_runs_behind_the_last_norm_and_before_the_sum(randomize_norms, net_class, depth):
+    block = randomize_norms(net_class(depth, **TINY)).layer1[1].eval()
     last_norm = block.norm2 if depth == 18 else block.norm3
     seen = {}
     last_norm.register_forward_hook(lambda _, args, out: seen.update(norm=out.clone()))
@@ -75,9 +75,9 @@ def test_defect_10_the_ratio_takes_effect(net_class, depth):
 
 
 @pytest.mark.parametrize(("net_class", "depth"), CLASSES)
-def test_defect_10_drop_path_leaves_branches_out(shake, net_class, depth):
+def test_defect_10_drop_path_leaves_branches_out(randomize_norms, net_class, depth):
     """In mmpretrain, seresnet.py ignores ``drop_path_rate``. Here, half of the paths are dropped at rate 0.5."""
-    block = shake(net_class(depth, drop_path_rate=0.5, **TINY)).layer4[-1].train()
+    block = randomize_norms(net_class(depth, drop_path_rate=0.5, **TINY)).layer4[-1].train()
     assert isinstance(block.drop_path, DropPath)
     assert block.drop_path.drop_prob == 0.5
     out = block(x := torch.randn(64, 64 if depth == 18 else 256, 2, 2))
@@ -129,10 +129,10 @@ def test_a_second_layer_of_the_same_name_is_refused():
         (SEResNeXt, {"depth": 50, "groups": 4, "base_width": 3}, (12, 12, 32)),
     ],
 )
-def test_it_is_a_plugin_of_every_block(shake, net_class, options, widths):
+def test_it_is_a_plugin_of_every_block(randomize_norms, net_class, options, widths):
     for index, width in enumerate(widths, start=1):
         plugin = {"cfg": {"type": "SELayer", "postfix": "_mine"}, "position": f"after_conv{index}"}
-        backbone = shake(net_class(plugins=[plugin], **options, **TINY))
+        backbone = randomize_norms(net_class(plugins=[plugin], **options, **TINY))
         assert [block.se_layer_mine.conv1.conv.in_channels for block in backbone.layer1] == [width] * len(
             backbone.layer1
         )

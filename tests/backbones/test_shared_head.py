@@ -27,8 +27,8 @@ def head(**options):
 # The shared head
 
 
-def test_it_is_the_stage_of_a_resnet(shake, regions):
-    net = shake(ResNet(18)).eval()
+def test_it_is_the_stage_of_a_resnet(randomize_norms, regions):
+    net = randomize_norms(ResNet(18)).eval()
     shared = head().eval()
     keys = shared.state_dict().keys()
     assert all(key.startswith("layer4.") for key in keys)
@@ -77,8 +77,8 @@ def test_norms_train_on_request(regions):
 
 
 @pytest.mark.parametrize("with_cp", [True, "norms"])
-def test_checkpointing_equals_none(shake, regions, with_cp):
-    heads = [shake(head(norm_eval=False, with_cp=flag)).train() for flag in (False, with_cp)]
+def test_checkpointing_equals_none(randomize_norms, regions, with_cp):
+    heads = [randomize_norms(head(norm_eval=False, with_cp=flag)).train() for flag in (False, with_cp)]
     heads[1].load_state_dict(heads[0].state_dict())
     for shared in heads:
         shared(regions).square().mean().backward()
@@ -107,8 +107,8 @@ def test_init_weights_is_hes_and_leaves_the_last_norms():
 
 
 @pytest.mark.parametrize("spelling", ["init_cfg", "pretrained"])
-def test_it_loads_a_resnets_checkpoint(shake, tmp_path, spelling):
-    net = shake(ResNet(18))
+def test_it_loads_a_resnets_checkpoint(randomize_norms, tmp_path, spelling):
+    net = randomize_norms(ResNet(18))
     path = str(tmp_path / "resnet.pth")
     torch.save(net.state_dict(), path)
     if spelling == "pretrained":
@@ -148,8 +148,8 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_built(built_co
     assert not built_convs
 
 
-def test_every_tracer_follows_it(shake, regions):
-    shared = shake(head()).eval()
+def test_every_tracer_follows_it(randomize_norms, regions):
+    shared = randomize_norms(head()).eval()
     torch.compiler.reset()
     compiled = torch.compile(shared, fullgraph=True, backend="aot_eager")
     dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
@@ -165,9 +165,9 @@ def test_every_tracer_follows_it(shake, regions):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_simplified_block_is_a_basic_one_before_its_last_relu(shake, stride):
+def test_a_simplified_block_is_a_basic_one_before_its_last_relu(randomize_norms, stride):
     shortcut = nn.Conv2d(8, 8, 1, stride=stride) if stride > 1 else None
-    basic = shake(BasicBlock(8, 8, stride=stride, dilation=2, downsample=shortcut)).eval()
+    basic = randomize_norms(BasicBlock(8, 8, stride=stride, dilation=2, downsample=shortcut)).eval()
     simplified = SimplifiedBasicBlock(8, 8, stride=stride, dilation=2, downsample=shortcut).eval()
     simplified.load_state_dict(basic.state_dict())
     x = torch.randn(2, 8, 9, 9)

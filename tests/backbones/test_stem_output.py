@@ -33,8 +33,8 @@ def loss(outs):
 
 @every_case
 @pytest.mark.parametrize("size", [(64, 64), (65, 97)], ids=lambda size: "x".join(map(str, size)))
-def test_the_stems_map_comes_first_and_changes_no_other(shake, case, size):
-    net = shake(with_stem(case)).eval()
+def test_the_stems_map_comes_first_and_changes_no_other(randomize_norms, case, size):
+    net = randomize_norms(with_stem(case)).eval()
     pooled = []
     net.maxpool.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0].clone()))
     images = torch.randn(2, 3, *size)
@@ -51,9 +51,9 @@ def test_the_stems_map_comes_first_and_changes_no_other(shake, case, size):
 
 @every_case
 @pytest.mark.parametrize("options", [{"with_cp": True}, {"with_cp": "norms"}, {"frozen_stages": 1}], ids=str)
-def test_gradients_are_those_without_recomputing_and_freezing_stays(shake, images, case, options):
+def test_gradients_are_those_without_recomputing_and_freezing_stays(randomize_norms, images, case, options):
     frozen = options.get("frozen_stages", -1)
-    nets = [shake(with_stem(case, frozen_stages=frozen)), with_stem(case, **options)]
+    nets = [randomize_norms(with_stem(case, frozen_stages=frozen)), with_stem(case, **options)]
     nets[1].load_state_dict(nets[0].state_dict())
     outs = []
     for net in nets:
@@ -109,8 +109,8 @@ def test_it_is_written_to_yaml_and_read_back(tmp_path, case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if "DCN" not in case])
 @pytest.mark.parametrize("backend", ["onednn", "eager"])
-def test_optimized_nets_have_it(shake, images, case, backend):
-    net = shake(with_stem(case)).eval()
+def test_optimized_nets_have_it(randomize_norms, images, case, backend):
+    net = randomize_norms(with_stem(case)).eval()
     fast = optimize(net, backend=backend)
     assert fast.feature_info == net.feature_info
     for out, reference in zip(fast(images), net(images), strict=True):
@@ -118,8 +118,8 @@ def test_optimized_nets_have_it(shake, images, case, backend):
 
 
 @pytest.mark.parametrize("case", ["ResNet", "ResNetV1d", "ResNetV2", "RegNet", "ResNetRS"])
-def test_quantized_nets_have_it(shake, images, case):
-    net = shake(with_stem(case)).eval()
+def test_quantized_nets_have_it(randomize_norms, images, case):
+    net = randomize_norms(with_stem(case)).eval()
     fast = quantize(net, images)
     stem, reference = fast(images)[0], net(images)[0]
     assert stem.shape == reference.shape
@@ -127,8 +127,8 @@ def test_quantized_nets_have_it(shake, images, case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "SAC" not in case])
-def test_folded_frozen_norms_leave_it_as_it_is(shake, images, case):
-    net = shake(with_stem(case)).eval()
+def test_folded_frozen_norms_leave_it_as_it_is(randomize_norms, images, case):
+    net = randomize_norms(with_stem(case)).eval()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "folding has no effect")
         folded = fold_frozen_norms(copy.deepcopy(net))
@@ -142,8 +142,8 @@ def test_an_fpn_takes_it(images):
     assert [level.shape[-1] for level in fpn(net(images))] == [32, 16, 8, 4, 2, 1]
 
 
-def test_it_is_a_level_of_an_exported_file(shake, tmp_path):
-    net = shake(build_backbone(SMALL, out_indices=("stem", 0))).eval()
+def test_it_is_a_level_of_an_exported_file(randomize_norms, tmp_path):
+    net = randomize_norms(build_backbone(SMALL, out_indices=("stem", 0))).eval()
     exported = export(net, tmp_path / "net.pt2", "torch-export")
     assert [(level.name, level.stride) for level in exported.levels] == [("stem", 2), ("layer1", 4)]
     images = torch.randn(2, 3, 64, 96)
@@ -152,9 +152,9 @@ def test_it_is_a_level_of_an_exported_file(shake, tmp_path):
         torch.testing.assert_close(out, reference, rtol=1e-4, atol=1e-4)
 
 
-def test_detectors_resnet_returns_it_behind_the_images(shake, images):
+def test_detectors_resnet_returns_it_behind_the_images(randomize_norms, images):
     options = {"depth": 50, "base_channels": 8, "out_indices": ("stem", 0, 3), "rfp_inplanes": 8}
-    net = shake(DetectoRS_ResNet(**options, output_img=True)).eval()
+    net = randomize_norms(DetectoRS_ResNet(**options, output_img=True)).eval()
     assert [info.name for info in net.feature_info] == ["image", "stem", "layer1", "layer4"]
     outs = net(images)
     assert outs[0] is images

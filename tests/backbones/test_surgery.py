@@ -131,11 +131,11 @@ every_surgery = pytest.mark.parametrize("operate", SURGERY)
 
 
 @pytest.fixture
-def operated(shake):
+def operated(randomize_norms):
     """A net after surgery, in eval mode, and images for it."""
 
     def build(operate, case="ResNet", **options):
-        net = shake(make(case, **options))
+        net = randomize_norms(make(case, **options))
         channels = operate(net)
         return net.eval(), torch.randn(2, channels, 64, 64)
 
@@ -196,8 +196,8 @@ def test_surgery_and_training(operated, operate):
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
-def test_weights_for_three_channels_are_adapted_to_the_layer_that_is_there(shake, tmp_path):
-    net = shake(ResNet(18, base_channels=8))
+def test_weights_for_three_channels_are_adapted_to_the_layer_that_is_there(randomize_norms, tmp_path):
+    net = randomize_norms(ResNet(18, base_channels=8))
     torch.save(net.state_dict(), tmp_path / "net.pth")
     other = ResNet(18, base_channels=8)
     for_four_channels(other)

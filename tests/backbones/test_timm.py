@@ -231,11 +231,11 @@ def worst(features: tuple[Tensor, ...], expected: list[Tensor]) -> float:
 
 
 @pytest.fixture
-def build_pair(timm, shake):
+def build_pair(timm, randomize_norms):
     """Build our net and timm's, without its classifier, both with our random weights."""
 
     def build(row: Row, **options: object) -> tuple[nn.Module, nn.Module]:
-        ours = shake(MODELS.build({**row.backbone, "out_indices": ("stem", 0, 1, 2, 3)})).eval()
+        ours = randomize_norms(MODELS.build({**row.backbone, "out_indices": ("stem", 0, 1, 2, 3)})).eval()
         # On meta there are no weights to draw that are replaced. But the filters of "resnetblur" are in no state dict.
         with torch.device("cpu" if "blur" in row.timm else "meta"):
             theirs = timm.create_model(row.timm, num_classes=0, **options).eval()

@@ -27,13 +27,13 @@ LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
 @pytest.fixture
-def build_pair(torchvision, shake):
+def build_pair(torchvision, randomize_norms):
     """Build our net and torchvision's, without its classifier, both with our random weights."""
     from torchvision.models._utils import IntermediateLayerGetter
 
     def build(name, replace_stride_with_dilation=None, **options):
         net_class, arguments = MODELS[name]
-        ours = shake(net_class(norm_eval=False, **arguments, **options))
+        ours = randomize_norms(net_class(norm_eval=False, **arguments, **options))
         with torch.device("meta"):  # no time for weights that are replaced
             theirs = torchvision.models.get_model(name, replace_stride_with_dilation=replace_stride_with_dilation)
         keys = theirs.load_state_dict(copy.deepcopy(ours.state_dict()), strict=False, assign=True)

@@ -40,8 +40,8 @@ def test_its_keys_are_those_of_a_resnet():
 
 @pytest.mark.parametrize("branch", [0, 1, 2])
 @pytest.mark.parametrize("options", [{}, {"style": "caffe"}, {"deep_stem": True}], ids=str)
-def test_in_eval_mode_it_is_the_resnet_of_one_dilation(shake, images, branch, options):
-    net = shake(trident(test_branch_idx=branch, trident_dilations=(1, 2, 4), **options)).eval()
+def test_in_eval_mode_it_is_the_resnet_of_one_dilation(randomize_norms, images, branch, options):
+    net = randomize_norms(trident(test_branch_idx=branch, trident_dilations=(1, 2, 4), **options)).eval()
     resnet = plain((1, 2, 4)[branch], **options).eval()
     resnet.load_state_dict(net.state_dict())
     assert_same(net(images), resnet(images))
@@ -49,9 +49,11 @@ def test_in_eval_mode_it_is_the_resnet_of_one_dilation(shake, images, branch, op
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", [{}, {"plugins": [{"cfg": {"type": nn.Identity}, "position": "after_conv2"}]}])
-def test_branches_follow_each_other_on_the_batch_dimension(shake, images, training, options):
+def test_branches_follow_each_other_on_the_batch_dimension(randomize_norms, images, training, options):
     """All of them in training mode, and in eval mode with -1."""
-    net = shake(trident(test_branch_idx=1 if training else -1, out_indices=(0, 1, 2), **options)).train(training)
+    net = randomize_norms(trident(test_branch_idx=1 if training else -1, out_indices=(0, 1, 2), **options)).train(
+        training
+    )
     outs = net(images)
     assert [out.shape[0] for out in outs] == [BATCH, BATCH, 3 * BATCH]
     for dilation, out in zip((1, 2, 3), outs[2].split(BATCH), strict=True):
@@ -74,8 +76,8 @@ def test_feature_info_is_of_one_branch():
     assert net.feat_dim == 128
 
 
-def test_gradients_are_the_sum_over_the_branches(shake, images):
-    net = shake(trident()).train()
+def test_gradients_are_the_sum_over_the_branches(randomize_norms, images):
+    net = randomize_norms(trident()).train()
     net(images)[0].square().sum().backward()
     branches = [plain(dilation).train() for dilation in (1, 2, 3)]
     for resnet in branches:
@@ -86,9 +88,9 @@ def test_gradients_are_the_sum_over_the_branches(shake, images):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-def test_norms_see_one_branch_after_the_other(shake, images):
+def test_norms_see_one_branch_after_the_other(randomize_norms, images):
     """As in mmdet: three updates of the running statistics per step, each by the batch of one branch."""
-    net = shake(trident(norm_eval=False, with_cp=True)).train()
+    net = randomize_norms(trident(norm_eval=False, with_cp=True)).train()
     net(images)[0].sum().backward()
     counts = {name: int(norm.num_batches_tracked) for name, norm in net.named_modules() if isinstance(norm, _BatchNorm)}
     assert {count for name, count in counts.items() if name.startswith("layer3")} == {3}
@@ -116,8 +118,8 @@ class Seen(nn.Module):
         return x
 
 
-def test_drop_path_leaves_out_samples_of_single_branches(shake):
-    block = shake(TridentBottleneck(32, 8, trident_dilations=(1, 2), drop_path_rate=0.5)).train()
+def test_drop_path_leaves_out_samples_of_single_branches(randomize_norms):
+    block = randomize_norms(TridentBottleneck(32, 8, trident_dilations=(1, 2), drop_path_rate=0.5)).train()
     assert isinstance(block.drop_path, DropPath)
     x = [torch.randn(16, 32, 4, 4) for _ in range(2)]
     left_out = [(out == branch.relu()).flatten(1).all(1) for out, branch in zip(block(x), x, strict=True)]
@@ -125,8 +127,8 @@ def test_drop_path_leaves_out_samples_of_single_branches(shake):
     assert not torch.equal(*left_out)
 
 
-def test_a_net_with_drop_path_in_every_block(shake, images):
-    net = shake(trident(drop_path_rate=0.5)).train()
+def test_a_net_with_drop_path_in_every_block(randomize_norms, images):
+    net = randomize_norms(trident(drop_path_rate=0.5)).train()
     net(images)[0].sum().backward()
     assert net.layer3[-1].drop_path.drop_prob == 0.5
     assert net.eval()(images)[0].isfinite().all()
@@ -135,8 +137,8 @@ def test_a_net_with_drop_path_in_every_block(shake, images):
 @pytest.mark.parametrize(
     "norm_cfg", [{"type": "GN", "num_groups": 4}, {"type": "FrozenBN"}, {"type": "BN", "requires_grad": False}], ids=str
 )
-def test_other_norms(shake, images, norm_cfg):
-    net = shake(trident(norm_cfg=norm_cfg)).train()
+def test_other_norms(randomize_norms, images, norm_cfg):
+    net = randomize_norms(trident(norm_cfg=norm_cfg)).train()
     net(images)[0].square().mean().backward()
     trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
     assert trainable
@@ -192,9 +194,9 @@ def test_defect_05_the_last_norms_are_kept_on_request():
 
 
 @pytest.mark.parametrize("norm_eval", [False, True])
-def test_defect_06_checkpointing_equals_none(shake, images, norm_eval):
+def test_defect_06_checkpointing_equals_none(randomize_norms, images, norm_eval):
     """In mmdet, trident_resnet.py:171 reads ``requires_grad`` of a list. Here, ``with_cp`` changes no result."""
-    nets = [shake(trident(with_cp=with_cp, norm_eval=norm_eval)).train() for with_cp in (False, True)]
+    nets = [randomize_norms(trident(with_cp=with_cp, norm_eval=norm_eval)).train() for with_cp in (False, True)]
     nets[1].load_state_dict(nets[0].state_dict())
     outs = [net(images)[0] for net in nets]
     assert torch.equal(*outs)
@@ -217,13 +219,13 @@ def test_defect_06_checkpointing_keeps_less(images):
     assert kept[1] < kept[0] / 2
 
 
-def test_defect_06_deformable_convolution_is_refused_in_the_last_stage(shake, built_convs):
+def test_defect_06_deformable_convolution_is_refused_in_the_last_stage(randomize_norms, built_convs):
     """In mmdet, ``dcn`` is silently ignored in the last stage. Here, it is refused there, and works in the others."""
     dcn = {"type": "DCNv2", "deform_groups": 1}
     with pytest.raises(ValueError, match="`stage_with_dcn` of TridentResNet must end with False"):
         trident(dcn=dcn, stage_with_dcn=[False, True, True])
     assert not built_convs
-    net = shake(trident(dcn=dcn, stage_with_dcn=(False, True, False)))
+    net = randomize_norms(trident(dcn=dcn, stage_with_dcn=(False, True, False)))
     assert all(isinstance(block.conv2, DeformConv2d) for block in net.layer2)
     assert not any(isinstance(block.conv2, DeformConv2d) for block in net.layer3)
     assert net.train()(torch.randn(1, 3, 64, 64))[0].shape[0] == 3
@@ -265,8 +267,8 @@ def test_a_block_has_no_dcn():
         TridentBottleneck(32, 8, trident_dilations=(1, 2), dcn={"type": "DCN"})
 
 
-def test_a_frozen_net_trains_what_is_left(shake, images):
-    net = shake(trident(frozen_stages=2, norm_eval=False)).train()
+def test_a_frozen_net_trains_what_is_left(randomize_norms, images):
+    net = randomize_norms(trident(frozen_stages=2, norm_eval=False)).train()
     out = net(images)[0]
     assert out.shape[0] == 3 * BATCH
     out.sum().backward()
@@ -278,15 +280,15 @@ def test_a_frozen_net_trains_what_is_left(shake, images):
 # Tracers
 
 
-def test_fx_traces_the_mode_it_finds(shake):
-    net = shake(trident())
+def test_fx_traces_the_mode_it_finds(randomize_norms):
+    net = randomize_norms(trident())
     x = torch.randn(2, 3, 65, 97)
     for mode in (net.train(), net.eval()):
         assert_same(torch.fx.symbolic_trace(mode)(x), mode(x))
 
 
-def test_all_branches_in_eval_mode_are_exported(shake, images):
-    net = shake(trident(test_branch_idx=-1)).eval()
+def test_all_branches_in_eval_mode_are_exported(randomize_norms, images):
+    net = randomize_norms(trident(test_branch_idx=-1)).eval()
     dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     exported = torch.export.export(net, (images,), dynamic_shapes=(dynamic,)).module()
     other = torch.randn(1, 3, 97, 65)
@@ -295,8 +297,8 @@ def test_all_branches_in_eval_mode_are_exported(shake, images):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("with_cp", [False, True])
-def test_a_compiled_training_step_equals_eager(shake, images, with_cp):
-    eager = shake(trident(norm_eval=False, with_cp=with_cp)).train()
+def test_a_compiled_training_step_equals_eager(randomize_norms, images, with_cp):
+    eager = randomize_norms(trident(norm_eval=False, with_cp=with_cp)).train()
     twin = copy.deepcopy(eager)
     torch.compiler.reset()
     for net in (eager, torch.compile(twin, fullgraph=True, backend="aot_eager")):

@@ -132,12 +132,12 @@ def test_defect_04_plugins_of_a_resnext_have_the_width_they_follow(position):
     ("net_class", "depth", "options"),
     [(ResNet, 18, {}), (ResNet, 50, {}), (ResNeXt, 50, GROUPED), (WideResNet, 50, {}), (ResNetV1d, 18, {})],
 )
-def test_defect_10_drop_path_is_called_in_every_block(shake, net_class, depth, options):
+def test_defect_10_drop_path_is_called_in_every_block(randomize_norms, net_class, depth, options):
     """In mmpretrain, SE, ResNeSt and Res2Net blocks have a drop path that they never call.
 
     Here, with a rate near 1, nearly every block after the first returns the ReLU of its shortcut.
     """
-    net = shake(net_class(depth, drop_path_rate=0.999, **options, **TINY)).train()
+    net = randomize_norms(net_class(depth, drop_path_rate=0.999, **options, **TINY)).train()
     block = net.layer4[-1]
     assert block.drop_path.drop_prob == pytest.approx(0.999)
     x = torch.randn(8, block.conv1.in_channels, 4, 4)
@@ -158,12 +158,12 @@ def test_defect_10_no_init_cfg_means_the_default_initialization(type_):
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_defect_11_loaded_weights_are_not_zeroed_afterwards(shake, tmp_path, as_list):
+def test_defect_11_loaded_weights_are_not_zeroed_afterwards(randomize_norms, tmp_path, as_list):
     """In mmpretrain, resnet.py:642 zeroes the last norms after a list with ``type='Pretrained'`` has loaded them.
 
     Here, loaded weights are kept, with a list and with a dict.
     """
-    trained = shake(ResNet(50, **TINY))
+    trained = randomize_norms(ResNet(50, **TINY))
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
     pretrained = {"type": "Pretrained", "checkpoint": str(tmp_path / "trained.pth")}
     net = build_backbone({"type": "ResNet", "depth": 50, "init_cfg": [pretrained] if as_list else pretrained, **TINY})
@@ -290,12 +290,12 @@ def test_defect_18_fx_traces_it_with_checkpointing_too(images, net_class, option
 
 
 @pytest.mark.parametrize(("net_class", "options"), EVERY_TRACED)
-def test_defect_18_norms_fold_into_convolutions_on_the_fly(shake, images, net_class, options):
+def test_defect_18_norms_fold_into_convolutions_on_the_fly(randomize_norms, images, net_class, options):
     """Tracing by mmengine's ``efficient_conv_bn_eval`` therefore fails on both.
 
     Here, it folds every batch norm in eval mode into its convolution; outputs and gradients do not change.
     """
-    net = shake(net_class(with_cp=True, **options, **TINY)).train()
+    net = randomize_norms(net_class(with_cp=True, **options, **TINY)).train()
     folding = copy.deepcopy(net)
     turn_on_efficient_conv_bn_eval(nn.ModuleDict({"backbone": folding}), "backbone")
     for module in folding.modules():

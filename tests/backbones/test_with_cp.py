@@ -33,9 +33,9 @@ def step(net, x):
     ],
     ids=["18", "50", "gn", "drop_path", "frozen", "v1d_frozen_stem", "in_running", "norm_eval", "resnext"],
 )
-def test_checkpointing_changes_no_output_gradient_or_statistic(shake, images, net_class, options):
+def test_checkpointing_changes_no_output_gradient_or_statistic(randomize_norms, images, net_class, options):
     options = {"norm_eval": False, **options, **TINY}
-    plain = shake(net_class(**options)).train()
+    plain = randomize_norms(net_class(**options)).train()
     checkpointed = net_class(with_cp=True, **options).train()
     checkpointed.load_state_dict(plain.state_dict())
     (outs, grads), (expected_outs, expected_grads) = step(checkpointed, images), step(plain, images)
@@ -49,9 +49,9 @@ def test_checkpointing_changes_no_output_gradient_or_statistic(shake, images, ne
     assert counts <= {1}
 
 
-def test_checkpointing_repeats_the_dropout_of_a_plugin(shake, images, gate):
+def test_checkpointing_repeats_the_dropout_of_a_plugin(randomize_norms, images, gate):
     plugins = [{"cfg": {**gate, "dropout": 0.5}, "position": "after_conv1"}]
-    nets = [shake(ResNet(18, plugins=plugins, with_cp=with_cp, **TINY)).train() for with_cp in (False, True)]
+    nets = [randomize_norms(ResNet(18, plugins=plugins, with_cp=with_cp, **TINY)).train() for with_cp in (False, True)]
     nets[1].load_state_dict(nets[0].state_dict())
     (outs, grads), (same_outs, same_grads) = (step(net, images) for net in nets)
     assert all(torch.equal(*pair) for pair in zip(outs, same_outs, strict=True))

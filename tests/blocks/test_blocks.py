@@ -95,8 +95,8 @@ def test_a_dilated_block_pads_as_far_as_it_looks():
 
 
 @pytest.mark.parametrize("block_class", BLOCKS)
-def test_a_block_computes_relu_of_branch_plus_shortcut(shake, block_class):
-    block = shake(identity_block(block_class)).eval()
+def test_a_block_computes_relu_of_branch_plus_shortcut(randomize_norms, block_class):
+    block = randomize_norms(identity_block(block_class)).eval()
     x = torch.randn(2, block.inplanes, 8, 8)
     out = x
     for index in range(1, block.num_convs + 1):
@@ -120,8 +120,8 @@ def test_a_block_leaves_its_input_alone(block_class, train):
 
 @pytest.mark.parametrize("block_class", BLOCKS)
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_checkpointed_block_gives_the_same_gradients(shake, block_class, grad):
-    block = shake(identity_block(block_class, with_cp=True)).train()
+def test_a_checkpointed_block_gives_the_same_gradients(randomize_norms, block_class, grad):
+    block = randomize_norms(identity_block(block_class, with_cp=True)).train()
     same = copy.deepcopy(block)
     same.with_cp = False
     x = torch.randn(2, block.inplanes, 8, 8, requires_grad=grad)
@@ -171,14 +171,14 @@ def test_plugins_have_the_width_of_the_convolution_they_follow():
 
 
 @pytest.mark.parametrize("block_class", BLOCKS)
-def test_plugins_run_behind_norm_and_relu_in_their_order(shake, block_class):
+def test_plugins_run_behind_norm_and_relu_in_their_order(randomize_norms, block_class):
     last = f"after_conv{block_class.num_convs}"
     plugins = [
         plugin("after_conv1", factor=2.0, plus=-1.0),
         plugin(last, postfix="_a", factor=3.0),
         plugin(last, postfix="_b", plus=5.0, factor=1.0),
     ]
-    block = shake(identity_block(block_class, plugins=plugins)).eval()
+    block = randomize_norms(identity_block(block_class, plugins=plugins)).eval()
     x = torch.randn(2, block.inplanes, 8, 8)
     out = block.bn1(block.conv1(x)).relu() * 2 - 1
     out = block.bn2(block.conv2(out))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from catalog_origins import ORIGINS, mmengine_names
-from faulty_web import serve
+from faulty_server import serve
 from rich.console import Console
 from safetensors.torch import save
 from typer.testing import CliRunner

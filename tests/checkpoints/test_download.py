@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty_web import CONTENT, HALF, OTHER, Web, drip, named, pour, serve
+from faulty_server import CONTENT, HALF, OTHER, Web, drip, named, pour, serve
 from full_disk import file_size_limit
 from rich.console import Console
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from faulty_web import serve
+from faulty_server import serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -47,8 +47,8 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
-def test_torchvision(torchvision, shake, images, tmp_path, name):
-    model = shake(torchvision.models.get_model(name))
+def test_torchvision(torchvision, randomize_norms, images, tmp_path, name):
+    model = randomize_norms(torchvision.models.get_model(name))
     torch.save(model.state_dict(), tmp_path / "model.pth")
     net = build_backbone(name)
     report = load_checkpoint(net, tmp_path / "model.pth")
@@ -67,8 +67,8 @@ def test_torchvision(torchvision, shake, images, tmp_path, name):
         ("regnety_400mf", "regnety_004", "timm-regnet"),
     ],
 )
-def test_timm(timm, shake, images, tmp_path, config, name, layout):
-    model = shake(timm.create_model(name)).eval()
+def test_timm(timm, randomize_norms, images, tmp_path, config, name, layout):
+    model = randomize_norms(timm.create_model(name)).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     net = build_backbone(config)
     assert load_checkpoint(net, tmp_path / "model.safetensors").layout == layout
@@ -77,9 +77,9 @@ def test_timm(timm, shake, images, tmp_path, config, name, layout):
     assert_features(net, expected, images, rtol=1e-5, atol=1e-5)
 
 
-def test_timms_old_names(timm, shake, images, tmp_path):
+def test_timms_old_names(timm, randomize_norms, images, tmp_path):
     """Its first SE-ResNet has Caffe's strides and another padding of the pool; so only the stages are compared."""
-    model = shake(timm.create_model("legacy_seresnet50"))
+    model = randomize_norms(timm.create_model("legacy_seresnet50"))
     torch.save(model.state_dict(), tmp_path / "model.pth")
     net = build_backbone("seresnet50", style="caffe").eval()
     load_checkpoint(net, tmp_path / "model.pth")
@@ -96,9 +96,9 @@ def test_timms_old_names(timm, shake, images, tmp_path):
         ("resnet18", {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}),
     ],
 )
-def test_hugging_face(shake, images, tmp_path, config, sizes):
+def test_hugging_face(randomize_norms, images, tmp_path, config, sizes):
     transformers = pytest.importorskip("transformers")
-    model = shake(transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))).eval()
+    model = randomize_norms(transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))).eval()
     model.save_pretrained(tmp_path, max_shard_size="20MB")  # the index and several files
     source = next(iter([*tmp_path.glob("*.index.json"), tmp_path / "model.safetensors"]))
     net = build_backbone(config)
@@ -108,11 +108,11 @@ def test_hugging_face(shake, images, tmp_path, config, sizes):
     assert_features(net, expected, images)
 
 
-def test_rt_detr(shake, images, tmp_path):
+def test_rt_detr(randomize_norms, images, tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048], "layer_type": "bottleneck"}
     config = transformers.RTDetrResNetConfig(**sizes, out_features=["stage1", "stage2", "stage3", "stage4"])
-    model = shake(transformers.RTDetrResNetBackbone(config)).eval()
+    model = randomize_norms(transformers.RTDetrResNetBackbone(config)).eval()
     torch.save({f"model.backbone.model.{key}": value for key, value in model.state_dict().items()}, tmp_path / "m.pth")
     net = build_backbone("resnet50_v1d")
     load_checkpoint(net, tmp_path / "m.pth")
@@ -122,8 +122,8 @@ def test_rt_detr(shake, images, tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("kind", ["sequential", "getter", "extractor"])
-def test_a_torchvision_net_as_sequential(torchvision, shake, images, tmp_path, name, kind):
-    model = shake(torchvision.models.get_model(name)).eval()
+def test_a_torchvision_net_as_sequential(torchvision, randomize_norms, images, tmp_path, name, kind):
+    model = randomize_norms(torchvision.models.get_model(name)).eval()
     expected = levels_of(model, STAGES, images)
     if kind == "sequential":
         weights = torch.nn.Sequential(torch.nn.Sequential(*list(model.children())[:-2]), torch.nn.Linear(1, 1))
@@ -142,8 +142,8 @@ def test_a_torchvision_net_as_sequential(torchvision, shake, images, tmp_path, n
 
 
 @pytest.mark.parametrize(("config", "name"), [("resnetv2_18", "resnetv2_18"), ("resnetv2_50d", "resnetv2_50d")])
-def test_timms_pre_activation_nets_with_features_only(timm, shake, images, tmp_path, config, name):
-    model = shake(timm.create_model(name, features_only=True)).eval()
+def test_timms_pre_activation_nets_with_features_only(timm, randomize_norms, images, tmp_path, config, name):
+    model = randomize_norms(timm.create_model(name, features_only=True)).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     net = build_backbone(config)
     assert load_checkpoint(net, tmp_path / "model.safetensors").layout == "timm-resnetv2"
@@ -151,9 +151,9 @@ def test_timms_pre_activation_nets_with_features_only(timm, shake, images, tmp_p
         assert_features(net, model(images)[1:], images, rtol=1e-5, atol=1e-5)
 
 
-def test_big_transfers_own_file(timm, shake, images, tmp_path):
+def test_big_transfers_own_file(timm, randomize_norms, images, tmp_path):
     """Timm's own reader of such files builds the same net."""
-    model = shake(timm.create_model("resnetv2_50x1_bit", num_classes=10)).eval()
+    model = randomize_norms(timm.create_model("resnetv2_50x1_bit", num_classes=10)).eval()
     weights = convert_state_dict(model.state_dict(), "timm-resnetv2", "bit")
     save_weights(weights, tmp_path / "BiT-M-R50x1.npz")
     theirs = timm.create_model("resnetv2_50x1_bit", num_classes=10).eval()
@@ -170,9 +170,9 @@ def test_big_transfers_own_file(timm, shake, images, tmp_path):
     assert_features(net, expected, images, rtol=1e-5, atol=1e-5)
 
 
-def test_hugging_faces_bit(torchvision, shake, images, tmp_path):
+def test_hugging_faces_bit(torchvision, randomize_norms, images, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model = shake(transformers.BitModel(transformers.BitConfig())).eval()
+    model = randomize_norms(transformers.BitModel(transformers.BitConfig())).eval()
     torch.save(model.state_dict(), tmp_path / "model.pth")
     net = build_backbone("resnetv2_50")
     with pytest.raises(ValueError, match="does not fit ResNetV2"):  # batch norms are no group norms
@@ -188,9 +188,9 @@ def test_hugging_faces_bit(torchvision, shake, images, tmp_path):
 
 
 @pytest.fixture
-def source(shake):
+def source(randomize_norms):
     torch.manual_seed(1)
-    return shake(ResNet(50, base_channels=8)).eval()
+    return randomize_norms(ResNet(50, base_channels=8)).eval()
 
 
 def numpy_of(tensors):
@@ -215,8 +215,8 @@ def test_a_pickle_of_arrays(source, images, tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", ["pycls", "torchvision-regnet", "timm-regnet"])
-def test_regnets(shake, images, tmp_path, layout):
-    source = shake(build_backbone("regnety_400mf")).eval()
+def test_regnets(randomize_norms, images, tmp_path, layout):
+    source = randomize_norms(build_backbone("regnety_400mf")).eval()
     weights = convert_state_dict(source.state_dict(), "native", layout)
     torch.save({"model_state": weights, "epoch": 99}, tmp_path / "m.pyth")
     net = build_backbone("regnety_400mf")
@@ -224,8 +224,8 @@ def test_regnets(shake, images, tmp_path, layout):
     assert_features(net, source(images), images)
 
 
-def test_torchvisions_regnet(torchvision, shake, images, tmp_path):
-    model = shake(torchvision.models.get_model("regnet_x_400mf"))
+def test_torchvisions_regnet(torchvision, randomize_norms, images, tmp_path):
+    model = randomize_norms(torchvision.models.get_model("regnet_x_400mf"))
     torch.save(model.state_dict(), tmp_path / "m.pth")
     net = build_backbone("regnetx_400mf_tv")
     load_checkpoint(net, tmp_path / "m.pth")

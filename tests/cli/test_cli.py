@@ -125,8 +125,8 @@ class TestInfo:
 
 class TestConvert:
     @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors", ".npz", ".pkl", ".pdparams"])
-    def test_there_and_back(self, shake, folder, suffix):
-        net = net_and_checkpoint(shake, "small.pth")
+    def test_there_and_back(self, randomize_norms, folder, suffix):
+        net = net_and_checkpoint(randomize_norms, "small.pth")
         there = run("convert", "small.pth", f"there{suffix}", "--to", "detectron2")
         assert there.stdout == f"120 tensors, native to detectron2: there{suffix}\n"
         back = run("convert", f"there{suffix}", "back.pth", "--to", "native", "--from", "detectron2")
@@ -135,8 +135,8 @@ class TestConvert:
             assert torch.equal(value, net.state_dict()[key]), key
         assert written(folder) == sorted(["small.yaml", "small.pth", "back.pth", f"there{suffix}"])
 
-    def test_heads_are_left_out_and_said_to_be(self, shake, folder):
-        net = net_and_checkpoint(shake, "small.pth")
+    def test_heads_are_left_out_and_said_to_be(self, randomize_norms, folder):
+        net = net_and_checkpoint(randomize_norms, "small.pth")
         detector = {f"backbone.{key}": value for key, value in net.state_dict().items()}
         torch.save(detector | {"neck.weight": torch.zeros(1)}, "detector.pth")
         assert (
@@ -155,22 +155,22 @@ class TestConvert:
             (("small.pth", "void/out.pth", "--to", "timm"), "no folder 'void' to write out.pth into"),
         ],
     )
-    def test_refuses(self, shake, folder, arguments, message):
-        net_and_checkpoint(shake, "small.pth")
+    def test_refuses(self, randomize_norms, folder, arguments, message):
+        net_and_checkpoint(randomize_norms, "small.pth")
         assert message in fails("convert", *arguments)
         assert written(folder) == ["small.pth", "small.yaml"]
 
 
 class TestLoadReport:
-    def test_what_fits(self, shake, folder):
-        net = net_and_checkpoint(shake, "small.pth")
+    def test_what_fits(self, randomize_norms, folder):
+        net = net_and_checkpoint(randomize_norms, "small.pth")
         torch.save({**net.state_dict(), "fc.weight": torch.zeros(10, 64)}, "full.pth")
         shown = run("load-report", "small.yaml", "full.pth").stdout
         assert re.search(r"loaded +│ 120", shown)
         assert re.search(r"ignored +│ 1 +│ fc\.weight", shown)
 
-    def test_what_does_not(self, shake, folder):
-        net_and_checkpoint(shake, "small.pth")
+    def test_what_does_not(self, randomize_norms, folder):
+        net_and_checkpoint(randomize_norms, "small.pth")
         write_config("deep.yaml", depth=34)
         shown = run("load-report", "deep.yaml", "small.pth", status=1).stdout
         assert re.search(r"missing +│ 80 +│ layer1\.2\.conv1\.weight", shown)

@@ -4,8 +4,8 @@ A few hundred of them; ``python tools/fuzz_configs.py --count 5000`` draws more.
 """
 
 import pytest
-from config_draws import draw
-from config_promises import try_config
+from config_contract import try_config
+from random_configs import draw
 
 COUNT, CHUNK = 320, 20
 

@@ -85,9 +85,9 @@ def test_progress_gets_every_result_and_the_total(pictures):
     assert sorted(seen) == [(3, "a.png", "extracted"), (3, "b.png", "extracted"), (3, "cut.png", "failed")]
 
 
-def test_non_finite_levels_are_named(folder, shake):
+def test_non_finite_levels_are_named(folder, randomize_norms):
     make_picture("a.png")
-    net = shake(build_backbone(SMALL))
+    net = randomize_norms(build_backbone(SMALL))
     net.layer4[1].bn2.weight.data.fill_(1e30)
     torch.save(net.state_dict(), "huge.pth")
     summary = extract(SMALL, "a.png", out="out", checkpoint="huge.pth", dtype="float16", backend="plain")

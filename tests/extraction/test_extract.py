@@ -31,8 +31,8 @@ class TestExtract:
         assert str(tmp_path / "out/grace_hopper.jpg/pyramid.png") in result.stdout
         assert result.stderr == ""  # no progress bar where nobody watches
 
-    def test_features_are_the_backbones(self, folder, shake):
-        net = net_and_checkpoint(shake, "small.pth")
+    def test_features_are_the_backbones(self, folder, randomize_norms):
+        net = net_and_checkpoint(randomize_norms, "small.pth")
         picture = make_picture("a.png")
         result = run(
             "extract", "small.yaml", picture, "--out", "out", "--checkpoint", "small.pth", "--backend", "plain"
@@ -47,9 +47,9 @@ class TestExtract:
         assert "tensors loaded" in result.stdout
         assert "random" not in result.stdout
 
-    def test_caffe_style_takes_bgr(self, folder, shake):
+    def test_caffe_style_takes_bgr(self, folder, randomize_norms):
         write_config("caffe.yaml", style="caffe")
-        net = net_and_checkpoint(shake, "caffe.pth", style="caffe")
+        net = net_and_checkpoint(randomize_norms, "caffe.pth", style="caffe")
         picture = make_picture("a.png")
         run("extract", "caffe.yaml", picture, "--out", "out", "--checkpoint", "caffe.pth", "--backend", "plain")
         with torch.inference_mode():
@@ -66,8 +66,8 @@ class TestExtract:
             for name in written("one/a.png")
         )
 
-    def test_fpn(self, folder, shake):
-        net = net_and_checkpoint(shake, "small.pth")
+    def test_fpn(self, folder, randomize_norms):
+        net = net_and_checkpoint(randomize_norms, "small.pth")
         make_picture("a.png", size=(96, 64))
         arguments = ("extract", "small.yaml", "a.png", "--fpn", "--checkpoint", "small.pth", "--backend", "plain")
         result = run(*arguments, "--out", "out")
@@ -204,8 +204,8 @@ class TestExtract:
         assert "skipped: a.png: [Errno 28] No space left on device" in result.stderr
         assert "0 of 1 picture extracted" in result.stdout
 
-    def test_infinities_are_mentioned(self, folder, shake):
-        net = net_and_checkpoint(shake, "small.pth")
+    def test_infinities_are_mentioned(self, folder, randomize_norms):
+        net = net_and_checkpoint(randomize_norms, "small.pth")
         net.layer4[1].bn2.weight.data.fill_(1e30)
         torch.save(net.state_dict(), "small.pth")
         make_picture("a.png")
@@ -214,8 +214,8 @@ class TestExtract:
         assert "a.png: infinite or NaN in layer4; try another --dtype" in run(*arguments, *half).stderr
         assert run(*arguments, "--dtype", "float64").stderr == ""
 
-    def test_pretrained_weights_of_the_config_are_named(self, folder, shake):
-        net_and_checkpoint(shake, "own.pth")
+    def test_pretrained_weights_of_the_config_are_named(self, folder, randomize_norms):
+        net_and_checkpoint(randomize_norms, "own.pth")
         write_config("pretrained.yaml", init_cfg={"type": "Pretrained", "checkpoint": "own.pth"})
         make_picture("a.png")
         result = run("extract", "pretrained.yaml", "a.png", "--out", "out")

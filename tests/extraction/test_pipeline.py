@@ -60,8 +60,8 @@ class TestBackend:
 
     @pytest.mark.parametrize("backend", ["auto", "onednn", "eager"])
     @pytest.mark.parametrize("fpn", [(), ("--fpn",)])
-    def test_it_is_the_same_up_to_rounding(self, shake, backend, fpn):
-        net_and_checkpoint(shake, "small.pth")
+    def test_it_is_the_same_up_to_rounding(self, randomize_norms, backend, fpn):
+        net_and_checkpoint(randomize_norms, "small.pth")
         arguments = ("extract", "small.yaml", "a.png", "--checkpoint", "small.pth", *fpn)
         run(*arguments, "--backend", backend, "--out", "fast")
         run(*arguments, "--backend", "plain", "--out", "plain")
@@ -132,8 +132,8 @@ class TestBatches:
         assert sorted(map(str, found)) == sorted(map(str, batches))
 
     @pytest.mark.parametrize("backend", ["auto", "plain"])
-    def test_features_do_not_depend_on_the_company(self, folder, shake, backend):
-        net_and_checkpoint(shake, "small.pth")
+    def test_features_do_not_depend_on_the_company(self, folder, randomize_norms, backend):
+        net_and_checkpoint(randomize_norms, "small.pth")
         for index, name in enumerate(("a", "b", "c", "d", "e")):
             make_picture(f"in/{name}.png")
             make_picture(f"in/{name}_wide.png", size=(90 + index // 3, 50))
@@ -229,18 +229,18 @@ class TestResume:
             ("--checkpoint", "small.pth"),
         ],
     )
-    def test_results_of_other_settings_are_not_taken_for_done(self, done, shake, option):
-        net_and_checkpoint(shake, "small.pth")
+    def test_results_of_other_settings_are_not_taken_for_done(self, done, randomize_norms, option):
+        net_and_checkpoint(randomize_norms, "small.pth")
         run(*self.ARGUMENTS, *option)
         assert self.changed(done) == {"a.png", "b.png"}
         again = self.times()
         run(*self.ARGUMENTS, *option)
         assert self.times() == again
 
-    def test_nor_those_of_other_weights_in_the_same_file(self, folder, shake):
+    def test_nor_those_of_other_weights_in_the_same_file(self, folder, randomize_norms):
         make_picture("in/a.png")
         for _ in range(2):
-            net_and_checkpoint(shake, "small.pth")
+            net_and_checkpoint(randomize_norms, "small.pth")
             result = run(*self.ARGUMENTS, "--checkpoint", "small.pth")
             assert "earlier run" not in result.stdout
         assert "1 of them by an earlier run" in run(*self.ARGUMENTS, "--checkpoint", "small.pth").stdout

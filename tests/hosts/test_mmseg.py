@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from initialization_parity import compare_starts
 from mmengine.config import Config
 from PIL import Image
 from sweep_hosts import compare_backbones, compare_tensors, config_tree, gradients_of, randomize
 from torch import nn
-from twins import compare_starts
 
 import resbackbone
 

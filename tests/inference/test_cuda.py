@@ -16,8 +16,8 @@ pytestmark = [
 
 
 @pytest.fixture
-def net(shake):
-    return shake(ResNet(50, base_channels=8)).eval().cuda()
+def net(randomize_norms):
+    return randomize_norms(ResNet(50, base_channels=8)).eval().cuda()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 4e-2), ("float16", 1e-2)])

@@ -35,8 +35,8 @@ NO_COMPILER = shutil.which("c++") is None
 
 
 @pytest.fixture
-def net(shake):
-    return shake(ResNet(**TINY)).eval()
+def net(randomize_norms):
+    return randomize_norms(ResNet(**TINY)).eval()
 
 
 @pytest.fixture
@@ -108,9 +108,9 @@ class TestFiles:
     @pytest.mark.slow
     @pytest.mark.skipif(NO_COMPILER, reason="compiling ahead of time needs a C++ compiler")
     @torch.no_grad()
-    def test_aoti(self, shake, tmp_path):
+    def test_aoti(self, randomize_norms, tmp_path):
         # Its shortcut pools 2x2, which Inductor gets wrong if it was traced without a remainder.
-        net = shake(ResNet(**{**TINY, "strides": (2,), "stage_blocks": (1,), "avg_down": True})).eval()
+        net = randomize_norms(ResNet(**{**TINY, "strides": (2,), "stage_blocks": (1,), "avg_down": True})).eval()
         exported = export(net, tmp_path / "net.pt2", "aoti", metadata={"config": "tiny"})
         loaded = torch._inductor.aoti_load_package(str(exported.path))
         for shape in (*SHAPES, (1, 3, 1, 1)):
@@ -158,8 +158,8 @@ class TestFiles:
         with pytest.raises(AssertionError, match="size"):
             loaded(torch.zeros(1, 3, 40, 64))
 
-    def test_the_net_is_not_changed_and_exported_in_eval_mode(self, shake, tmp_path):
-        net = shake(ResNet(**TINY, norm_eval=False)).train()
+    def test_the_net_is_not_changed_and_exported_in_eval_mode(self, randomize_norms, tmp_path):
+        net = randomize_norms(ResNet(**TINY, norm_eval=False)).train()
         state = copy.deepcopy(net.state_dict())
         export(net, tmp_path / "net.pt2", "torch-export")
         assert net.layer1[0].bn1.training
@@ -171,9 +171,9 @@ class TestFiles:
     @pytest.mark.slow
     @pytest.mark.parametrize("to", ["onnx", "torch-export"])
     @every_case
-    def test_every_backbone(self, shake, monkeypatch, tmp_path, case, to):
+    def test_every_backbone(self, randomize_norms, monkeypatch, tmp_path, case, to):
         one_block_per_stage(monkeypatch)
-        net = shake(make(case)).eval()
+        net = randomize_norms(make(case)).eval()
         exported = export(net, tmp_path / f"net{EXPORT_FORMATS[to].suffix}", to)
         assert tuple(exported.differences) == tuple(info.name for info in net.feature_info)
 
@@ -251,8 +251,8 @@ class TestModels:
     """Models around a backbone, with levels inferred from their outputs."""
 
     @pytest.fixture
-    def net(self, shake):
-        return shake(ResNet(18, base_channels=8, stage_blocks=(1, 1, 1, 1))).eval()
+    def net(self, randomize_norms):
+        return randomize_norms(ResNet(18, base_channels=8, stage_blocks=(1, 1, 1, 1))).eval()
 
     @pytest.mark.parametrize("to", ["torch-export", pytest.param("onnx", marks=pytest.mark.slow)])
     @pytest.mark.parametrize("model", MODELS)
@@ -279,8 +279,8 @@ class TestModels:
         assert not any("bbox_head" in name for name in torch.export.load(exported.path).state_dict)
 
     @torch.no_grad()
-    def test_the_stem_output(self, shake, tmp_path):
-        net = shake(ResNet(18, base_channels=8, out_indices=("stem", 0, 3))).eval()
+    def test_the_stem_output(self, randomize_norms, tmp_path):
+        net = randomize_norms(ResNet(18, base_channels=8, out_indices=("stem", 0, 3))).eval()
         assert list(export(net, tmp_path / "net.pt2", "torch-export").differences) == ["stem", "layer1", "layer4"]
 
     @torch.no_grad()
@@ -365,9 +365,9 @@ class TestCheck:
     """A file is kept only if it computes what the net does."""
 
     @pytest.mark.parametrize("unchanged", [False, pytest.param(True, marks=pytest.mark.slow)])
-    def test_onnxruntime_does_not_pad_by_minus_infinity(self, shake, tmp_path, change, unchanged):
+    def test_onnxruntime_does_not_pad_by_minus_infinity(self, randomize_norms, tmp_path, change, unchanged):
         """Before ONNX Runtime 1.32 it would before a max pooling, where the net pads by zeros."""
-        net = shake(ResNetV2(**TINY, zero_padded_pool=True, deep_stem=False))
+        net = randomize_norms(ResNetV2(**TINY, zero_padded_pool=True, deep_stem=False))
         if not unchanged:
             assert export(net, tmp_path / "net.onnx").differences["layer1"] < 1e-5
             return

@@ -22,14 +22,14 @@ SIZES = [(64, 64), (65, 97), (33, 47)]
 
 
 @pytest.fixture
-def build(shake):
+def build(randomize_norms):
     """Build a small net of a case with random norms, in eval mode."""
-    return lambda case, **options: shake(make(case, **options)).eval()
+    return lambda case, **options: randomize_norms(make(case, **options)).eval()
 
 
 @pytest.fixture
-def net(shake):
-    return shake(ResNet(50, base_channels=8)).eval()
+def net(randomize_norms):
+    return randomize_norms(ResNet(50, base_channels=8)).eval()
 
 
 def worst(outs, expected):
@@ -64,8 +64,10 @@ def test_every_backbone_computes_the_same(build, case, backend):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_compile_backend_computes_the_same(shake):
-    net = shake(ResNet(18, base_channels=8, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))).eval()
+def test_compile_backend_computes_the_same(randomize_norms):
+    net = randomize_norms(
+        ResNet(18, base_channels=8, num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,))
+    ).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert worst(optimize(net, backend="compile")(x), net(x)) < 1e-5
@@ -201,8 +203,8 @@ class ModifiedBeforeTheSum(ThreeConvs):
         ModifiedBeforeTheSum,
     ],
 )
-def test_no_tensor_is_overwritten_that_is_used_later(kind, shake, images):
-    net = shake(kind()).eval()
+def test_no_tensor_is_overwritten_that_is_used_later(kind, randomize_norms, images):
+    net = randomize_norms(kind()).eval()
     with torch.no_grad():
         expected = net(images)
     for backend in ("onednn", "eager"):
@@ -317,11 +319,11 @@ def test_copies_are_compiled(net, monkeypatch):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_loading_weights_clears_the_cache(net, shake, images, inside):
+def test_loading_weights_clears_the_cache(net, randomize_norms, images, inside):
     fast = optimize(net, backend="onednn")
     for _ in range(2):
         fast(images)
-    other = optimize(shake(ResNet(50, base_channels=8)).eval(), backend="onednn")
+    other = optimize(randomize_norms(ResNet(50, base_channels=8)).eval(), backend="onednn")
     if inside:
         nn.Sequential(fast).load_state_dict(nn.Sequential(other).state_dict())
     else:
@@ -379,9 +381,9 @@ def test_gradients_are_not_recorded(net, images):
 
 
 @pytest.mark.parametrize("backend", ["onednn", "eager"])
-def test_untraceable_layers_run_unchanged(shake, images, backend):
+def test_untraceable_layers_run_unchanged(randomize_norms, images, backend):
     plugin = {"cfg": {"type": "NonLocal2d"}, "stages": (False, True, True, False), "position": "after_conv2"}
-    net = shake(ResNet(50, base_channels=8, plugins=[plugin])).eval()
+    net = randomize_norms(ResNet(50, base_channels=8, plugins=[plugin])).eval()
     for module in net.modules():
         if isinstance(module, NonLocal2d):
             nn.init.normal_(module.conv_out.conv.weight)  # zeros would add nothing

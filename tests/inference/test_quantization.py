@@ -66,9 +66,9 @@ def test_backbone_with_fpn(net, photograph):
 
 
 @pytest.mark.parametrize("size", [32, 96])  # 32: one pixel in the last stage, where the shapes are equal
-def test_addition_that_broadcasts(shake, photograph, size):
+def test_addition_that_broadcasts(randomize_norms, photograph, size):
     plugin = {"cfg": {"type": "ContextBlock", "ratio": 1 / 4}, "stages": (True,) * 4, "position": "after_conv3"}
-    net = shake(ResNet(50, base_channels=8, plugins=[plugin])).eval()
+    net = randomize_norms(ResNet(50, base_channels=8, plugins=[plugin])).eval()
     for module in net.modules():
         if isinstance(module, ContextBlock):
             nn.init.normal_(module.channel_add_conv[-1].weight, std=0.1)  # zeros would add nothing

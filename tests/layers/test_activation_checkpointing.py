@@ -42,10 +42,10 @@ def loss(outs):
     return sum(out.square().mean() for out in outs)
 
 
-def pair(shake, build=ResNetV1d, depth=26, **options):
+def pair(randomize_norms, build=ResNetV1d, depth=26, **options):
     """The same net twice, the second one recomputing."""
     nets = [build(depth, with_cp=with_cp, **{**TINY, **options}) for with_cp in (False, "norms")]
-    nets[1].load_state_dict(shake(nets[0]).state_dict())
+    nets[1].load_state_dict(randomize_norms(nets[0]).state_dict())
     return [net.train() for net in nets]
 
 
@@ -100,8 +100,8 @@ def test_what_was_kept_is_free_behind_the_backward_pass():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_bfloat16_autocast_gives_the_same_bits(shake, images, channels_last):
-    plain, recomputing = pair(shake)
+def test_bfloat16_autocast_gives_the_same_bits(randomize_norms, images, channels_last):
+    plain, recomputing = pair(randomize_norms)
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
         plain, recomputing = (net.to(memory_format=torch.channels_last) for net in (plain, recomputing))
@@ -124,16 +124,16 @@ def test_bfloat16_autocast_gives_the_same_bits(shake, images, channels_last):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_gradients_and_statistics_are_the_same_bits(shake, images, options):
-    plain, recomputing = pair(shake, **options)
+def test_gradients_and_statistics_are_the_same_bits(randomize_norms, images, options):
+    plain, recomputing = pair(randomize_norms, **options)
     for net in (plain, recomputing):
         loss(net(images)).backward()
     assert_same(recomputing, plain)
 
 
-def test_a_graph_goes_backward_twice_and_its_input_has_a_gradient(shake, images):
+def test_a_graph_goes_backward_twice_and_its_input_has_a_gradient(randomize_norms, images):
     gradients = []
-    for net in pair(shake):
+    for net in pair(randomize_norms):
         x = images.clone().requires_grad_()
         value = loss(net(x))
         value.backward(retain_graph=True)
@@ -149,8 +149,8 @@ def test_blocks_recompute_all_or_norms_but_never_both():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
-def test_copies_recompute_too(shake, images, copied):
-    plain, recomputing = pair(shake)
+def test_copies_recompute_too(randomize_norms, images, copied):
+    plain, recomputing = pair(randomize_norms)
     twin = copied(recomputing)
     assert list(twin.state_dict()) == list(plain.state_dict())
     calls = []

@@ -83,8 +83,8 @@ def test_eca_is_timms(timm):
 # CBAM
 
 
-def test_cbam_is_channel_then_spatial_attention(shake):
-    layer = shake(CBAM(32, ratio=8, kernel_size=3)).eval()
+def test_cbam_is_channel_then_spatial_attention(randomize_norms):
+    layer = randomize_norms(CBAM(32, ratio=8, kernel_size=3)).eval()
     x = torch.randn(2, 32, 5, 6)
     first, second = (getattr(layer.channel, name).weight.flatten(1) for name in ("fc1", "fc2"))
     assert first.shape == (4, 32)
@@ -114,8 +114,8 @@ def test_cbam_keeps_a_channel_where_the_ratio_would_leave_none():
     assert CBAM(8, ratio=16).channel.fc1.out_channels == 1
 
 
-def test_cbam_is_timms(timm, shake):
-    ours, theirs = shake(CBAM(64)), timm.layers.create_attn("cbam", 64)
+def test_cbam_is_timms(timm, randomize_norms):
+    ours, theirs = randomize_norms(CBAM(64)), timm.layers.create_attn("cbam", 64)
     state = {
         key.replace("spatial.conv", "spatial.conv.conv").replace("spatial.bn", "spatial.conv.bn"): value
         for key, value in ours.state_dict().items()
@@ -146,11 +146,11 @@ def test_global_context_is_one_vector_for_all_pixels(fusion):
 
 
 @every_class
-def test_global_context_works_in_any_stage_of_every_backbone(shake, images, case):
+def test_global_context_works_in_any_stage_of_every_backbone(randomize_norms, images, case):
     plain = make(case)
     chosen = [index % 2 == 1 for index in range(plain.num_stages)]
     position = f"after_conv{plain.block.num_convs}"
-    net = shake(make(case, plugins=[plugin("ContextBlock", position, stages=chosen)])).train()
+    net = randomize_norms(make(case, plugins=[plugin("ContextBlock", position, stages=chosen)])).train()
     for stage, has_context in zip(stages(net), chosen, strict=True):
         assert all(hasattr(block, "context_block") is has_context for block in stage)
     layers = [module for module in net.modules() if isinstance(module, ContextBlock)]
@@ -183,8 +183,8 @@ def test_a_layer_goes_behind_every_convolution_of_every_block(images, name, net)
 
 
 @every_layer
-def test_a_layer_runs_behind_the_last_norm_and_before_the_sum(shake, name):
-    net = shake(ResNet(50, base_channels=16, plugins=[plugin(name, "after_conv3")])).eval()
+def test_a_layer_runs_behind_the_last_norm_and_before_the_sum(randomize_norms, name):
+    net = randomize_norms(ResNet(50, base_channels=16, plugins=[plugin(name, "after_conv3")])).eval()
     block = net.layer2[1]
     x = torch.randn(2, block.inplanes, 8, 8)
     out = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu())).relu()
@@ -235,10 +235,10 @@ def test_cbam_takes_another_norm():
     assert type(net.layer1[0].cbam.spatial.gn) is nn.GroupNorm
 
 
-def test_tracers_and_compilers_follow_a_net_with_attention(shake, images):
+def test_tracers_and_compilers_follow_a_net_with_attention(randomize_norms, images):
     plugins = [plugin(name, "after_conv2") for name in LAYERS]
     one_stage = {"num_stages": 1, "strides": (1,), "dilations": (1,), "out_indices": (0,)}
-    net = shake(ResNet(18, base_channels=8, plugins=plugins, **one_stage)).eval()
+    net = randomize_norms(ResNet(18, base_channels=8, plugins=plugins, **one_stage)).eval()
     dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     exported = torch.export.export(net, (images,), dynamic_shapes=(dynamic,)).module()
     torch.compiler.reset()

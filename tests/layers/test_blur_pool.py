@@ -109,16 +109,16 @@ def test_nothing_strides_but_stem_filters_and_shortcuts(anti_aliasing, net_class
         assert shapes == [tuple(-(-side // stride) for side in size) for stride in net.out_strides]
 
 
-def test_the_filter_runs_behind_the_relu_of_the_convolution_that_would_stride(shake):
+def test_the_filter_runs_behind_the_relu_of_the_convolution_that_would_stride(randomize_norms):
     block = Bottleneck(32, 8, stride=2, anti_aliasing="blur", downsample=nn.AvgPool2d(2))
-    block = shake(block).eval()
+    block = randomize_norms(block).eval()
     x = torch.randn(2, 32, 8, 8)
     out = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu())).relu()
     out = block.bn3(block.conv3(BlurPool2d(8)(out)))
     torch.testing.assert_close(block(x), (out + nn.functional.avg_pool2d(x, 2)).relu())
 
 
-def test_a_shift_by_a_pixel_changes_less_than_in_a_resnet(shake):
+def test_a_shift_by_a_pixel_changes_less_than_in_a_resnet(randomize_norms):
     """What the filters are for: the classes' mean features hardly move."""
 
     def moved(config):

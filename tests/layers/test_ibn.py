@@ -74,8 +74,8 @@ def reference(state, x, blocks, ibn, num_convs, groups):
     ],
     ids=["18-a", "18-b", "50-a", "50-b", "next"],
 )
-def test_features_are_those_of_the_formulas(shake, images, net_class, options):
-    net = shake(net_class(base_channels=16, **options)).double().eval()
+def test_features_are_those_of_the_formulas(randomize_norms, images, net_class, options):
+    net = randomize_norms(net_class(base_channels=16, **options)).double().eval()
     for module in net.modules():
         if isinstance(module, nn.InstanceNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

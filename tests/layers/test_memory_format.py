@@ -56,8 +56,8 @@ class Named(nn.Module):
 @every_format
 @pytest.mark.parametrize("wrap", [lambda net: net, Named], ids=["tuple", "nested"])
 @pytest.mark.parametrize("maker", [name for name in MAKERS if name != "compile"])
-def test_outputs_have_the_format_that_was_asked_for(shake, images, maker, wrap, format_):
-    net = wrap(shake(ResNetV1d(18, base_channels=8))).eval()
+def test_outputs_have_the_format_that_was_asked_for(randomize_norms, images, maker, wrap, format_):
+    net = wrap(randomize_norms(ResNetV1d(18, base_channels=8))).eval()
     images = images.contiguous(memory_format=format_)
     fast = MAKERS[maker](net, images)
     for _ in range(3):  # a size that comes back gets weights of its own
@@ -67,8 +67,8 @@ def test_outputs_have_the_format_that_was_asked_for(shake, images, maker, wrap, 
 
 @pytest.mark.slow
 @every_format
-def test_compiled_outputs_have_the_format_that_was_asked_for(shake, images, format_):
-    net = shake(ResNet(18, base_channels=8, stage_blocks=(1, 1, 1, 1))).eval()
+def test_compiled_outputs_have_the_format_that_was_asked_for(randomize_norms, images, format_):
+    net = randomize_norms(ResNet(18, base_channels=8, stage_blocks=(1, 1, 1, 1))).eval()
     images = images.contiguous(memory_format=format_)
     assert formats(optimize(net, backend="compile")(images)) == formats(net(images))
 
@@ -92,8 +92,8 @@ def test_a_folding_net_returns_the_plain_nets_format(images, case, mode):
 
 
 @pytest.mark.parametrize("with_cp", [False, True, "norms"])
-def test_recomputing_changes_no_format_and_no_gradient(shake, images, with_cp):
-    net = shake(ResNet(50, base_channels=8, with_cp=with_cp)).train()
+def test_recomputing_changes_no_format_and_no_gradient(randomize_norms, images, with_cp):
+    net = randomize_norms(ResNet(50, base_channels=8, with_cp=with_cp)).train()
     folding = fold_frozen_norms(copy.deepcopy(net))
     for each in (net, folding):
         outs = each(images)
@@ -142,21 +142,21 @@ def test_the_second_look_of_detectors(images, format_):
     assert formats(fold_frozen_norms(net).rfp_forward(images, fed)) == formats(expected)
 
 
-def test_a_subclass_with_its_own_forward(shake, images):
+def test_a_subclass_with_its_own_forward(randomize_norms, images):
     class TwoStems(ResNet):
         def forward(self, x):
             x = self.maxpool(self.relu(self.conv_norm(x, self.conv1, self.norm1)))
             return {"two": self.layer2(self.layer1(x)), "again": [self.layer1(x)]}
 
-    net = fold_frozen_norms(shake(TwoStems(18, base_channels=8)).train())
+    net = fold_frozen_norms(randomize_norms(TwoStems(18, base_channels=8)).train())
     assert formats(net(images)) == [True, True]
 
 
-def test_foreign_models_get_contiguous_maps_from_each_part(shake, images):
+def test_foreign_models_get_contiguous_maps_from_each_part(randomize_norms, images):
     class Foreign(nn.Module):
         def __init__(self):
             super().__init__()
-            self.backbone = shake(ResNet(18, base_channels=8))
+            self.backbone = randomize_norms(ResNet(18, base_channels=8))
             self.neck = FPN(self.backbone.out_channels, 8, 5, norm_cfg={"type": "BN"})
 
         def forward(self, x):
@@ -169,8 +169,8 @@ def test_foreign_models_get_contiguous_maps_from_each_part(shake, images):
     assert formats(outs) == [True] * 5
 
 
-def test_after_an_error_the_next_call_is_as_ever(shake, images):
-    net = fold_frozen_norms(shake(ResNet(18, base_channels=8)).train())
+def test_after_an_error_the_next_call_is_as_ever(randomize_norms, images):
+    net = fold_frozen_norms(randomize_norms(ResNet(18, base_channels=8)).train())
     with pytest.raises(ValueError, match="takes images of shape"):
         net(images[:, :2])
     assert formats(net(images)) == [True] * 4

@@ -26,11 +26,11 @@ def selective(block):
 
 @pytest.mark.parametrize("split_input", [False, True])
 @pytest.mark.parametrize("num_paths", [2, 3])
-def test_the_paths_are_weighed_against_each_other_channel_by_channel(shake, split_input, num_paths):
+def test_the_paths_are_weighed_against_each_other_channel_by_channel(randomize_norms, split_input, num_paths):
     layer = SelectiveKernelConv2d(
         12, 8, stride=2, num_paths=num_paths, min_channels=4, split_input=split_input, norm_cfg=BN
     )
-    layer = shake(layer).eval()
+    layer = randomize_norms(layer).eval()
     x = torch.randn(2, 12, 9, 7)
     views = []
     for index, path in enumerate(layer.paths):

@@ -22,8 +22,8 @@ def _quiet():
 
 
 @pytest.fixture
-def net(shake):
-    return shake(ResNet(18, base_channels=8)).eval()
+def net(randomize_norms):
+    return randomize_norms(ResNet(18, base_channels=8)).eval()
 
 
 def assert_refused(model, name):

@@ -71,9 +71,9 @@ def maps(folder: str | Path) -> dict[str, Any]:
     return {path.stem: np.load(path) for path in sorted(Path(folder).glob("*.npy"))}
 
 
-def net_and_checkpoint(shake: Callable[..., Any], path: str | Path, **arguments: Any) -> Any:
+def net_and_checkpoint(randomize_norms: Callable[..., Any], path: str | Path, **arguments: Any) -> Any:
     """A backbone of weights that are no one's initialization, and the file of them."""
-    net = shake(build_backbone({**SMALL, **arguments})).eval()
+    net = randomize_norms(build_backbone({**SMALL, **arguments})).eval()
     torch.save(net.state_dict(), path)
     return net
 

@@ -22,10 +22,10 @@ def gradients(net, images, dtype):
     return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
 
 
-def nets(shake, memory_format=torch.contiguous_format):
+def nets(randomize_norms, memory_format=torch.contiguous_format):
     """Return two copies of a net, without and with folding."""
     torch.manual_seed(0)
-    net = shake(ResNetV1d(50, base_channels=16, frozen_stages=1)).train().cuda()
+    net = randomize_norms(ResNetV1d(50, base_channels=16, frozen_stages=1)).train().cuda()
     return net, fold_frozen_norms(copy.deepcopy(net)).to(memory_format=memory_format)
 
 
@@ -36,25 +36,25 @@ def assert_close(got, expected, tolerance):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_folded_norms_have_equal_gradients(shake, memory_format):
-    plain, folding = nets(shake, memory_format)
+def test_folded_norms_have_equal_gradients(randomize_norms, memory_format):
+    plain, folding = nets(randomize_norms, memory_format)
     images = torch.randn(2, 3, 64, 96, device="cuda")
     assert_close(gradients(folding, images, torch.float32), gradients(plain, images, torch.float32), 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_folded_norms_under_autocast(shake, dtype):
+def test_folded_norms_under_autocast(randomize_norms, dtype):
     images = torch.randn(2, 3, 64, 96, device="cuda")
-    exact = gradients(nets(shake)[0], images, torch.float32)
+    exact = gradients(nets(randomize_norms)[0], images, torch.float32)
     errors = []
-    for net in nets(shake):
+    for net in nets(randomize_norms):
         got = gradients(net, images, dtype)
         errors.append(sum((got[name] - reference).norm() / reference.norm() for name, reference in exact.items()))
     assert errors[1] <= 1.3 * errors[0]
 
 
-def test_recomputed_norms_have_equal_gradients(shake):
-    net = shake(ResNetV1d(50, base_channels=16, norm_eval=False)).train().cuda()
+def test_recomputed_norms_have_equal_gradients(randomize_norms):
+    net = randomize_norms(ResNetV1d(50, base_channels=16, norm_eval=False)).train().cuda()
     recomputing = copy.deepcopy(net)
     recomputing.with_cp = "norms"
     images = torch.randn(2, 3, 64, 96, device="cuda")

@@ -56,9 +56,9 @@ def loss(outs):
     return sum(out.square().mean() for out in outs)
 
 
-def pair(shake, build=ResNetV1d, *, dtype=torch.float32, **options):
+def pair(randomize_norms, build=ResNetV1d, *, dtype=torch.float32, **options):
     """Return two copies of a net, without and with folding."""
-    net = shake(build(**{"depth": 18, "base_channels": 8, **options})).to(dtype).train()
+    net = randomize_norms(build(**{"depth": 18, "base_channels": 8, **options})).to(dtype).train()
     return net, fold_frozen_norms(copy.deepcopy(net))
 
 
@@ -90,8 +90,8 @@ def numbered(outs):
 @every_case
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=["f64", "f32"])
 @pytest.mark.filterwarnings("ignore:folding has no effect:UserWarning")
-def test_outputs_and_gradients_equal_the_plain_net(shake, images, case, dtype, tolerance):
-    net, folding = pair(shake, lambda **_: make(case, norm_eval=True), dtype=dtype)
+def test_outputs_and_gradients_equal_the_plain_net(randomize_norms, images, case, dtype, tolerance):
+    net, folding = pair(randomize_norms, lambda **_: make(case, norm_eval=True), dtype=dtype)
     (expected, gradients), (outs, folded) = (backward(n, images.to(dtype)) for n in (net, folding))
     assert_close(numbered(outs), numbered(expected), tolerance)
     if case == "ResNetIBN-b":  # a bias before instance norm has no effect; its gradients are rounding errors
@@ -126,9 +126,9 @@ CONVOLUTIONS = {
 }
 
 
-def unit(shake, conv_class=nn.Conv2d, norm_class=nn.BatchNorm2d, **options):
+def unit(randomize_norms, conv_class=nn.Conv2d, norm_class=nn.BatchNorm2d, **options):
     conv = conv_class(4, 6, **{"bias": False, **options})
-    both = shake(Sequential(conv, norm_class(6))).double().eval()
+    both = randomize_norms(Sequential(conv, norm_class(6))).double().eval()
     set_folding(both, True)
     return both
 
@@ -146,9 +146,9 @@ def check_gradients(check, both, x):
 
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-def test_gradients_equal_finite_differences(shake, options, check):
+def test_gradients_equal_finite_differences(randomize_norms, options, check):
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
-    assert check_gradients(check, unit(shake, **options), x)
+    assert check_gradients(check, unit(randomize_norms, **options), x)
 
 
 @pytest.mark.parametrize(
@@ -162,15 +162,15 @@ def test_gradients_equal_finite_differences(shake, options, check):
         (nn.Conv2d, lambda channels: nn.BatchNorm2d(channels, affine=False)),
     ],
 )
-def test_gradients_of_other_layers(shake, conv_class, norm_class):
-    both = unit(shake, conv_class, norm_class, kernel_size=3, bias=True)
+def test_gradients_of_other_layers(randomize_norms, conv_class, norm_class):
+    both = unit(randomize_norms, conv_class, norm_class, kernel_size=3, bias=True)
     assert check_gradients(torch.autograd.gradcheck, both, torch.randn(2, 4, 5, 6, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("trains", ["0.weight", "0.bias", "1.weight", "1.bias"])
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_one_trainable_parameter(shake, trains, kernel_size):
-    both = unit(shake, kernel_size=kernel_size, bias=True)
+def test_one_trainable_parameter(randomize_norms, trains, kernel_size):
+    both = unit(randomize_norms, kernel_size=kernel_size, bias=True)
     plain = copy.deepcopy(both)
     set_folding(plain, False)
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
@@ -203,8 +203,8 @@ def test_saves_at_most_055_of_the_memory_for_backward(size, dtype):
     assert 0.1 * plain < folding <= 0.55 * plain
 
 
-def test_saves_only_inputs_and_parameters_for_backward(shake):
-    both = unit(shake, kernel_size=3, padding=1)
+def test_saves_only_inputs_and_parameters_for_backward(randomize_norms):
+    both = unit(randomize_norms, kernel_size=3, padding=1)
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64).contiguous(memory_format=CL)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda _: None):
@@ -213,8 +213,8 @@ def test_saves_only_inputs_and_parameters_for_backward(shake):
     assert sorted(kept) == sorted(tensor.data_ptr() for tensor in own)
 
 
-def test_norm_in_train_mode_uses_batch_statistics(shake, images):
-    net, folding = pair(shake, norm_eval=False, frozen_stages=1)
+def test_norm_in_train_mode_uses_batch_statistics(randomize_norms, images):
+    net, folding = pair(randomize_norms, norm_eval=False, frozen_stages=1)
     frozen = sum(isinstance(m, nn.BatchNorm2d) and not m.training for m in net.modules())
     assert 0 < frozen == batch_norms(net, images)
     for _ in range(2):
@@ -239,8 +239,8 @@ def test_norm_in_train_mode_uses_batch_statistics(shake, images):
             n.train()
 
 
-def test_all_norms_in_train_mode(shake, images):
-    net, folding = pair(shake, norm_eval=False)
+def test_all_norms_in_train_mode(randomize_norms, images):
+    net, folding = pair(randomize_norms, norm_eval=False)
     results = [backward(n, images) for n in (net, folding)]
     assert all(torch.equal(*outs) for outs in zip(*(outs for outs, _ in results), strict=True))
     assert_same(results[1][1], results[0][1])
@@ -254,8 +254,8 @@ def test_norm_without_running_statistics(images):
     assert all(torch.equal(*outs) for outs in zip(net.eval()(images), plain.eval()(images), strict=True))
 
 
-def test_parameters_and_keys_do_not_change(shake, images):
-    net, _ = pair(shake, frozen_stages=0)
+def test_parameters_and_keys_do_not_change(randomize_norms, images):
+    net, _ = pair(randomize_norms, frozen_stages=0)
     folding = copy.deepcopy(net)
     before = dict(folding.named_parameters()), list(folding.state_dict()), str(folding)
     optimizers = [torch.optim.SGD(n.parameters(), lr=0.05, momentum=0.9) for n in (net, folding)]
@@ -273,8 +273,8 @@ def test_parameters_and_keys_do_not_change(shake, images):
 
 
 @pytest.mark.parametrize("layer", ["layer2.0.conv1", "layer2.0.bn1", "layer2.0.downsample.1", "stem.3"])
-def test_hooks_of_a_layer(shake, images, layer):
-    net, folding = pair(shake)
+def test_hooks_of_a_layer(randomize_norms, images, layer):
+    net, folding = pair(randomize_norms)
     seen = {}
     for n in (net, folding):
         calls = seen.setdefault(n, [])
@@ -291,8 +291,8 @@ def test_hooks_of_a_layer(shake, images, layer):
     assert batch_norms(folding, images) == 1
 
 
-def test_global_module_hooks(shake, images):
-    _, folding = pair(shake)
+def test_global_module_hooks(randomize_norms, images):
+    _, folding = pair(randomize_norms)
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
     folding(images)
@@ -300,8 +300,8 @@ def test_global_module_hooks(shake, images):
     assert seen.count(nn.BatchNorm2d) == sum(isinstance(module, nn.BatchNorm2d) for module in folding.modules())
 
 
-def test_replaced_forward_of_a_layer(shake, images):
-    net, folding = pair(shake)
+def test_replaced_forward_of_a_layer(randomize_norms, images):
+    net, folding = pair(randomize_norms)
     for n in (net, folding):
         block = n.layer1[0]
         block.conv2.forward = lambda x, conv=block.conv2: nn.Conv2d.forward(conv, x) + 1
@@ -311,8 +311,8 @@ def test_replaced_forward_of_a_layer(shake, images):
     assert batch_norms(folding, images) == 1
 
 
-def test_parametrized_weights(shake, images):
-    net, _ = pair(shake)
+def test_parametrized_weights(randomize_norms, images):
+    net, _ = pair(randomize_norms)
     weight_norm(net.layer1[0].conv1)
     folding = fold_frozen_norms(copy.deepcopy(net))
     (_, gradients), (_, folded) = (backward(n, images) for n in (net, folding))
@@ -320,19 +320,19 @@ def test_parametrized_weights(shake, images):
     assert batch_norms(folding, images) == 0
 
 
-def test_subclass_with_its_own_forward(shake):
+def test_subclass_with_its_own_forward(randomize_norms):
     class Activated(nn.BatchNorm2d):
         def forward(self, x):
             return super().forward(x).relu()
 
-    both = unit(shake, norm_class=Activated, kernel_size=3)
+    both = unit(randomize_norms, norm_class=Activated, kernel_size=3)
     assert both(torch.randn(2, 4, 5, 6, dtype=torch.float64)).min() == 0
 
 
 @pytest.mark.parametrize("with_cp", [True, "norms"])
 @pytest.mark.parametrize("norm_eval", [True, False])
-def test_with_checkpointing(shake, images, with_cp, norm_eval):
-    net, folding = pair(shake, with_cp=with_cp, norm_eval=norm_eval, drop_path_rate=0.2)
+def test_with_checkpointing(randomize_norms, images, with_cp, norm_eval):
+    net, folding = pair(randomize_norms, with_cp=with_cp, norm_eval=norm_eval, drop_path_rate=0.2)
     if not norm_eval:  # norms in both modes
         for n in (net, folding):
             n.layer2.eval()
@@ -345,8 +345,8 @@ def test_with_checkpointing(shake, images, with_cp, norm_eval):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_bfloat16_autocast_is_as_accurate_as_without_folding(shake, images, channels_last):
-    net, folding = pair(shake)
+def test_bfloat16_autocast_is_as_accurate_as_without_folding(randomize_norms, images, channels_last):
+    net, folding = pair(randomize_norms)
     if channels_last:
         net, folding, images = (thing.to(memory_format=CL) for thing in (net, folding, images))
     _, exact = backward(net, images)
@@ -365,8 +365,8 @@ def test_bfloat16_autocast_is_as_accurate_as_without_folding(shake, images, chan
     assert errors[1].max() < 1.5 * errors[0].max()
 
 
-def test_backward_under_autocast(shake, images):
-    _, folding = pair(shake, ResNet, depth=50)
+def test_backward_under_autocast(randomize_norms, images):
+    _, folding = pair(randomize_norms, ResNet, depth=50)
     _, expected = backward(folding, images)
     folding.zero_grad(set_to_none=True)
     value = loss(folding(images))
@@ -377,8 +377,8 @@ def test_backward_under_autocast(shake, images):
 
 @pytest.mark.parametrize("weights", [torch.contiguous_format, CL])
 @pytest.mark.parametrize("format_", [torch.contiguous_format, CL])
-def test_memory_formats(shake, images, weights, format_):
-    net, folding = (each.to(memory_format=weights) for each in pair(shake))
+def test_memory_formats(randomize_norms, images, weights, format_):
+    net, folding = (each.to(memory_format=weights) for each in pair(randomize_norms))
     images = images.contiguous(memory_format=format_)
     (expected, gradients), (outs, folded) = (backward(each, images) for each in (net, folding))
     assert [out.stride() for out in outs] == [out.stride() for out in expected]
@@ -389,9 +389,9 @@ def test_memory_formats(shake, images, weights, format_):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_training_step(monkeypatch, shake, images, dtype):
+def test_a_compiled_training_step(monkeypatch, randomize_norms, images, dtype):
     one_block_per_stage(monkeypatch)
-    net, folding = pair(shake)
+    net, folding = pair(randomize_norms)
     torch.compiler.reset()
     compiled: Any = torch.compile(folding, fullgraph=True, backend="aot_eager")
     results = []
@@ -405,8 +405,8 @@ def test_a_compiled_training_step(monkeypatch, shake, images, dtype):
         assert torch.equal(out, expected)
 
 
-def test_exported_and_traced_graphs(shake, images):
-    net, folding = (n.eval() for n in pair(shake))
+def test_exported_and_traced_graphs(randomize_norms, images):
+    net, folding = (n.eval() for n in pair(randomize_norms))
     expected = net(images)
     dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     recorded = [
@@ -420,8 +420,8 @@ def test_exported_and_traced_graphs(shake, images):
     assert all(torch.equal(*outs) for outs in zip(fused, plain, strict=True))
 
 
-def test_functional_transforms(shake, images):
-    net, folding = pair(shake)
+def test_functional_transforms(randomize_norms, images):
+    net, folding = pair(randomize_norms)
     _, expected = backward(net, images)
     parameters = dict(folding.named_parameters())
 
@@ -439,8 +439,8 @@ def test_functional_transforms(shake, images):
     torch.testing.assert_close(slope, x.grad.sum(), rtol=1e-3, atol=1e-6)
 
 
-def test_meta_device(shake, images):
-    _, folding = pair(shake)
+def test_meta_device(randomize_norms, images):
+    _, folding = pair(randomize_norms)
     shapes = [out.shape for out in folding(images)]
     assert [out.shape for out in folding.to("meta")(images.to("meta"))] == shapes
 
@@ -452,9 +452,9 @@ class Double(nn.Module):
 
 @pytest.mark.parametrize("shortcut", [None, nn.AdaptiveAvgPool2d(1), Double()], ids=["same", "broadcast", "double"])
 @pytest.mark.parametrize("trains", [True, False])
-def test_shortcut_addition(shake, shortcut, trains):
+def test_shortcut_addition(randomize_norms, shortcut, trains):
     """The fused addition of oneDNN requires equal shapes and dtypes."""
-    block = shake(Bottleneck(16, 4, downsample=shortcut)).eval().requires_grad_(trains)
+    block = randomize_norms(Bottleneck(16, 4, downsample=shortcut)).eval().requires_grad_(trains)
     folding = fold_frozen_norms(copy.deepcopy(block))
     x = torch.randn(2, 16, 6, 5)
     ends = []
@@ -469,17 +469,17 @@ def test_shortcut_addition(shake, shortcut, trains):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
-def test_copies(shake, images, copied):
-    _, folding = pair(shake)
+def test_copies(randomize_norms, images, copied):
+    _, folding = pair(randomize_norms)
     twin = copied(folding)
     assert batch_norms(twin, images) == 0
     assert all(torch.equal(*outs) for outs in zip(twin(images), folding(images), strict=True))
     assert batch_norms(fold_frozen_norms(twin, False), images) > 0
 
 
-def test_backward_twice_and_input_gradient(shake, images):
+def test_backward_twice_and_input_gradient(randomize_norms, images):
     gradients = []
-    for net in pair(shake, ResNet, depth=50):
+    for net in pair(randomize_norms, ResNet, depth=50):
         x = images.clone().requires_grad_()
         value = loss(net(x))
         value.backward(retain_graph=True)
@@ -488,15 +488,15 @@ def test_backward_twice_and_input_gradient(shake, images):
     assert_close(gradients[1], gradients[0], 1e-5)
 
 
-def test_frozen_stages_have_no_graph(shake, images):
-    _, folding = pair(shake, frozen_stages=2)
+def test_frozen_stages_have_no_graph(randomize_norms, images):
+    _, folding = pair(randomize_norms, frozen_stages=2)
     outs = folding(images)
     assert [out.requires_grad for out in outs] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("where", ["image", "weight", "shift"])
-def test_nan_propagates(shake, images, where):
-    _, folding = pair(shake, frozen_stages=1)
+def test_nan_propagates(randomize_norms, images, where):
+    _, folding = pair(randomize_norms, frozen_stages=1)
     if where == "image":
         images[1, 0, 30, 30] = torch.nan
     elif where == "weight":
@@ -517,8 +517,8 @@ def test_empty_batch():
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_half_precision(shake, images, half):
-    _, folding = pair(shake)
+def test_half_precision(randomize_norms, images, half):
+    _, folding = pair(randomize_norms)
     outs = folding.to(half)(images.to(half))
     loss(outs).backward()
     assert {out.dtype for out in outs} == {parameter.grad.dtype for parameter in folding.parameters()} == {half}
@@ -532,8 +532,8 @@ def test_input_dtype_mismatch(images):
         net(images.bfloat16())
 
 
-def test_necks_and_single_layers(shake):
-    fpn = fold_frozen_norms(shake(FPN([8, 16], 8, 3, norm_cfg={"type": "BN"})).eval())
+def test_necks_and_single_layers(randomize_norms):
+    fpn = fold_frozen_norms(randomize_norms(FPN([8, 16], 8, 3, norm_cfg={"type": "BN"})).eval())
     maps = [torch.randn(1, 8, 16, 16), torch.randn(1, 16, 8, 8)]
     folded = fpn(maps)
     expected = fold_frozen_norms(fpn, False)(maps)

@@ -28,8 +28,8 @@ def test_sync_bn_trains_on_cpu_in_a_group_of_one(images):
     net(images)
 
 
-def test_one_process_uses_plain_norms(shake, images, log):
-    net = shake(build(norm_cfg={"type": "SyncBN"}, norm_eval=False, frozen_stages=1))
+def test_one_process_uses_plain_norms(randomize_norms, images, log):
+    net = randomize_norms(build(norm_cfg={"type": "SyncBN"}, norm_eval=False, frozen_stages=1))
     plain = build(norm_eval=False, frozen_stages=1)
     plain.load_state_dict(net.state_dict())
     tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}

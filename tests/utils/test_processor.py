@@ -23,8 +23,8 @@ SLOW = "has no instructions for bfloat16"
 
 
 @pytest.fixture
-def net(shake):
-    return shake(ResNet(18, base_channels=8)).eval()
+def net(randomize_norms):
+    return randomize_norms(ResNet(18, base_channels=8)).eval()
 
 
 @pytest.fixture

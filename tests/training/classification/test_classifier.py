@@ -92,9 +92,9 @@ def test_pretrained_weights_set_preprocessing(tmp_path):
     assert fixed.data_preprocessor.channels.tolist() == [0, 1, 2]
 
 
-def test_load_weights_of_a_run(tmp_path, images, shake):
+def test_load_weights_of_a_run(tmp_path, images, randomize_norms):
     odd = {"mean": (1.0, 2.0, 3.0), "std": (4.0, 5.0, 6.0), "order": "BGR"}
-    trained = shake(ImageClassifier(SMALL, num_classes=3, preprocessing=odd)).eval()
+    trained = randomize_norms(ImageClassifier(SMALL, num_classes=3, preprocessing=odd)).eval()
     other = {f"module.{key}": value + 1 for key, value in trained.state_dict().items()}
     torch.save({"meta": {}, "state_dict": trained.state_dict(), "ema_state_dict": other}, tmp_path / "run.pth")
 

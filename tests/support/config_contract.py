@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import yaml
-from config_draws import Draw
+from random_configs import Draw
 from torch import Tensor, nn
 
 import resbackbone
