@@ -528,7 +528,7 @@ def test_our_own_names_are_native():
 
 
 def test_state_dicts_without_a_backbone_are_refused():
-    with pytest.raises(ValueError, match=r"no known backbone .* first of which are: encoder\.weight; known layouts"):
+    with pytest.raises(ValueError, match=r"no known backbone .* first keys are: encoder\.weight; known layouts"):
         detect_layout({"encoder.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="no paddle backbone"):
         convert_state_dict(random_weights("resnet18"), "paddle")

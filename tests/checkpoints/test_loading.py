@@ -310,7 +310,7 @@ def test_preprocessing_is_known_for_color_and_gray_only(tmp_path, trained, taken
     assert net.preprocessing == expected
     if expected is None:
         with pytest.raises(
-            ValueError, match=r"the preprocessing of the loaded weights is unknown.* set `net\.preprocessing`"
+            ValueError, match=r"the preprocessing of the loaded weights is unknown.* set `net\.preprocessing ="
         ):
             preprocessing_of(net)
     else:

@@ -217,7 +217,7 @@ def test_what_the_machine_cannot_do_is_one_line(monkeypatch, error, message):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("resbackbone.checkpoints.loading.locate", fail)
+    monkeypatch.setattr("resbackbone.checkpoints.tensors.locate", fail)
     assert fails("convert", "a.pth", "b.pth", "--to", "timm") == message
 
 

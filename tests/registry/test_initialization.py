@@ -115,7 +115,7 @@ def test_a_neck_refuses_what_does_not_fit(tmp_path):
         with pytest.raises(ValueError, match=r"fpn_convs\.[07]\.conv\.bias"):
             net.init_weights()
     torch.save({"a": weights, "b": weights}, file)
-    with pytest.raises(ValueError, match=r"below 'a\.' and 'b\.'; choose by `prefix`"):
+    with pytest.raises(ValueError, match=r"with the prefixes 'a\.' and 'b\.'; choose one by `prefix`"):
         fpn({"type": "Pretrained", "checkpoint": str(file)}).init_weights()
     fpn({"type": "Pretrained", "checkpoint": str(file), "prefix": "b."}).init_weights()
 
