@@ -143,7 +143,7 @@ class Backbone(NormEvalModule):
     def complete(self) -> None:
         """Finish construction: put norms into eval mode, and freeze what no output needs."""
         super().complete()
-        if self._rest_idle_modules():
+        if self._freeze_idle_modules():
             log_info(
                 f"{type(self).__name__} ends at the last of `out_indices` {self.out_indices}: what comes after it is "
                 f"neither run nor trained{self._how_to_leave_out()}"
@@ -177,8 +177,8 @@ class Backbone(NormEvalModule):
         modules = self.idle_modules() if self.has_stock_forward else []
         return {id(parameter) for module in modules for parameter in module.parameters()}
 
-    def _rest_idle_modules(self) -> bool:
-        """Freeze modules that no output needs; ``DistributedDataParallel`` would wait for their gradients for ever.
+    def _freeze_idle_modules(self) -> bool:
+        """Freeze modules that no output needs; ``DistributedDataParallel`` would wait for their gradients forever.
 
         Returns:
             Whether there are any.
@@ -190,7 +190,7 @@ class Backbone(NormEvalModule):
                 self._idle.add(name)
         return bool(idle)
 
-    def _wake_modules(self) -> None:
+    def _unfreeze_needed_modules(self) -> None:
         """Unfreeze modules that changed ``out_indices`` need now."""
         idle = self._idle_parameters()
         for name, parameter in self.named_parameters():
@@ -201,7 +201,8 @@ class Backbone(NormEvalModule):
     def freeze(self, frozen_stages: int) -> None:
         """Change ``frozen_stages``, and unfreeze what is no longer among them.
 
-        The optimizer must have the parameters that are unfrozen; wrap the model in ``DistributedDataParallel`` again.
+        The optimizer must have the parameters that are unfrozen. Inside of ``DistributedDataParallel``, call
+        :func:`resbackbone.training.freeze` instead.
 
         Args:
             frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
@@ -215,7 +216,7 @@ class Backbone(NormEvalModule):
                 parameter.requires_grad = True
         self._frozen_parameters.clear()
         self.frozen_stages = frozen_stages
-        self._rest_idle_modules()
+        self._freeze_idle_modules()
         self.train(self.training)
 
     def _freeze_stages(self) -> None:
@@ -236,7 +237,7 @@ class Backbone(NormEvalModule):
         """
         super().train(mode)
         if self._idle:
-            self._wake_modules()
+            self._unfreeze_needed_modules()
         self._freeze_stages()
         return self
 

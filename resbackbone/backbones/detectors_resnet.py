@@ -131,7 +131,7 @@ class DetectoRS_ResNet(ResNet):
         return restore_format(self, run, (x, rfp_feats), {}) if self.folds_norms else run(x, rfp_feats)
 
     def _run_again(self, x: Tensor, rfp_feats: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        x, outs = self.enter(x)
+        x, outs = self.forward_stem(x)
         for index, (name, rfp_feat) in enumerate(zip(self._needed_stages(), rfp_feats, strict=False)):
             stage = getattr(self, name)
             run = partial(_run_stage, stage, rfp_feat)

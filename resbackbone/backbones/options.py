@@ -46,7 +46,7 @@ class ResNetOptions(TypedDict, total=False):
 
 
 class GroupedResNetOptions(ResNetOptions, total=False):
-    """Those, and the arguments that make a variant with bottlenecks a ResNeXt."""
+    """:class:`ResNetOptions`, and the arguments that make a variant with bottlenecks a ResNeXt."""
 
     groups: int
     base_width: int

@@ -62,7 +62,7 @@ class ResNet(Backbone):
         with_cp: Activation checkpointing: True recomputes every block in the backward pass; "norms" everything except
             convolutions, which saves most of the memory at little cost.
         zero_init_residual: Initialize the last norm of each block with zero, so that the block is the identity.
-        pretrained: Old spelling of ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
+        pretrained: Deprecated alias of ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
         init_cfg: Initializers of ``init_weights()``; None for Kaiming normal convolutions and norms of one.
         multi_grid: Dilation of each block of the last stage, instead of that stage's dilation.
         contract_dilation: Halve the dilation of each stage's first block.
@@ -70,8 +70,8 @@ class ResNet(Backbone):
             nothing; "timm", as timm with ``output_stride`` (docs/differences.md has the mapping), the second 3x3 of a
             basic block is dilated, too, ``avg_down`` averages 2x2 pixels at stride 1 in the shortcut, and an
             anti-aliased block filters where the dilation grows.
-        drop_path_rate: Probability, 0 to 1, of leaving out the last block's branch while training; earlier blocks
-            have less, in proportion to their place.
+        drop_path_rate: Probability, from 0 to below 1, of dropping the last block's branch during training; that of
+            earlier blocks is proportional to their index.
         stage_blocks: Number of blocks of each stage, in place of those of ``depth``, which then selects only the block
             class.
         project_first_block: Give the first block of every stage a projection, a 1x1 convolution and a norm, in its
@@ -99,7 +99,7 @@ class ResNet(Backbone):
     # Attributes that determine the number of weights, for the error about memory; a variant adds its own.
     _sizes: ClassVar[tuple[str, ...]] = ("in_channels", "stem_channels", "base_channels", "stage_blocks")
     with_cp: WithCp = False  # for subclasses with a constructor that does not call this one
-    _given: Config | None = None  # of `stage_blocks` and `out_indices`, which are resolved; likewise
+    _given: Config | None = None  # `stage_blocks` and `out_indices` as passed; None in such subclasses
     _stem_names: Sequence[str] = ("conv1", "bn1", "relu", "stem", "maxpool")  # likewise
     _built: str | None = None
     _measured: tuple[str, dict[OutIndex, FeatureInfo]] | None = None
@@ -276,9 +276,8 @@ class ResNet(Backbone):
         rates = self._drop_path_rates()
         for index, num_blocks in enumerate(self.stage_blocks):
             planes = self.stage_planes(index)
-            optional: dict[
-                str, Any
-            ] = {}  # only what differs from the default, so that a ResLayer written for mmdet accepts it
+            # Only what differs from the default, so that a ResLayer written for mmdet accepts it.
+            optional: dict[str, Any] = {}
             if self.multi_grid is not None and index == self.num_stages - 1:
                 optional["multi_grid"] = self.multi_grid
             if self.contract_dilation:
@@ -427,7 +426,7 @@ class ResNet(Backbone):
         Returns:
             One ``(N, C, H/s, W/s)`` per entry of ``feature_info``, in its order.
         """
-        x, outs = self.enter(x)
+        x, outs = self.forward_stem(x)
         for index, name in enumerate(self._needed_stages()):
             stage = getattr(self, name)
             x = recompute_norms(stage, x, [stage]) if self.with_cp == "norms" else stage(x)
@@ -435,7 +434,7 @@ class ResNet(Backbone):
                 outs.append(x)
         return tuple(outs)
 
-    def enter(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward_stem(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Run the stem on images.
 
         Returns:

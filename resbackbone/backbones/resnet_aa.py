@@ -32,7 +32,7 @@ class ResNetAA(ResNet):
         ValueError: If ``anti_aliasing`` is neither; otherwise as :class:`~resbackbone.ResNet`.
 
     Source: Zhang, Making Convolutional Networks Shift-Invariant Again, arXiv:1904.11486, section 3.3. timm's
-    ``resnetblur`` and, with the average, ``resnetaa``; those take sides that are multiples of 32 pixels only.
+    ``resnetblur`` and, with the average, ``resnetaa``; those accept only sides that are multiples of 32 pixels.
 
     >>> ResNetAA(18).layer2[0].low_pass1
     BlurPool2d(128, kernel_size=3, stride=2, padding_mode='reflect')

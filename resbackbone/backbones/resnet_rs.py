@@ -24,7 +24,7 @@ class ResNetRS(SEResNet, ResNetV1d):
 
     Args:
         depth: 50, 101, 152, 200, 270, 350 or 420.
-        se_ratio: How many channels make one squeezed channel; 4 here.
+        se_ratio: Reduction ratio of squeeze-and-excitation; 4 here.
         options: As for :class:`~resbackbone.SEResNet` and :class:`~resbackbone.ResNetV1d`. The paper trains with
             ``drop_path_rate=0.1`` from depth 200 on, with none before.
 

@@ -88,7 +88,7 @@ class ResNetV2(ResNet):
 
     def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
         """Add the layers before the first stage."""
-        self._check_combinations()  # here all arguments are there, and nothing is built
+        self._check_combinations()  # all arguments are set by now, and no layer is built yet
         super()._make_stem_layer(in_channels, stem_channels)
         if self.zero_padded_pool:
             self.maxpool = nn.Sequential(nn.ConstantPad2d(1, 0.0), nn.MaxPool2d(kernel_size=3, stride=2))

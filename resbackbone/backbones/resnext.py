@@ -10,9 +10,9 @@ from resbackbone.registry import MODELS
 
 @MODELS.register_module()
 class ResNeXt(ResNet):
-    """ResNet whose bottlenecks have ``groups`` groups of ``base_width`` channels: the depths that have bottlenecks.
+    """ResNet of depth 26, 50, 101 or 152 with grouped convolutions; ``groups`` is 1 unless given, as in mmdet.
 
-    The arguments are those of :class:`~resbackbone.ResNet`. Every variant of ResNet has these two as well:
+    The arguments are those of :class:`~resbackbone.ResNet`. Most variants accept ``groups`` and ``base_width`` as well:
     ``ResNetAA(50, groups=32)`` is a ResNeXt that downsamples by low-pass filters.
 
     Source: Xie et al., Aggregated Residual Transformations for Deep Neural Networks, arXiv:1611.05431.

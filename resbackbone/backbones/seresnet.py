@@ -25,7 +25,7 @@ class SEResNet(ResNet):
 
     Args:
         depth: As for :class:`~resbackbone.ResNet`.
-        se_ratio: How many channels make one squeezed channel.
+        se_ratio: Reduction ratio of squeeze-and-excitation: channels per squeezed channel.
         options: As for :class:`ResNet`.
 
     Raises:

@@ -42,7 +42,7 @@ class SharedHead(NormEvalModule):
         norm_eval: Keep every batch norm in eval mode, synchronized ones too.
         with_cp: As for :class:`~resbackbone.ResNet`.
         dcn: Config of the deformable convolutions.
-        pretrained: Old spelling of ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
+        pretrained: Deprecated alias of ``init_cfg=dict(type="Pretrained", checkpoint=...)``.
         init_cfg: How ``init_weights()`` initializes; None for He's normal and norms at one.
         fold_frozen_norms: As for :class:`~resbackbone.ResNet`.
 

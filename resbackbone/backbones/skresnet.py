@@ -26,9 +26,9 @@ class SKResNet(ResNet):
 
     Args:
         depth: As for :class:`~resbackbone.ResNet`.
-        num_paths: How many 3x3 convolutions of growing reach to select from, the paper's M.
-        reduction: How many channels make one channel of the attention, the paper's r.
-        min_channels: The fewest channels that the attention has, the paper's L.
+        num_paths: Number of 3x3 convolutions of increasing dilation to select from, the paper's M.
+        reduction: Reduction ratio of the attention, the paper's r.
+        min_channels: Minimum number of channels of the attention, the paper's L.
         split_input: Give each path its share of the channels that come in, instead of all.
         options: As for :class:`~resbackbone.ResNet`; with ``groups=32`` it is the paper's SKNet.
 

@@ -49,7 +49,7 @@ class BlockOptions(TypedDict, total=False):
 
 
 class GroupOptions(BlockOptions, total=False):
-    """Those, and the arguments of blocks with a grouped convolution."""
+    """:class:`BlockOptions`, and the arguments of blocks with a grouped convolution."""
 
     groups: int
     base_width: int
@@ -77,7 +77,7 @@ class ResidualBlock(Module):
             ``fallback_on_stride=True`` leaves strided convolutions plain.
         plugins: Dicts of ``cfg`` (the plugin's config) and ``position`` (``"after_conv1"``, ...).
         init_cfg: As for :class:`~resbackbone.layers.Module`.
-        drop_path_rate: Probability, 0 to 1, of dropping the branch while training.
+        drop_path_rate: Probability, from 0 to below 1, of dropping the branch during training.
         stage_dilation: Dilation of the stage, if it is dilated as in timm (``dilation_style``); the second 3x3 of a
             basic block has it. 1 leaves that undilated.
         anti_aliasing: Do not stride in the spatial convolution, but in a low-pass filter behind its ReLU: "blur" or
@@ -98,6 +98,7 @@ class ResidualBlock(Module):
 
     expansion: ClassVar[int]
     num_convs: ClassVar[int]
+    unsupported: ClassVar[tuple[str, ...]] = ()  # arguments that a subclass refuses
     conv1: Any
     conv2: Any
     conv3: Any
@@ -135,6 +136,9 @@ class ResidualBlock(Module):
     ) -> None:
         super().__init__(init_cfg)
         check_choice("style", style, ("pytorch", "caffe"))
+        for name, value in (("anti_aliasing", anti_aliasing), ("ibn", ibn)):
+            if name in self.unsupported and value is not None:
+                raise ValueError(f"`{name}` must be None in a {type(self).__name__}, got {value!r}")
         check_dcn(dcn, conv_cfg)
         check_plugins(plugins, type(self))
         check_plugin_names(plugins)

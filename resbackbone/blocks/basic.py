@@ -38,7 +38,7 @@ class BasicBlock(ResidualBlock):
 
         Args:
             x: The input.
-            checkpointed: Whether activation checkpointing makes this call, which ``with_cp`` asks for in others.
+            checkpointed: Whether this call is already inside activation checkpointing, where ``with_cp`` is ignored.
         """
         if self.with_cp and not checkpointed and needs_backward(x, [self]):
             return recompute_in_backward(partial(BasicBlock.forward, self, checkpointed=True), x, [self])  # type: ignore[no-any-return]

@@ -35,6 +35,8 @@ class DetectorsBottleneck(Bottleneck):
     Source: Qiao et al., DetectoRS, arXiv:2006.02334, sections 3.2 and 4.
     """
 
+    unsupported: ClassVar[tuple[str, ...]] = ("ibn",)
+
     optional_keys: ClassVar[tuple[str, ...]] = ("rfp_conv",)  # keys that a checkpoint may lack: initialized to zero
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,6 +23,8 @@ class PreActBlock(ResidualBlock):
     Source: He et al., Identity Mappings in Deep Residual Networks, arXiv:1603.05027, figure 1 (b); the shortcut as in
     its authors' code and in timm.
     """
+
+    unsupported: ClassVar[tuple[str, ...]] = ("anti_aliasing", "ibn")
 
     def add_conv(self, index: int, in_channels: int, out_channels: int, kernel_size: int, **geometry: Any) -> None:
         """Add ``conv{index}`` and the norm in front of it; arguments as for :class:`ResidualBlock`."""

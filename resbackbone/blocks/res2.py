@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class Bottle2neck(Bottleneck):
 
     Source: Gao et al., Res2Net: A New Multi-scale Backbone Architecture, arXiv:1904.01169, figure 2b.
     """
+
+    unsupported: ClassVar[tuple[str, ...]] = ("anti_aliasing", "ibn")
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 from typing_extensions import Unpack
 
@@ -35,6 +35,8 @@ class SelectiveKernelBlock(ResidualBlock):
 
     Source: Li et al., Selective Kernel Networks, arXiv:1903.06586, section 3.2.
     """
+
+    unsupported: ClassVar[tuple[str, ...]] = ("anti_aliasing", "ibn")
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ class SimplifiedBasicBlock(BasicBlock):
         init_cfg: As for :class:`BasicBlock`.
 
     Raises:
-        ValueError: If one of those that must not be is given.
+        ValueError: If ``with_cp``, ``dcn`` or ``plugins`` is given.
 
     Source: Vu et al., SCNet, arXiv:2012.10150; mmdet 3.3.0 ``models/layers/res_layer.py``.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 from typing_extensions import Unpack
 
@@ -20,12 +22,14 @@ class SplitAttentionBottleneck(Bottleneck):
         planes: A quarter of the output channels.
         radix: As for :class:`~resbackbone.layers.SplitAttentionConv2d`.
         reduction_factor: As for :class:`~resbackbone.layers.SplitAttentionConv2d`.
-        avg_down_stride: Stride by average pooling over 3x3 pixels beside ``conv2`` instead of in it.
+        avg_down_stride: Stride in a 3x3 average pooling after (with ``avd_first``, before) ``conv2`` instead of in it.
         avd_first: Pool in front of ``conv2``, the paper's "fast" setting, instead of behind it.
         options: As for :class:`~resbackbone.blocks.Bottleneck`.
 
     Source: Zhang et al., ResNeSt: Split-Attention Networks, arXiv:2004.08955, figure 2; pooling is section 3.2.
     """
+
+    unsupported: ClassVar[tuple[str, ...]] = ("anti_aliasing", "ibn")
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from typing_extensions import Unpack
 
@@ -31,6 +31,8 @@ class TridentBottleneck(Bottleneck):
 
     Source: Li et al., Scale-Aware Trident Networks for Object Detection, arXiv:1901.01892, section 4.1.
     """
+
+    unsupported: ClassVar[tuple[str, ...]] = ("anti_aliasing", "ibn")
 
     def __init__(
         self, inplanes: int, planes: int, *, trident_dilations: Sequence[int], **options: Unpack[BlockOptions]

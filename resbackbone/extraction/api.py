@@ -27,7 +27,7 @@ class ExtractionSummary:
         num_extracted: Number of pictures extracted, by all ranks if they are connected.
         num_kept: Number of pictures with complete results of an earlier run, likewise.
         num_failed: Number of pictures that failed, likewise.
-        errors: Why each picture that failed in this process did.
+        errors: The error message of each picture that failed in this process.
         non_finite: Levels with infinities or NaN, for each picture of this process that has any.
         skipped: Broken links, and pictures in the given folders with suffixes that Pillow cannot read, with the reason.
         overview: Overview of the first picture of this process that did not fail.

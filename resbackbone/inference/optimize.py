@@ -61,7 +61,7 @@ def optimize(
     check_int("prepack_bytes", prepack_bytes, low=0)
     if dtype == "float16" and not _is_on_cuda(net):
         raise ValueError(
-            "`dtype`='float16' is for nets on a CUDA device, move it there; on a CPU use 'float32' or 'bfloat16'"
+            "`dtype`='float16' needs a net on a CUDA device: move it there, or use 'float32' or 'bfloat16' on a CPU"
         )
     computed = _computed_dtype(net, _DTYPES[dtype])
     engine = _make_engine(copy_for_inference(net), computed, backend, prepack_bytes)

@@ -56,8 +56,8 @@ def recompute_norms(function: Callable[[Tensor], Tensor], x: Tensor, modules: Se
         x: Its input.
         modules: The layers that it runs.
     """
-    idle = torch.compiler.is_compiling() or is_tracing() or not needs_backward(x, modules)
-    if idle or not _has_norms(modules):
+    runs_plain = torch.compiler.is_compiling() or is_tracing() or not needs_backward(x, modules)
+    if runs_plain or not _has_norms(modules):
         return function(x)
     kept: _Kept = []
     out: Tensor = _checkpoint(function, x, _RecordOutputs(kept), _Recomputation(modules, kept))
@@ -104,10 +104,10 @@ class _RecordOutputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if _is_kept(func):
-            # Without its graph, which would hold itself in a circle; but with the count of its changes, which a tensor
-            # loses here, below autograd, unless it is asked to keep it, as in torch's own selective checkpointing.
+            # Detached, to avoid a reference cycle. The guard keeps the version counter, which a tensor otherwise loses
+            # here, below autograd, as in torch's own selective checkpointing.
             with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-                detached = [tensor.detach() for tensor in _each(out)]
+                detached = [tensor.detach() for tensor in _as_tuple(out)]
             self.kept.append([(tensor, tensor._version) for tensor in detached])
         return out
 
@@ -128,7 +128,7 @@ class _ReuseOutputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _each(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _as_tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (out,) if isinstance(out, Tensor) else out
 
 

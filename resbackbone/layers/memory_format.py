@@ -27,7 +27,7 @@ CALL = _Call()
 
 
 def is_channels_last(x: object) -> bool:
-    """Return whether a tensor is in channels_last and in no other format; one channel or one pixel is contiguous."""
+    """Return whether a tensor is in channels_last and not contiguous; with one channel or one pixel it is both."""
     if not isinstance(x, Tensor) or x.dim() != 4 or x.layout is not torch.strided:
         return False
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -110,7 +110,10 @@ def restore_format(net: nn.Module, call: Callable[..., Any], args: tuple[Any, ..
         CALL.contiguous = None
     if asked:
         return outs
-    for out in outs if isinstance(outs, tuple) else (None,):
-        if not isinstance(out, Tensor) or not out.is_contiguous():
-            return to_contiguous(outs)
-    return outs
+    if type(outs) is tuple:
+        for out in outs:
+            if not isinstance(out, Tensor) or not out.is_contiguous():
+                break
+        else:
+            return outs
+    return to_contiguous(outs)

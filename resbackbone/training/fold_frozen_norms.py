@@ -1,4 +1,4 @@
-"""Fold frozen batch norms into convolutions during training: half the memory, faster steps, the same gradients."""
+"""Fold frozen batch norms into convolutions while training: less memory, and the same gradients up to rounding."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ def layer_depth(net: ResNet, name: str) -> tuple[int, int]:
     """Return the depth of a parameter, and that of the head.
 
     The stem has depth 0 and the first stage depth 1. In the second and third stage, two and three blocks (up to six in
-    the deepest networks) share a depth. The last stage has a single depth, and the head comes after it.
+    the deepest networks) share a depth. The fourth stage has a single depth; the head comes after the last stage.
 
     Args:
         net: The backbone.

@@ -439,7 +439,7 @@ def test_outputs_in_a_dict(net, images):
     ("options", "text"),
     [
         ({"dtype": "int4"}, "`dtype` must be one of 'float32', 'bfloat16', 'float16'; got 'int4'"),
-        ({"dtype": "float16"}, "`dtype`='float16' is for nets on a CUDA device"),
+        ({"dtype": "float16"}, "`dtype`='float16' needs a net on a CUDA device"),
         ({"backend": "tensorrt"}, "`backend` must be one of"),
         ({"prepack_bytes": -1}, "`prepack_bytes` must be at least 0, got -1"),
     ],

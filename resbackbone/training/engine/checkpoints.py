@@ -181,6 +181,6 @@ def _write(path: Path, content: bytes | memoryview) -> None:
             temporary.write_bytes(content)
     except OSError as error:
         raise CheckpointSaveError(
-            f"cannot save {path}: {error.strerror}; earlier checkpoints are intact: free disk space and continue "
-            "with --resume"
+            f"cannot save {path}: {error.strerror or error}; earlier checkpoints are intact: free disk space and "
+            "continue with --resume"
         ) from error

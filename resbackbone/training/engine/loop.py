@@ -21,6 +21,7 @@ class BatchTooSmallError(ValueError):
 
 def is_too_small(error: ValueError) -> bool:
     """Return whether an error is that of batch norm about a single value per channel; PyTorch has no class for it."""
+    # PyTorch's message begins with a capital, that of AllReduceBatchNorm does not.
     return "xpected more than 1 value per channel" in str(error)
 
 
