@@ -1,4 +1,4 @@
-"""Fold frozen batch norms into convolutions while training: less memory, and the same gradients up to rounding."""
+"""Fold frozen batch norms while training: less activation memory, the same gradients up to rounding."""
 
 from __future__ import annotations
 
