@@ -19,7 +19,8 @@ def sync_batch_norms(net: Net) -> Net:
     Call it after ``init_process_group`` and after moving the model to its device, before or after wrapping it in
     ``DistributedDataParallel`` or ``fully_shard``. With several processes, batch norms become
     :class:`torch.nn.SyncBatchNorm` on accelerators and :class:`AllReduceBatchNorm` on other devices; in a single
-    process, synchronized ones become :class:`BatchNormNd`. The new layers hold the same parameters, buffers, mode and hooks, so optimizers and checkpoints work as before.
+    process, synchronized ones become :class:`BatchNormNd`. The new layers hold the same parameters, buffers, mode and
+    hooks, so optimizers and checkpoints work as before.
     Subclasses of PyTorch's batch norms are not replaced. Layers in eval mode, as in frozen stages, do not communicate.
     One INFO line logs what was replaced.
 
