@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from resbackbone.blocks.base import BATCH_NORM, Style
@@ -71,6 +73,9 @@ class SimplifiedBasicBlock(BasicBlock):
             bias=True,
         )
         self.conv2 = build_conv_layer(self.conv_cfg, self.planes, self.planes, 3, padding=1, bias=True)
+
+    def _norm(self, index: int) -> Any:
+        return super()._norm(index) if self.with_norm else None  # as in mmdet
 
     def forward(self, x: Tensor, *, checkpointed: bool = False) -> Tensor:
         """Map ``(N, inplanes, H, W)`` to ``(N, planes, H/stride, W/stride)``."""
