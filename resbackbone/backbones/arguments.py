@@ -118,7 +118,8 @@ def resolve_out_indices(out_indices: Sequence[OutIndex], num_stages: int) -> tup
     stem: list[OutIndex] = ["stem" for entry in given if isinstance(entry, str)]
     resolved = (*stem, *sorted(stage % num_stages for stage in stages))
     if len(set(resolved)) < len(resolved):
-        raise ValueError(f"`out_indices` must name each stage once, got {given}, which is {resolved}")
+        meaning = "" if resolved == given else f", which is {resolved}"
+        raise ValueError(f"`out_indices` must name each stage once, got {given}{meaning}")
     return resolved
 
 

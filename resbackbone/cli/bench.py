@@ -87,5 +87,5 @@ def _with_noun(number: int, noun: str) -> str:
 def _row(variant: str, timing: Timing) -> str:
     return (
         f"{variant:<20}{timing.seconds * 1e3:>10.1f}{timing.images_per_second:>12.1f}{timing.speedup:>10.2f}"
-        f"{timing.flops_per_second / 1e9:>10.0f}{timing.startup_seconds:>14.2f}"
+        f"{timing.flops_per_second / 1e9:>10.1f}{timing.startup_seconds:>14.2f}"
     )

@@ -64,7 +64,7 @@ ARGUMENTS = {
         "it is `norm_cfg` here, such as dict(type='BN')",
     ),
     **dict.fromkeys(("act_cfg", "act_layer", "act", "activation", "hidden_act", "nonlinearity"), _RELU),
-    "width_per_group": "it is `base_width` here, in ResNeXt and the classes derived from it",
+    "width_per_group": "it is `base_width` here, which applies with `groups` above 1; wide nets are WideResNet",
     **dict.fromkeys(
         ("freeze_norm", "norm_freeze", "norm_frozen", "freeze_bn", "bn_frozen", "frozen_bn"), _FROZEN_NORMS
     ),
@@ -87,7 +87,7 @@ ARGUMENTS = {
     **dict.fromkeys(
         ("freeze_stages", "freeze_stage", "frozen_layers", "num_frozen_stages"), "it is `frozen_stages` here"
     ),
-    **dict.fromkeys(("cardinality", "num_groups"), "it is `groups` here, in ResNeXt and the classes derived from it"),
+    **dict.fromkeys(("cardinality", "num_groups"), "it is `groups` here"),
     "stochastic_depth_prob": "it is `drop_path_rate` here",
     "drop_block_rate": "there is no DropBlock; `drop_path_rate` drops whole branches",
     **dict.fromkeys(("zero_init_last", "zero_init_last_bn", "zero_init_gamma"), "it is `zero_init_residual` here"),
