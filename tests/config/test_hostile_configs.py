@@ -225,7 +225,7 @@ def test_a_training_config_that_is_data_is_refused(mark, command, suffix):
     content = {"custom_imports": {"imports": [EVIL]}, "model": {"type": f"{EVIL}.call"}, "work_dir": "out"}
     Path("net").with_suffix(suffix).write_text(yaml.safe_dump(content))
     said = fails(*(argument.replace(".yaml", suffix) for argument in command))
-    assert "the config of a training is a program, a .py file in OpenMMLab's format" in said
+    assert "a training config must be a .py file in OpenMMLab's format" in said
 
 
 @pytest.mark.usefixtures("folder")
