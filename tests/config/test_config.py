@@ -513,9 +513,8 @@ def test_an_argument_of_another_library_is_answered_with_ours(built_convs, argum
         ("variant", "ResNetV1d"),
         ("lr_mult_list", "param_groups"),
         ("encoder_name", "build_backbone"),
-        ("groups", "it is an argument of .*ResNeXt"),
-        ("base_width", "it is an argument of .*ResNeXt"),
-        ("cardinality", "ResNeXt"),
+        ("cardinality", "`groups`"),
+        ("width_per_group", "`base_width`.*WideResNet"),
         ("scales", "it is an argument of Res2Net"),
         ("radix", "it is an argument of ResNeSt"),
         ("arch", "it is an argument of RegNet"),
@@ -633,5 +632,5 @@ def test_a_registered_class_of_ones_own_builds(registry):
 
     net = build_backbone({"type": "Mine", "color": "blue", "out_indices": (0,)})
     assert (net.color, net.out_channels) == ("blue", (8,))
-    with pytest.raises(TypeError, match="Mine has no argument 'color'; did you mean 'colour'"):
-        build_backbone({"type": "Mine", "color": "blue"})
+    with pytest.raises(TypeError, match="Mine has no argument 'colors'; did you mean 'color'"):
+        build_backbone({"type": "Mine", "colors": "blue"})
