@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from resbackbone.layers.tracing import is_recording, is_transformed
+from resbackbone.layers.tracing import is_exporting, is_recording, is_tracing, is_transformed
 
 
 class _Call(threading.local):
@@ -44,18 +44,17 @@ def map_to_contiguous(x: Tensor) -> Tensor:
     On few threads and a large map in channels_last, transposing matrices, image by image, is faster than torch's copy,
     which misses the cache: six times for 2x256x160x160 on one thread.
     """
-    if x.is_contiguous():
-        return x
-    is_large = x.dim() == 4 and x.shape[1] >= 16 and x.shape[2] * x.shape[3] >= 1024
+    if x.is_contiguous() or torch.compiler.is_compiling() or is_exporting() or is_tracing():
+        return x.contiguous()
     if (
-        is_large
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
+        and x.dim() == 4
+        and x.shape[1] >= 16
+        and x.shape[2] * x.shape[3] >= 1024
         and x.is_contiguous(memory_format=torch.channels_last)
         and not x.is_conj()
         and not x.is_neg()
         and torch.get_num_threads() <= 4
-        and not torch.compiler.is_compiling()
-        and not is_recording()
     ):
         out: Tensor = _Transposed.apply(x)  # type: ignore[no-untyped-call]
         return out
