@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import distributed
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
+_NUM_GROUPS = itertools.count()  # process groups that this process has created
 TIMEOUT = timedelta(days=30)  # to wait for ranks with slower shards
 
 
@@ -71,10 +73,15 @@ class DistributedContext:
         """
         if not self.is_connected:
             return
+        from torch.distributed.rendezvous import rendezvous  # not in builds of PyTorch without distributed
+
         with _connection_errors():
             self._owns_default_group = not distributed.is_initialized()
             if self._owns_default_group:
-                distributed.init_process_group("gloo", rank=self.rank, world_size=self.world_size)
+                # Under torchrun one store serves all groups of a process: keys of an earlier one would be stale.
+                store = next(rendezvous("env://", self.rank, self.world_size))[0]
+                store = distributed.PrefixStore(f"extraction_{next(_NUM_GROUPS)}", store)  # type: ignore[attr-defined]
+                distributed.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world_size)
             self._group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
 
     def sum(self, *numbers: int) -> list[int]:
