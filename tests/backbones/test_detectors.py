@@ -374,7 +374,7 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_built(
 @pytest.mark.parametrize(
     ("init_cfg", "text"), [({"checkpoint": "a.pth"}, "type"), ({"type": "Trained", "checkpoint": "a.pth"}, "Trained")]
 )
-def test_initialisers_that_there_are_not_are_refused(init_cfg, text):
+def test_initializers_that_there_are_not_are_refused(init_cfg, text):
     with pytest.raises(KeyError, match=text):
         build(init_cfg=init_cfg)
 

@@ -263,7 +263,7 @@ def test_group_norm_takes_the_place_of_every_batch_norm(randomize_norms, images,
 
 @every_class
 @pytest.mark.parametrize(("type_", "norm_class"), [("SyncBN", nn.SyncBatchNorm), ("FrozenBN", FrozenBatchNorm2d)])
-def test_synchronised_and_frozen_batch_norms_are_batch_norm_in_eval_mode(
+def test_synchronized_and_frozen_batch_norms_are_batch_norm_in_eval_mode(
     randomize_norms, images, case, type_, norm_class
 ):
     plain, net = randomize_norms(make(case)).eval(), make(case, norm_cfg={"type": type_}).eval()

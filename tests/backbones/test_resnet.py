@@ -476,7 +476,7 @@ def test_pickle_and_deepcopy_give_an_equal_and_separate_net(randomize_norms, ima
         copy.deepcopy(net)(torch.zeros(1, 1, 64, 64))
 
 
-def test_building_and_initialising_leave_the_callers_config_alone(gate):
+def test_building_and_initializing_leave_the_callers_config_alone(gate):
     arguments = {
         "depth": 50,
         "norm_cfg": {"type": "GN", "num_groups": 4, "requires_grad": True},

@@ -49,7 +49,7 @@ def test_zero_init_residual_reaches_group_norms_but_not_frozen_ones():
         assert values(norm.weight for norm in last_norms(net)) == {value}
 
 
-def test_default_initialisation_is_he_normal():
+def test_default_initialization_is_he_normal():
     net = build_backbone({"type": "ResNet", "depth": 18})
     weight = net.layer3[0].conv2.weight
     assert float(weight.detach().std()) == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.02)  # fan out

@@ -100,7 +100,7 @@ def test_only_old_key_names_are_renamed() -> None:
 
 
 @both
-def test_initialisation(cls: type[DeformConv2d]) -> None:
+def test_initialization(cls: type[DeformConv2d]) -> None:
     torch.manual_seed(0)
     layer = cls(64, 32, 3, groups=2, bias=True)
     bound = math.sqrt(6 / (32 * 9)) if cls is DeformConv2d else 1 / math.sqrt(64 * 9)
